@@ -1,0 +1,1 @@
+//! Follows the upstream and is the only writer of a store.

@@ -1,0 +1,27 @@
+//! Millpond: a watch-cache proxy for etcd.
+//!
+//! One upstream watch fills an in-memory copy of an etcd keyspace; any number of clients list, read and watch from it.
+//!
+//! - [`proto`]: the etcd v3 messages.
+//! - [`status`]: outcomes in etcd's words.
+//! - [`store`]: records, the counted copy-on-write index, the history window, views.
+//! - [`upstream`]: talking to etcd.
+//! - [`feed`]: list, watch, resume, resync; the only writer of a store.
+//! - [`cache`]: a store and its feed behind reads at a freshness.
+//! - [`fanout`]: watchers as cursors over the history.
+//! - [`server`]: the gRPC and HTTP faces.
+//! - [`sql`]: an etcd v3 server over SQL.
+//! - [`cli`], [`config`], [`telemetry`]: commands, settings, logs and metrics.
+
+pub mod cache;
+pub mod cli;
+pub mod config;
+pub mod fanout;
+pub mod feed;
+pub mod proto;
+pub mod server;
+pub mod sql;
+pub mod status;
+pub mod store;
+pub mod telemetry;
+pub mod upstream;
