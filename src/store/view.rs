@@ -9,7 +9,7 @@ use arc_swap::{ArcSwap, Guard};
 use tokio::sync::watch;
 
 use super::{
-    Event, EventKind, Limits, Record, Revision, Tree,
+    Event, EventKind, Limits, Record, Responder, Revision, Tree,
     history::{Entry, History, Window},
 };
 
@@ -27,6 +27,8 @@ pub struct Position {
 pub struct View {
     /// Which revision, of which history.
     pub position: Position,
+    /// Whose state this is.
+    pub responder: Responder,
     /// The keys; none while there is no index: before the first list, or because the keyspace is over the limit.
     pub tree: Option<Tree>,
     /// The recent revisions.
@@ -66,8 +68,13 @@ impl Store {
     /// An empty store and its only writer.
     pub fn new(limits: Limits) -> (Arc<Self>, Writer) {
         let history = History::new(Revision::ZERO);
-        let view =
-            View { position: Position::default(), tree: None, window: history.window(), compacted: Revision::ZERO };
+        let view = View {
+            position: Position::default(),
+            responder: Responder::default(),
+            tree: None,
+            window: history.window(),
+            compacted: Revision::ZERO,
+        };
         let store = Arc::new(Self {
             current: ArcSwap::from_pointee(view.clone()),
             position: watch::Sender::new(view.position),
@@ -216,6 +223,11 @@ impl Writer {
     /// Notes that everything up to `revision` has been applied, though the last revisions changed nothing here.
     pub fn advance(&mut self, revision: Revision) {
         self.next.position.revision = self.next.position.revision.max(revision);
+    }
+
+    /// Notes whose state it is.
+    pub fn set_responder(&mut self, responder: Responder) {
+        self.next.responder = responder;
     }
 
     /// Notes a compaction.
