@@ -71,7 +71,7 @@ impl Feed {
                         self.keep_house()?;
                     }
                     if let Some(chase) = &mut chase {
-                        self.ask_for_progress(&stream, chase).await?;
+                        self.ask_for_progress(&stream.sender, chase).await?;
                     }
                 }
             }
@@ -191,7 +191,7 @@ impl Feed {
     }
 
     /// Asks for progress; and again, with growing pauses: etcd is silent while anything on the stream catches up.
-    async fn ask_for_progress(&self, stream: &Stream, chase: &mut Chase) -> Result<(), End> {
+    async fn ask_for_progress(&self, sender: &StreamSender<WatchRequest>, chase: &mut Chase) -> Result<(), End> {
         if Instant::now() < chase.ask {
             return Ok(());
         }
@@ -199,7 +199,7 @@ impl Feed {
         self.metrics.progress_requests.inc();
         // The stream may be stuck; that shows in the goal being missed.
         let request = WatchRequest { request_union: Some(union) };
-        let _ = timeout(LONGEST_ASK, stream.sender.send(&request)).await;
+        let _ = timeout(LONGEST_ASK, sender.send(&request)).await;
         chase.pause = (chase.pause * 2).min(LONGEST_ASK);
         chase.ask = Instant::now() + chase.pause;
         Ok(())
