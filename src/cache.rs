@@ -213,7 +213,7 @@ impl Cache {
         }
         let asked = timeout(self.0.settings.consensus_patience, self.0.consensus.ask()).await;
         let proof = asked.map_err(|_| Unserved::NoConsensus(Status::TIMEOUT))?;
-        if proof.cluster_id != before.responder.cluster_id || proof.revision < before.revision() {
+        if proof.responder.cluster_id != before.responder.cluster_id || proof.revision < before.revision() {
             // The cluster cannot be behind what it has sent us: this is not the history that the view came from.
             prefix.doubt(before.position);
             return Err(Unserved::Proving);

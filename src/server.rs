@@ -1,5 +1,8 @@
 //! The gRPC and HTTP faces.
 //!
+//! - [`router`]: which of the following answers a request;
+//! - [`kv`], [`watch`]: what the cache answers, and relays where it cannot;
+//! - [`leader`]: streams that want a leader;
 //! - [`listener`]: accepts connections and serves HTTP/2 and HTTP/1.1 on them;
 //! - [`body`], [`response`]: what answers are made of;
 //! - [`forward`], [`relay`]: calls that etcd answers;
@@ -10,7 +13,11 @@ pub mod body;
 pub mod forward;
 pub mod health;
 pub mod http;
+pub mod kv;
+pub mod leader;
 pub mod listener;
 pub mod members;
 pub mod relay;
 pub mod response;
+pub mod router;
+pub mod watch;

@@ -26,7 +26,7 @@ use super::Metrics;
 use crate::{
     proto::etcdserverpb::{RangeRequest, RangeResponse, ResponseHeader},
     status::Status,
-    store::Revision,
+    store::{Responder, Revision},
     upstream::{EndpointId, Upstream},
 };
 
@@ -44,8 +44,8 @@ pub struct Stamp(u64);
 /// What an answer that went through consensus has shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Proof {
-    /// The cluster.
-    pub cluster_id: u64,
+    /// Who said so.
+    pub responder: Responder,
     /// The cluster had got at least here when the request was sent.
     pub revision: Revision,
 }
@@ -53,8 +53,8 @@ pub struct Proof {
 impl Proof {
     /// The proof in a header; none if the header is incomplete.
     pub fn of(header: &ResponseHeader) -> Option<Self> {
-        let ResponseHeader { cluster_id, revision, .. } = *header;
-        (cluster_id != 0 && revision > 0).then_some(Self { cluster_id, revision: Revision(revision) })
+        let complete = header.cluster_id != 0 && header.revision > 0;
+        complete.then(|| Self { responder: header.into(), revision: Revision(header.revision) })
     }
 }
 
@@ -223,7 +223,8 @@ mod tests {
         Waiting { clock: AtomicU64::new(0), readers: Mutex::default(), arrived: Notify::new(), metrics }
     }
 
-    const PROOF: Proof = Proof { cluster_id: 1, revision: Revision(9) };
+    const PROOF: Proof =
+        Proof { responder: Responder { cluster_id: 1, member_id: 2, raft_term: 3 }, revision: Revision(9) };
 
     #[test]
     fn an_answer_serves_only_those_who_came_before_its_request_was_sent() {

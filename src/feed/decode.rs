@@ -7,7 +7,7 @@ use prost::Message;
 use super::End;
 use crate::{
     proto::etcdserverpb::ResponseHeader,
-    store::{Change, EventKind, MalformedRecord, Record, Responder, Revision, wire::Fields, wire::Malformed},
+    store::{Change, EventKind, MalformedRecord, Record, Revision, wire::Fields, wire::Malformed},
 };
 
 impl From<Malformed> for End {
@@ -19,13 +19,6 @@ impl From<Malformed> for End {
 impl From<MalformedRecord> for End {
     fn from(error: MalformedRecord) -> Self {
         Self::Unreadable(error.to_string())
-    }
-}
-
-impl From<&ResponseHeader> for Responder {
-    fn from(header: &ResponseHeader) -> Self {
-        let ResponseHeader { cluster_id, member_id, raft_term, .. } = *header;
-        Self { cluster_id, member_id, raft_term }
     }
 }
 
