@@ -1,1 +1,3 @@
 //! The gRPC and HTTP faces.
+
+pub mod admin;

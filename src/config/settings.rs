@@ -95,14 +95,39 @@ pub static SETTINGS: &[Setting] = &[
     one("connect-timeout", "DURATION", Upstream, "How long dialling an endpoint may take"),
     one("read-timeout", "DURATION", Upstream, "How long a linearizable read waits for the upstream before it fails"),
     one("forward-limit", "COUNT", Upstream, "Unary calls forwarded upstream at a time; further ones wait briefly"),
-    one("forward-stream-limit", "COUNT", Upstream, "Streams forwarded upstream at a time (lease keep-alives, observers, …)"),
-    one("catch-up-limit", "COUNT", Upstream, "Upstream watches at a time for clients that start before the history window"),
-    one("upstream-keepalive-interval", "DURATION", Upstream, "Pause between pings to the upstream; etcd refuses less than 5s"),
-    one("upstream-keepalive-timeout", "DURATION", Upstream, "How long a ping may go unanswered before the connection is given up"),
+    one(
+        "forward-stream-limit",
+        "COUNT",
+        Upstream,
+        "Streams forwarded upstream at a time (lease keep-alives, observers, …)",
+    ),
+    one(
+        "catch-up-limit",
+        "COUNT",
+        Upstream,
+        "Upstream watches at a time for clients that start before the history window",
+    ),
+    one(
+        "upstream-keepalive-interval",
+        "DURATION",
+        Upstream,
+        "Pause between pings to the upstream; etcd refuses less than 5s",
+    ),
+    one(
+        "upstream-keepalive-timeout",
+        "DURATION",
+        Upstream,
+        "How long a ping may go unanswered before the connection is given up",
+    ),
     one("listen", "IP:PORT", Clients, "Where etcd clients connect (gRPC and HTTP)"),
     one("admin-listen", "IP:PORT", Clients, "Where metrics and health are served (HTTP)"),
     unset(
-        one("advertise-client-url", "URL", Clients, "Client URL told in MemberList, so that clients with AutoSync stay here"),
+        one(
+            "advertise-client-url",
+            "URL",
+            Clients,
+            "Client URL told in MemberList, so that clients with AutoSync stay here",
+        ),
         "none, the members' own",
     ),
     one("max-request-bytes", "SIZE", Clients, "Largest request"),
@@ -114,15 +139,30 @@ pub static SETTINGS: &[Setting] = &[
         one("prefixes", "PREFIX,…", Cache, "Cache only keys that begin so; everything else is forwarded"),
         "none, cache the whole keyspace",
     )),
-    one("cache-bytes", "SIZE", Cache, "Memory for keys and values; past it the cache is dropped and reads are forwarded"),
-    one("history-bytes", "SIZE", Cache, "Memory for past revisions, from which watches resume and old revisions are read"),
+    one(
+        "cache-bytes",
+        "SIZE",
+        Cache,
+        "Memory for keys and values; past it the cache is dropped and reads are forwarded",
+    ),
+    one(
+        "history-bytes",
+        "SIZE",
+        Cache,
+        "Memory for past revisions, from which watches resume and old revisions are read",
+    ),
     one("history-age", "DURATION", Cache, "Past revisions older than this are dropped"),
     one("progress-interval", "DURATION", Cache, "Pause between progress notifications on a quiet watch"),
     one("check-interval", "DURATION", Cache, "Pause between comparisons of the cache with the upstream; 0 is never"),
     unset(one("data-dir", "DIR", EmbeddedStore, "Directory of the embedded store"), DEFAULT_DATA_DIR),
     unset(one("quota-backend-bytes", "SIZE", EmbeddedStore, "Size at which writes are refused with NOSPACE"), "2GiB"),
     unset(
-        one("auto-compaction-mode", "MODE", EmbeddedStore, "What the retention means: periodic (time) or revision (count)"),
+        one(
+            "auto-compaction-mode",
+            "MODE",
+            EmbeddedStore,
+            "What the retention means: periodic (time) or revision (count)",
+        ),
         "periodic",
     ),
     unset(
@@ -134,7 +174,12 @@ pub static SETTINGS: &[Setting] = &[
         ),
         "0",
     ),
-    one("log-level", "LEVEL", Logs, "off, error, warn, info, debug or trace, or directives like info,millpond::feed=debug"),
+    one(
+        "log-level",
+        "LEVEL",
+        Logs,
+        "off, error, warn, info, debug or trace, or directives like info,millpond::feed=debug",
+    ),
     one("log-format", "FORMAT", Logs, "text or json, on standard error"),
 ];
 
@@ -173,12 +218,14 @@ mod tests {
 
     #[test]
     fn the_table_and_the_fields_are_the_same_settings() {
-        let mut full = Config::default();
-        full.advertise_client_url = Some("http://a:1".into());
-        full.data_dir = Some("d".into());
-        full.quota_backend_bytes = Some(1);
-        full.auto_compaction_mode = Some("revision".into());
-        full.auto_compaction_retention = Some("1".into());
+        let full = Config {
+            advertise_client_url: Some("http://a:1".into()),
+            data_dir: Some("d".into()),
+            quota_backend_bytes: Some(1),
+            auto_compaction_mode: Some("revision".into()),
+            auto_compaction_retention: Some("1".into()),
+            ..Config::default()
+        };
         let fields = serde_json::to_value(full).unwrap();
         let fields: BTreeSet<&str> = fields.as_object().unwrap().keys().map(String::as_str).collect();
         let rows: BTreeSet<&str> = SETTINGS.iter().map(|setting| setting.name).collect();

@@ -39,7 +39,9 @@ mod tests {
     #[test]
     fn shown_settings_read_back() {
         let mut sources = Sources::default();
-        for (name, value) in [("prefixes", "/b,/a\"#\\"), ("max-response-bytes", "5MiB"), ("data-dir", "a b"), ("log-format", "json")] {
+        for (name, value) in
+            [("prefixes", "/b,/a\"#\\"), ("max-response-bytes", "5MiB"), ("data-dir", "a b"), ("log-format", "json")]
+        {
             sources.flags.insert(name.to_owned(), vec![value.to_owned()]);
         }
         let loaded = Loaded::load(&sources).unwrap();

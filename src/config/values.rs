@@ -208,7 +208,8 @@ pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
         Some(("localhost", port)) => format!("127.0.0.1:{port}"),
         _ => text.to_owned(),
     };
-    full.parse().map_err(|_| format!("{text:?} is not an address to listen on; write it like 127.0.0.1:2379 or [::1]:2379"))
+    full.parse()
+        .map_err(|_| format!("{text:?} is not an address to listen on; write it like 127.0.0.1:2379 or [::1]:2379"))
 }
 
 /// Reads an endpoint, with or without `http://`, as `host:port`.
@@ -227,9 +228,10 @@ pub fn parse_endpoint(text: &str) -> Result<String, String> {
 }
 
 fn is_host_and_port(text: &str) -> bool {
-    let port = text.parse::<http::uri::Authority>().ok().filter(|authority| {
-        !authority.as_str().contains('@') && !authority.host().is_empty()
-    });
+    let port = text
+        .parse::<http::uri::Authority>()
+        .ok()
+        .filter(|authority| !authority.as_str().contains('@') && !authority.host().is_empty());
     port.and_then(|authority| authority.port_u16()).is_some_and(|port| port != 0)
 }
 
@@ -243,7 +245,11 @@ fn parse_url(text: &str) -> Result<String, String> {
 
 fn parse_log_level(text: &str) -> Result<String, String> {
     const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
-    let problem = || format!("{text:?} is not a level (off, error, warn, info, debug, trace) or a list like info,millpond::feed=debug");
+    let problem = || {
+        format!(
+            "{text:?} is not a level (off, error, warn, info, debug, trace) or a list like info,millpond::feed=debug"
+        )
+    };
     // The filter's own parser takes a bare word that is no level for a target with everything switched on, which hides typos.
     let bare = text.split(',').filter(|part| !part.contains(['=', '[']));
     if !bare.clone().all(|word| LEVELS.contains(&word.trim().to_ascii_lowercase().as_str())) {
@@ -268,7 +274,19 @@ mod tests {
 
     #[test]
     fn what_is_no_endpoint_is_refused() {
-        for text in ["", "etcd", "etcd:", "etcd:0", ":2379", "etcd:99999", "unix:///x", "https://etcd:2379", "a:1/x", "u@h:1", "a b:1"] {
+        for text in [
+            "",
+            "etcd",
+            "etcd:",
+            "etcd:0",
+            ":2379",
+            "etcd:99999",
+            "unix:///x",
+            "https://etcd:2379",
+            "a:1/x",
+            "u@h:1",
+            "a b:1",
+        ] {
             assert!(parse_endpoint(text).is_err(), "{text}");
         }
     }
