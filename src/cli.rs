@@ -1,5 +1,6 @@
 //! The commands: what the program does for each set of arguments, and its exit status.
 //!
+//! - [`bench`]: a load generator.
 //! - [`flags`]: one flag per setting.
 //! - [`usage`]: arguments that cannot be used, told on one line.
 //! - [`serve`]: the proxy.
@@ -12,6 +13,7 @@ use clap_complete::Shell;
 
 use crate::config::{ConfigError, Loaded, show};
 
+pub mod bench;
 pub mod flags;
 pub mod serve;
 pub mod signals;
@@ -27,10 +29,10 @@ const ABOUT: &str = "A watch cache for etcd: one upstream watch fills it, any nu
 
 const EXAMPLES: &str = "\
 Examples:
-  millpond serve --endpoints etcd-0:2379,etcd-1:2379    stand in front of a cluster
-  millpond serve                                        no etcd at hand: keep data in ./millpond-data
-  etcdctl --endpoints 127.0.0.1:23790 get --prefix /    any etcd client works
-  millpond config > millpond.toml                       settings to start from";
+  In front of a cluster:        millpond serve --endpoints etcd-0:2379,etcd-1:2379
+  No etcd at hand:              millpond serve
+  Any etcd client works:        etcdctl --endpoints 127.0.0.1:23790 get --prefix /
+  Settings to start from:       millpond config > millpond.toml";
 
 /// The program's arguments.
 #[derive(Debug, Parser)]
@@ -44,11 +46,14 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve the etcd API from memory
-    #[command(after_help = serve::EXAMPLES)]
+    #[command(after_help = serve::EXAMPLES, next_line_help = true)]
     Serve(flags::SettingFlags),
     /// Print the effective settings as TOML, with where each came from
-    #[command(after_help = "The output can be fed back: millpond serve --config FILE")]
+    #[command(next_line_help = true, after_help = "The output can be fed back: millpond serve --config FILE")]
     Config(flags::SettingFlags),
+    /// Load an etcd endpoint and measure what it costs
+    #[command(next_line_help = true, after_help = bench::EXAMPLES, arg_required_else_help = true)]
+    Bench(bench::Bench),
     /// Print a completion script for a shell
     #[command(after_help = "Example for bash: millpond completions bash > /etc/bash_completion.d/millpond")]
     Completions {
@@ -69,6 +74,9 @@ pub enum CommandError {
     /// The proxy could not start or go on.
     #[error(transparent)]
     Serve(#[from] serve::ServeError),
+    /// The load could not be run.
+    #[error(transparent)]
+    Bench(#[from] bench::BenchError),
     /// Standard output is closed or full.
     #[error("standard output: {0}")]
     Output(#[from] io::Error),
@@ -103,6 +111,7 @@ fn execute(command: Command) -> Result<(), CommandError> {
             let loaded = Loaded::load(&flags.sources())?;
             print(show::to_toml(&loaded)?.as_bytes())
         }
+        Command::Bench(bench) => print(bench::run(&bench)?.as_bytes()),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "millpond", &mut script);

@@ -14,13 +14,16 @@ use crate::{
 
 /// Shown below the help of `serve`.
 pub const EXAMPLES: &str = "\
-Sizes are written like 64MiB, 1.5GB or 1048576; durations like 500ms, 10m or 1h30m.
-Every setting can also come from the environment (MILLPOND_HISTORY_BYTES=1GiB) or from the file (history-bytes = \"1GiB\").
+Sizes are written like 64MiB, 1.5GB or 1048576; durations like 500ms or 1h30m.
+A setting can also come from the environment (MILLPOND_HISTORY_BYTES=1GiB) or
+from the settings file (history-bytes = \"1GiB\").
 
 Examples:
   millpond serve --endpoints 127.0.0.1:2379
-  millpond serve --endpoints etcd-0:2379,etcd-1:2379,etcd-2:2379 --listen :2379 --advertise-client-url http://millpond:2379
-  millpond serve --endpoints 127.0.0.1:2379 --prefixes /registry/ --cache-bytes 16GiB --history-age 30m
+  millpond serve --endpoints etcd-0:2379,etcd-1:2379,etcd-2:2379 \\
+      --listen :2379 --advertise-client-url http://millpond:2379
+  millpond serve --endpoints 127.0.0.1:2379 --prefixes /registry/ \\
+      --cache-bytes 16GiB --history-age 30m
   millpond serve --data-dir /var/lib/millpond --auto-compaction-retention 1h";
 
 /// What stops the proxy.
