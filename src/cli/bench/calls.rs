@@ -3,7 +3,7 @@
 use std::{
     cell::RefCell,
     sync::atomic::{AtomicU64, Ordering},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::time::timeout_at;
@@ -14,6 +14,12 @@ use super::{
     tally::{Tally, Window},
     wire::{Frame, StreamId, Wire},
 };
+
+/// How long to wait for the last answers.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
+
+/// The stream of a slot whose last call is over.
+const CLOSED: StreamId = 0;
 
 /// One call in flight.
 struct Call {
@@ -46,9 +52,13 @@ pub async fn run(
         let call = calls.start(link.wire(), slot);
         calls.slots.push(call);
     }
-    let end = window.end.into();
-    while let Ok(turned) = timeout_at(end, link.turn(|wire, frame| calls.on(wire, frame))).await {
-        turned?;
+    // Calls under way at the end are let finish: a server that has to throw answers away would spend time on that.
+    let end = (window.end + LAST_ANSWERS).into();
+    while calls.are_open() {
+        match timeout_at(end, link.turn(|wire, frame| calls.on(wire, frame))).await {
+            Ok(turned) => turned?,
+            Err(_) => break,
+        }
     }
     Ok(())
 }
@@ -70,9 +80,17 @@ impl Calls<'_> {
             Frame::Reset { stream } => (stream, true),
         };
         if over && let Some(slot) = self.slot(stream) {
-            self.finish(slot);
-            self.slots[slot] = self.start(wire, slot);
+            let now = self.finish(slot);
+            if now < self.window.end {
+                self.slots[slot] = self.start(wire, slot);
+            } else {
+                self.slots[slot].stream = CLOSED;
+            }
         }
+    }
+
+    fn are_open(&self) -> bool {
+        self.slots.iter().any(|call| call.stream != CLOSED)
     }
 
     fn slot(&self, stream: StreamId) -> Option<usize> {
@@ -89,14 +107,15 @@ impl Calls<'_> {
         }
     }
 
-    fn finish(&mut self, slot: usize) {
+    /// Counts an answered call and returns when that was.
+    fn finish(&mut self, slot: usize) -> Instant {
         let call = &self.slots[slot];
         if let Some((_, message)) = call.answer.split_at_checked(5) {
             self.source.answer(slot, message);
         }
         let now = Instant::now();
         if !self.window.contains(now) {
-            return;
+            return now;
         }
         let mut tally = self.tally.borrow_mut();
         if call.received == 0 {
@@ -105,5 +124,6 @@ impl Calls<'_> {
             tally.succeeded(now - call.started, call.received);
             self.done.fetch_add(1, Ordering::Relaxed);
         }
+        now
     }
 }

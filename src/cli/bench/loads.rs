@@ -15,7 +15,7 @@ use super::{
     requests::Source,
     tally::{Tally, Window},
     watchers::{Fleet, WatchLink},
-    writer::Writer,
+    writer::{PUT, Writer, stamped_puts},
 };
 
 /// How long watchers wait after the window for events that are under way.
@@ -169,7 +169,8 @@ impl Load for WatchLoad<'_> {
 
     async fn connect(&self, connection: usize) -> Result<WatchRole, LinkError> {
         if connection == self.fleet.connections {
-            return Ok(WatchRole::Writer(Writer::connect(self.write_endpoint, &self.fleet, self.value_size).await?));
+            let puts = stamped_puts(self.fleet.keys(), self.value_size);
+            return Ok(WatchRole::Writer(Writer::connect(self.write_endpoint, PUT, puts).await?));
         }
         let endpoint = endpoint(self.endpoints, connection);
         Ok(WatchRole::Watcher(WatchLink::connect(endpoint, &self.fleet, connection).await?))

@@ -1,5 +1,5 @@
-//! Puts at a fixed rate, each with the time of its sending in the value, so that watchers can tell how long it took to reach
-//! them.
+//! Calls at a fixed rate. Puts carry the time of their sending in the value, so that watchers can tell how long it took to
+//! reach them.
 
 use std::{
     sync::LazyLock,
@@ -15,7 +15,6 @@ use super::{
     messages::framed,
     requests::{Keys, value},
     tally::Window,
-    watchers::Fleet,
     wire::Frame,
 };
 use crate::proto::etcdserverpb::PutRequest;
@@ -23,7 +22,7 @@ use crate::proto::etcdserverpb::PutRequest;
 /// The gRPC path of a put.
 pub const PUT: &str = "/etcdserverpb.KV/Put";
 
-/// Writes in flight before the writer falls behind its rate instead of piling up more.
+/// Calls in flight before the writer falls behind its rate instead of piling up more.
 const MAX_IN_FLIGHT: usize = 4096;
 
 /// How long to wait for the last answers.
@@ -52,28 +51,40 @@ pub fn age(value: &[u8], now: Instant) -> Option<Duration> {
     (u64::from_be_bytes(*theirs) == mark).then(|| now.saturating_duration_since(origin + sent))
 }
 
-/// The connection that writes.
+/// Makes the next request of a writer, gRPC-framed.
+pub type NextRequest = Box<dyn FnMut() -> Bytes + Send>;
+
+/// Puts of those keys in random order, stamped.
+pub fn stamped_puts(keys: Keys, value_size: usize) -> NextRequest {
+    let filler = value(value_size.saturating_sub(STAMP));
+    Box::new(move || {
+        let mut value = BytesMut::with_capacity(STAMP + filler.len());
+        value.put_slice(&stamp());
+        value.put_slice(&filler);
+        framed(&PutRequest { key: keys.random(), value: value.freeze(), ..Default::default() })
+    })
+}
+
+/// A connection on which calls leave at a fixed rate.
 pub struct Writer {
     link: Link,
-    keys: Keys,
-    filler: Bytes,
+    next: NextRequest,
     in_flight: usize,
 }
 
 impl Writer {
-    /// Connects to the server that takes the writes.
-    pub async fn connect(endpoint: &str, fleet: &Fleet, value_size: usize) -> Result<Self, LinkError> {
-        let link = Link::connect(endpoint, endpoint, PUT).await?;
-        Ok(Self { link, keys: fleet.keys(), filler: value(value_size.saturating_sub(STAMP)), in_flight: 0 })
+    /// Connects to the server that takes the calls.
+    pub async fn connect(endpoint: &str, path: &str, next: NextRequest) -> Result<Self, LinkError> {
+        Ok(Self { link: Link::connect(endpoint, endpoint, path).await?, next, in_flight: 0 })
     }
 
-    /// Writes `rate` values a second until the window ends, then waits for the answers.
+    /// Makes `rate` calls a second until the window ends, then waits for the answers.
     pub async fn run(&mut self, rate: f64, window: Window, delivery: &Delivery) -> Result<(), LinkError> {
         let pause = Duration::from_secs_f64(1.0 / rate.clamp(0.001, 1_000_000.0));
         let mut due = Instant::now();
         while due < window.end {
             while due <= Instant::now() && self.in_flight < MAX_IN_FLIGHT {
-                self.put();
+                self.call();
                 due += pause;
             }
             let wake = due.max(Instant::now()).min(window.end);
@@ -89,12 +100,9 @@ impl Writer {
         Ok(())
     }
 
-    fn put(&mut self) {
-        let mut value = BytesMut::with_capacity(STAMP + self.filler.len());
-        value.put_slice(&stamp());
-        value.put_slice(&self.filler);
-        let put = PutRequest { key: self.keys.random(), value: value.freeze(), ..Default::default() };
-        self.link.wire().open(framed(&put), true);
+    fn call(&mut self) {
+        let request = (self.next)();
+        self.link.wire().open(request, true);
         self.in_flight += 1;
     }
 
