@@ -7,8 +7,10 @@
 //! - [`body`], [`response`]: what answers are made of;
 //! - [`forward`], [`relay`]: calls that etcd answers;
 //! - [`members`]: MemberList, so that clients stay behind the proxy;
-//! - [`health`], [`http`]: `grpc.health.v1`, and what etcd serves over HTTP/1.1 on its client port.
+//! - [`health`], [`http`]: `grpc.health.v1`, and what etcd serves over HTTP/1.1 on its client port;
+//! - [`admin`]: the operators' port.
 
+pub mod admin;
 pub mod body;
 pub mod forward;
 pub mod health;

@@ -44,6 +44,8 @@ const OVERHEAD: usize = 512 << 10;
 pub struct Settings {
     /// Etcd's `--max-request-bytes`.
     pub max_request_bytes: usize,
+    /// The largest answer from memory.
+    pub max_response_bytes: u64,
 }
 
 /// Counts reads, by method and by who answered.

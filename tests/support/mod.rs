@@ -12,10 +12,13 @@
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
 pub mod client;
+pub mod compare;
 pub mod etcd;
 pub mod fault;
 pub mod millpond;
+pub mod operation;
 pub mod ports;
 pub mod process;
+pub mod random;
 pub mod subject;
 pub mod toolchain;

@@ -66,10 +66,24 @@ impl Kv {
     /// our history, or because it seems to lie in the future.
     pub(super) fn evaluate(&self, view: &View, request: &RangeRequest) -> Result<Option<Selection>, Status> {
         match select(view, request) {
-            Ok(selection) => Ok(Some(selection)),
+            Ok(selection) => self.check_size(selection, request).map(Some),
             Err(RangeError::Compacted) => Err(Status::COMPACTED),
             Err(RangeError::Future | RangeError::NotInMemory) => Ok(None),
         }
+    }
+
+    /// As Go's gRPC library words it for a server whose answers are limited.
+    fn check_size(&self, selection: Selection, request: &RangeRequest) -> Result<Selection, Status> {
+        let limit = self.settings.max_response_bytes;
+        if limit == u64::MAX || request.keys_only {
+            return Ok(selection);
+        }
+        let size = selection.records.sums().wire;
+        if size <= limit {
+            return Ok(selection);
+        }
+        let text = format!("grpc: trying to send message larger than max ({size} vs. {limit})");
+        Err(Status::new(tonic::Code::ResourceExhausted, text))
     }
 
     /// How the values are left out, if they are. As in etcd, sorting by value keeps the lease.
