@@ -7,7 +7,7 @@
 //! - [`subject`]: the server under test, and a plain etcd beside it that must answer the same.
 //! - [`fault`]: a TCP proxy that breaks connections in chosen ways.
 //! - [`client`]: stubs and small calls.
-//! - [`operation`], [`random`], [`compare`], [`watching`]: random requests, and the comparison of what comes back.
+//! - [`operation`], [`random`], [`compare`], [`watching`], [`script`]: random requests, and the comparison of what comes back.
 
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
@@ -20,5 +20,7 @@ pub mod operation;
 pub mod ports;
 pub mod process;
 pub mod random;
+pub mod script;
 pub mod subject;
 pub mod toolchain;
+pub mod watching;
