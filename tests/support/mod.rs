@@ -6,6 +6,7 @@
 //! - [`millpond`]: the Millpond binary as a child process.
 //! - [`subject`]: the server under test, and a plain etcd beside it that must answer the same.
 //! - [`fault`]: a TCP proxy that breaks connections in chosen ways.
+//! - [`etcdctl`]: the command line client.
 //! - [`client`]: stubs and small calls.
 //! - [`operation`], [`random`], [`compare`], [`watching`], [`script`]: random requests, and the comparison of what comes back.
 
@@ -14,6 +15,7 @@
 pub mod client;
 pub mod compare;
 pub mod etcd;
+pub mod etcdctl;
 pub mod fault;
 pub mod millpond;
 pub mod operation;
