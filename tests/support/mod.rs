@@ -8,6 +8,7 @@
 //! - [`fault`]: a TCP proxy that breaks connections in chosen ways.
 //! - [`etcdctl`]: the command line client.
 //! - [`client`]: stubs and small calls.
+//! - [`informer`]: a client that lists and follows, and notices any gap.
 //! - [`operation`], [`random`], [`compare`], [`watching`], [`script`]: random requests, and the comparison of what comes back.
 
 #![allow(dead_code, reason = "each test binary uses a part of this")]
@@ -17,6 +18,7 @@ pub mod compare;
 pub mod etcd;
 pub mod etcdctl;
 pub mod fault;
+pub mod informer;
 pub mod millpond;
 pub mod operation;
 pub mod ports;
