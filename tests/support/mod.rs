@@ -7,6 +7,7 @@
 //! - [`subject`]: the server under test, and a plain etcd beside it that must answer the same.
 //! - [`fault`]: a TCP proxy that breaks connections in chosen ways.
 //! - [`etcdctl`]: the command line client.
+//! - [`raw`]: gRPC by hand, for bad input.
 //! - [`client`]: stubs and small calls.
 //! - [`informer`]: a client that lists and follows, and notices any gap.
 //! - [`operation`], [`random`], [`compare`], [`watching`], [`script`]: random requests, and the comparison of what comes back.
@@ -24,6 +25,7 @@ pub mod operation;
 pub mod ports;
 pub mod process;
 pub mod random;
+pub mod raw;
 pub mod script;
 pub mod subject;
 pub mod toolchain;
