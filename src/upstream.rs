@@ -214,19 +214,7 @@ impl Upstream {
             ConnectionClass::Feed => Class::Feed,
             ConnectionClass::CatchUp => Class::CatchUp,
         };
-        let shared = self.shared().clone();
-        let member = shared.member(at)?;
-        let slot = member.pool.slot(class).await.inspect_err(|_| shared.suspect(at))?;
-        let (sender, body) = StreamSender::new();
-        let request = call::request(&member.authority, path, metadata, None, body)?;
-        let answered = slot.sender().send_request(request);
-        let receiver = StreamReceiver::new(async move {
-            match answered.await {
-                Ok(response) => Ok((response, slot)),
-                Err(error) => Err(shared.failed(at, &error)),
-            }
-        });
-        Ok((sender, receiver))
+        self.shared().open_stream(at, class, path, metadata).await
     }
 
     /// The endpoint to use now: the first usable one in configured order, those with a leader and a vote first, without
@@ -340,6 +328,28 @@ impl Shared {
             call::unary_message(answer.response).await
         });
         answer.await.unwrap_or(Err(call::DEADLINE))
+    }
+
+    async fn open_stream<Q: Message>(
+        self: &Arc<Self>,
+        at: EndpointId,
+        class: Class,
+        path: &'static str,
+        metadata: &[(&'static str, &'static str)],
+    ) -> Result<(StreamSender<Q>, StreamReceiver), Status> {
+        let shared = self.clone();
+        let member = self.member(at)?;
+        let slot = member.pool.slot(class).await.inspect_err(|_| self.suspect(at))?;
+        let (sender, body) = StreamSender::new();
+        let request = call::request(&member.authority, path, metadata, None, body)?;
+        let answered = slot.sender().send_request(request);
+        let receiver = StreamReceiver::new(async move {
+            match answered.await {
+                Ok(response) => Ok((response, slot)),
+                Err(error) => Err(shared.failed(at, &error)),
+            }
+        });
+        Ok((sender, receiver))
     }
 
     /// Sends a request, dialling if need be.

@@ -107,9 +107,12 @@ async fn lock_waits_and_election_is_observed() {
     waiting.await.unwrap().unwrap();
 
     let mut election = ElectionClient::new(client.channel.clone());
-    let mut observed = election.clone().observe(LeaderRequest { name: "e".into() }).await.unwrap().into_inner();
+    // etcd answers an observer when there is a leader, not before.
+    let mut observer = election.clone();
+    let observing = tokio::spawn(async move { observer.observe(LeaderRequest { name: "e".into() }).await });
     let campaign = CampaignRequest { name: "e".into(), lease: 1, value: "first".into() };
     let leader = election.campaign(campaign).await.unwrap().into_inner().leader;
+    let mut observed = observing.await.unwrap().unwrap().into_inner();
     let value = async |observed: &mut tonic::Streaming<_>| -> Bytes {
         let seen: millpond::proto::v3electionpb::LeaderResponse = observed.message().await.unwrap().unwrap();
         seen.kv.unwrap().value
