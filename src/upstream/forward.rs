@@ -13,8 +13,12 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::{body::Incoming, client::conn::http1::SendRequest};
 
 use super::{
-    Answer, BodyError, EndpointId, ForwardClass, MemberLink, NO_CONNECTION, RequestBody, Shared, Upstream,
-    connection::Class, grpc, limits::Permit, pool::Slot,
+    BodyError, EndpointId, ForwardClass, RequestBody, Upstream,
+    connection::Class,
+    grpc,
+    limits::{Limit, Permit},
+    pool::Slot,
+    shared::{Answer, MemberLink, NO_CONNECTION, Shared},
 };
 use crate::status::Status;
 
@@ -110,7 +114,7 @@ fn aim(mut request: Request<RequestBody>, member: &MemberLink) -> Result<Request
 }
 
 impl Shared {
-    fn limit(&self, class: ForwardClass) -> &super::Limit {
+    fn limit(&self, class: ForwardClass) -> &Limit {
         match class {
             ForwardClass::Unary => &self.unary_limit,
             ForwardClass::Stream => &self.stream_limit,

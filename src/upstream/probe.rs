@@ -18,7 +18,12 @@ use tokio::{
 };
 use tonic::Code;
 
-use super::{AuthState, EndpointId, Report, RequestBody, Shared, Version, connection::Class, decode, grpc};
+use super::{
+    AuthState, EndpointId, Report, RequestBody, Version,
+    connection::Class,
+    grpc,
+    shared::{Shared, decode},
+};
 use crate::{
     proto::etcdserverpb::{
         RangeRequest, ResponseHeader, StatusRequest, StatusResponse, WatchCreateRequest, WatchRequest, WatchResponse,

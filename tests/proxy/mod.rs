@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
+pub mod fake;
+
 use std::{
     future::Future,
     sync::{Arc, Mutex},
