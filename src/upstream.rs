@@ -81,6 +81,8 @@ pub struct Settings {
     pub forward_limit: usize,
     /// Clients' streams and blocking calls under way at once.
     pub stream_limit: usize,
+    /// How long a client may leave a unary answer unread before the call is given up.
+    pub stall_limit: Duration,
     /// Between two probes of an endpoint.
     pub auth_probe_interval: Duration,
 }
@@ -95,6 +97,7 @@ impl Settings {
             keepalive_timeout: Duration::from_secs(5),
             forward_limit: 1024,
             stream_limit: 10_000,
+            stall_limit: Duration::from_secs(60),
             auth_probe_interval: Duration::from_secs(1),
         }
     }

@@ -202,3 +202,21 @@ async fn calls_over_the_limit_wait_and_are_answered() {
     }
     assert!(most.load(Ordering::SeqCst) <= 4);
 }
+
+#[tokio::test]
+async fn a_client_that_never_reads_gives_its_permit_back() {
+    let upstream = fake(|request: Request<Incoming>| async move {
+        if request.uri().path() == PUT { put_ok(request).await } else { flood() }
+    })
+    .await;
+    let mut options = Options::new(&[&upstream.address]);
+    options.settings.forward_limit = 1;
+    options.settings.stall_limit = Duration::from_millis(50);
+    let proxy = options.start().await;
+    let request = post(proxy.address(), "/etcdserverpb.KV/Txn").body(Bytes::new().into()).unwrap();
+    let unread = raw_client(proxy.address()).await.send_request(request).await.unwrap();
+    assert!(unread.status().is_success());
+    assert_eq!(put(&client(&proxy)).await, Ok(PutResponse::default()), "the only permit is free again");
+    let end = unread.into_body().collect().await.unwrap();
+    assert_eq!(end.trailers().and_then(grpc::outcome).unwrap().unwrap_err().code, tonic::Code::Unavailable);
+}
