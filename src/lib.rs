@@ -10,6 +10,7 @@
 //! - [`cache`]: a store and its feed behind reads at a freshness.
 //! - [`fanout`]: watchers as cursors over the history.
 //! - [`server`]: the gRPC and HTTP faces.
+//! - [`socket`]: gathers the small writes of HTTP/2 connections.
 //! - [`sql`]: an etcd v3 server over SQL.
 //! - [`cli`], [`config`], [`telemetry`]: commands, settings, logs and metrics.
 
@@ -20,6 +21,7 @@ pub mod fanout;
 pub mod feed;
 pub mod proto;
 pub mod server;
+pub mod socket;
 pub mod sql;
 pub mod status;
 pub mod store;

@@ -1,1 +1,437 @@
-//! Talking to etcd: endpoints and failover, typed calls for the feed, raw calls for forwarding, and what the upstream can be trusted with.
+//! Talking to etcd: endpoints and failover, our own calls, raw calls for forwarding, and what the upstream can be trusted
+//! with.
+//!
+//! - `endpoint`: where an etcd is and how a byte stream to it is opened;
+//! - `connection`, `pool`: HTTP connections, by class of traffic;
+//! - `health`, `probe`, `version`: which endpoints may be used, which cluster they are, whether authentication is on;
+//! - `call`, `grpc`, `body`: our own calls;
+//! - `forward`, `limits`: clients' calls, moved as they are.
+//!
+//! A call that may have been applied is never repeated here. A forwarded call moves to another endpoint only while nothing
+//! of it was handed to a live connection.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http::{Request, Response, uri::Authority};
+use hyper::body::Incoming;
+use parking_lot::Mutex;
+use prost::Message;
+use tokio::{
+    sync::{Notify, watch},
+    task::AbortHandle,
+    time::timeout,
+};
+use tonic::Code;
+
+mod body;
+mod call;
+mod connection;
+mod endpoint;
+mod forward;
+pub mod grpc;
+mod health;
+mod limits;
+mod metrics;
+mod pool;
+mod probe;
+mod version;
+
+pub use self::{
+    body::{BodyError, RequestBody},
+    call::{StreamReceiver, StreamSender},
+    endpoint::{Dial, DialFuture, Endpoint, EndpointId, Io},
+    forward::{Forwarded, ForwardedBody, Route},
+    health::{AuthState, EndpointHealth, Health, Report, Standing},
+    limits::ForwardClass,
+    version::{Gate, Version},
+};
+use self::{
+    connection::{Class, Tuning},
+    health::Roster,
+    limits::Limit,
+    metrics::Metrics,
+    pool::{Pool, Slot},
+};
+use crate::status::Status;
+
+/// How often a request that a closing connection gave back is handed to another one.
+const HANDOVERS: usize = 3;
+
+/// Why an upstream cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum UpstreamError {
+    /// An endpoint's text is not one.
+    #[error("endpoint {endpoint:?}: {reason}")]
+    Endpoint {
+        /// The text.
+        endpoint: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// There is nothing to talk to.
+    #[error("no endpoints")]
+    NoEndpoints,
+    /// The metrics are registered already.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+}
+
+/// What an upstream is told.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The cluster's members, in the order of preference.
+    pub endpoints: Vec<Endpoint>,
+    /// For a dial with its handshake, and for a probe.
+    pub connect_timeout: Duration,
+    /// Silence on a connection with open streams before it is pinged. etcd tolerates 5 s and more.
+    pub keepalive_interval: Duration,
+    /// How long a ping's answer may take.
+    pub keepalive_timeout: Duration,
+    /// Clients' unary calls under way at once.
+    pub forward_limit: usize,
+    /// Clients' streams and blocking calls under way at once.
+    pub stream_limit: usize,
+    /// Between two probes of an endpoint.
+    pub auth_probe_interval: Duration,
+}
+
+impl Settings {
+    /// The defaults, for these endpoints.
+    pub fn new(endpoints: Vec<Endpoint>) -> Self {
+        Self {
+            endpoints,
+            connect_timeout: Duration::from_secs(3),
+            keepalive_interval: Duration::from_secs(10),
+            keepalive_timeout: Duration::from_secs(5),
+            forward_limit: 1024,
+            stream_limit: 10_000,
+            auth_probe_interval: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Which connection a stream of our own runs on.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum ConnectionClass {
+    /// One of its own, for a feed's watch.
+    Feed,
+    /// Shared with other short-lived watches that read history.
+    CatchUp,
+}
+
+/// One etcd cluster. Cheap to clone; the probes end with the last clone.
+#[derive(Clone)]
+pub struct Upstream(Arc<Handle>);
+
+struct Handle {
+    shared: Arc<Shared>,
+    probers: Vec<AbortHandle>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.probers.iter().for_each(AbortHandle::abort);
+    }
+}
+
+struct Shared {
+    settings: Settings,
+    members: Vec<MemberLink>,
+    roster: Mutex<Roster>,
+    health: watch::Receiver<Health>,
+    auth: watch::Receiver<AuthState>,
+    unary_limit: Limit,
+    stream_limit: Limit,
+}
+
+/// The way to one endpoint.
+struct MemberLink {
+    pool: Pool,
+    authority: Authority,
+    /// Wakes its prober early.
+    kick: Notify,
+}
+
+impl Upstream {
+    /// Starts probing the endpoints; to be called inside a tokio runtime. An etcd that is down is no error.
+    ///
+    /// # Errors
+    /// When there are no endpoints, or metrics of these names are registered already.
+    pub fn start(settings: Settings, registry: &prometheus::Registry) -> Result<Upstream, UpstreamError> {
+        let shared = Arc::new(Shared::new(settings, Metrics::register(registry)?)?);
+        let probers = shared.members.iter().enumerate();
+        let probers =
+            probers.map(|(index, _)| tokio::spawn(probe::run(shared.clone(), EndpointId(index))).abort_handle());
+        Ok(Upstream(Arc::new(Handle { probers: probers.collect(), shared })))
+    }
+
+    /// One call of our own at one endpoint.
+    ///
+    /// # Errors
+    /// etcd's status; DeadlineExceeded after `deadline`; Unavailable when the endpoint cannot be reached.
+    pub async fn unary<Q: Message, A: Message + Default>(
+        &self,
+        at: EndpointId,
+        path: &'static str,
+        request: &Q,
+        deadline: Duration,
+    ) -> Result<A, Status> {
+        let message = self.unary_raw(at, path, request, deadline).await?;
+        decode(path, message)
+    }
+
+    /// As [`Upstream::unary`], with the answer's message as it came. Of any size.
+    ///
+    /// # Errors
+    /// As [`Upstream::unary`].
+    pub async fn unary_raw<Q: Message>(
+        &self,
+        at: EndpointId,
+        path: &'static str,
+        request: &Q,
+        deadline: Duration,
+    ) -> Result<Bytes, Status> {
+        self.shared().unary(at, Class::Own, path, &[], grpc::frame(request), deadline).await
+    }
+
+    /// A server-streaming or bidirectional call of our own. The first message may be sent at once; an error that follows
+    /// the opening is told by the receiver.
+    ///
+    /// # Errors
+    /// Unavailable when the endpoint cannot be reached.
+    pub async fn open_stream<Q: Message>(
+        &self,
+        at: EndpointId,
+        class: ConnectionClass,
+        path: &'static str,
+        metadata: &[(&'static str, &'static str)],
+    ) -> Result<(StreamSender<Q>, StreamReceiver), Status> {
+        let class = match class {
+            ConnectionClass::Feed => Class::Feed,
+            ConnectionClass::CatchUp => Class::CatchUp,
+        };
+        let shared = self.shared().clone();
+        let member = shared.member(at)?;
+        let slot = member.pool.slot(class).await.inspect_err(|_| shared.suspect(at))?;
+        let (sender, body) = StreamSender::new();
+        let request = call::request(&member.authority, path, metadata, None, body)?;
+        let answered = slot.sender().send_request(request);
+        let receiver = StreamReceiver::new(async move {
+            match answered.await {
+                Ok(response) => Ok((response, slot)),
+                Err(error) => Err(shared.failed(at, &error)),
+            }
+        });
+        Ok((sender, receiver))
+    }
+
+    /// The endpoint to use now: the first usable one in configured order, those with a leader and a vote first, without
+    /// those to `avoid`. `None`: none is reachable.
+    pub fn preferred(&self, avoid: &[EndpointId]) -> Option<EndpointId> {
+        self.shared().health.borrow().preferred(avoid)
+    }
+
+    /// As [`Upstream::preferred`], but waits while probes under way may yet find one, for `patience` at most.
+    pub async fn await_preferred(&self, avoid: &[EndpointId], patience: Duration) -> Option<EndpointId> {
+        self.shared().await_preferred(avoid, patience).await
+    }
+
+    /// All endpoints, in configured order.
+    pub fn endpoints(&self) -> impl Iterator<Item = EndpointId> + use<> {
+        (0..self.shared().members.len()).map(EndpointId)
+    }
+
+    /// An endpoint's name, for logs.
+    pub fn name(&self, at: EndpointId) -> &str {
+        self.shared().members.get(at.0).map_or("unknown", |member| member.pool.name())
+    }
+
+    /// A caller saw the endpoint fail: it is probed at once, and others are preferred until it is well again.
+    pub fn report_failure(&self, at: EndpointId) {
+        self.shared().suspect(at);
+    }
+
+    /// What is known of the endpoints.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.shared().health.clone()
+    }
+
+    /// Whether permissions are checked.
+    pub fn auth(&self) -> watch::Receiver<AuthState> {
+        self.shared().auth.clone()
+    }
+
+    /// To be called before an AuthEnable is relayed: from now on authentication counts as on, and when the hold is dropped,
+    /// until every usable member was asked anew.
+    pub fn suspect_auth(&self) -> AuthHold {
+        self.shared().roster.lock().hold();
+        AuthHold(self.shared().clone())
+    }
+
+    /// What can be relied on, given the versions of all reachable members of the cluster.
+    pub fn gate(&self) -> Gate {
+        let health = self.shared().health.borrow();
+        let well = health.endpoints.iter().filter(|endpoint| endpoint.standing == Standing::Well);
+        let version = |endpoint: &EndpointHealth| endpoint.report.as_ref().and_then(|report| report.version);
+        Gate::over(well.map(|endpoint| version(endpoint).unwrap_or(Version::UNKNOWN)))
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.0.shared
+    }
+}
+
+/// See [`Upstream::suspect_auth`].
+pub struct AuthHold(Arc<Shared>);
+
+impl Drop for AuthHold {
+    fn drop(&mut self) {
+        self.0.roster.lock().release();
+        self.0.members.iter().for_each(|member| member.kick.notify_one());
+    }
+}
+
+fn decode<A: Message + Default>(path: &str, message: Bytes) -> Result<A, Status> {
+    A::decode(message).map_err(|error| Status::new(Code::Internal, format!("unreadable answer to {path}: {error}")))
+}
+
+impl Shared {
+    fn new(settings: Settings, metrics: Metrics) -> Result<Self, UpstreamError> {
+        if settings.endpoints.is_empty() {
+            return Err(UpstreamError::NoEndpoints);
+        }
+        let members: Result<Vec<MemberLink>, UpstreamError> =
+            settings.endpoints.iter().map(|endpoint| MemberLink::new(endpoint, &settings, &metrics)).collect();
+        let members = members?;
+        let names = members.iter().map(|member| member.pool.name().to_owned()).collect();
+        let roster = Roster::new(names, metrics.clone());
+        Ok(Self {
+            members,
+            health: roster.health(),
+            auth: roster.auth(),
+            roster: Mutex::new(roster),
+            unary_limit: Limit::new(ForwardClass::Unary, settings.forward_limit, &metrics),
+            stream_limit: Limit::new(ForwardClass::Stream, settings.stream_limit, &metrics),
+            settings,
+        })
+    }
+
+    fn member(&self, at: EndpointId) -> Result<&MemberLink, Status> {
+        self.members.get(at.0).ok_or(Status::fixed(Code::Internal, "no such endpoint"))
+    }
+
+    async fn unary(
+        &self,
+        at: EndpointId,
+        class: Class,
+        path: &'static str,
+        metadata: &[(&'static str, &'static str)],
+        message: Bytes,
+        deadline: Duration,
+    ) -> Result<Bytes, Status> {
+        let request =
+            call::request(&self.member(at)?.authority, path, metadata, Some(deadline), RequestBody::full(message))?;
+        let answer = timeout(deadline, async {
+            let answer = self.send(at, class, request).await.map_err(|unsent| unsent.status)?;
+            call::unary_message(answer.response).await
+        });
+        answer.await.unwrap_or(Err(call::DEADLINE))
+    }
+
+    /// Sends a request, dialling if need be.
+    async fn send(&self, at: EndpointId, class: Class, mut request: Request<RequestBody>) -> Result<Answer, Unsent> {
+        let Ok(member) = self.member(at) else { return Err(Unsent::lost(NO_CONNECTION)) };
+        for _ in 0..HANDOVERS {
+            let slot = match member.pool.slot(class).await {
+                Ok(slot) => slot,
+                Err(status) => {
+                    self.suspect(at);
+                    return Err(Unsent { status, request: Some(request) });
+                }
+            };
+            let sent = Instant::now();
+            match slot.sender().try_send_request(request).await {
+                Ok(response) => return Ok(Answer { response, slot, sent }),
+                Err(mut error) => match error.take_message() {
+                    Some(given_back) => request = given_back,
+                    None => return Err(Unsent::lost(self.failed(at, error.error()))),
+                },
+            }
+        }
+        self.suspect(at);
+        Err(Unsent { status: NO_CONNECTION, request: Some(request) })
+    }
+
+    /// The status of a call that a transport error ended. An error of the whole connection makes the endpoint suspect.
+    fn failed(&self, at: EndpointId, error: &hyper::Error) -> Status {
+        if grpc::remote_reset(error).is_none() && !error.is_canceled() {
+            self.suspect(at);
+        }
+        grpc::from_transport(error)
+    }
+
+    fn suspect(&self, at: EndpointId) {
+        if self.roster.lock().suspect(at)
+            && let Some(member) = self.members.get(at.0)
+        {
+            member.kick.notify_one();
+        }
+    }
+
+    async fn await_preferred(&self, avoid: &[EndpointId], patience: Duration) -> Option<EndpointId> {
+        let decided = |health: &Health| health.preferred(avoid).is_some() || !health.undecided(avoid);
+        if !decided(&self.health.borrow()) {
+            // Whether it was decided or patience ended, what is known now is the answer.
+            let _ = timeout(patience, self.health.clone().wait_for(decided)).await;
+        }
+        self.health.borrow().preferred(avoid)
+    }
+
+    fn reap(&self, at: EndpointId) {
+        if let Some(member) = self.members.get(at.0) {
+            member.pool.reap(Instant::now());
+        }
+    }
+}
+
+impl MemberLink {
+    fn new(endpoint: &Endpoint, settings: &Settings, metrics: &Metrics) -> Result<Self, UpstreamError> {
+        let name = endpoint.name().to_owned();
+        let tuning = Tuning {
+            connect_timeout: settings.connect_timeout,
+            keepalive_interval: settings.keepalive_interval,
+            keepalive_timeout: settings.keepalive_timeout,
+        };
+        let dialer = endpoint.dialer(settings.keepalive_interval + settings.keepalive_timeout);
+        let authority = name.parse();
+        let authority =
+            authority.map_err(|_| UpstreamError::Endpoint { endpoint: name.clone(), reason: "it is not host:port" })?;
+        Ok(Self { authority, pool: Pool::new(name, dialer, tuning, metrics.clone()), kick: Notify::new() })
+    }
+}
+
+/// What the Go client's interceptor takes, with Unavailable, as proof that not even a write was sent: it tries again.
+const NO_CONNECTION: Status = Status::fixed(Code::Unavailable, "there is no connection available");
+
+/// An answer from its headers on; the slot is to be kept until its end.
+struct Answer {
+    response: Response<Incoming>,
+    slot: Slot,
+    sent: Instant,
+}
+
+/// A request that was not answered; `request` is there if nothing of it was handed to a live connection.
+struct Unsent {
+    status: Status,
+    request: Option<Request<RequestBody>>,
+}
+
+impl Unsent {
+    fn lost(status: Status) -> Self {
+        Self { status, request: None }
+    }
+}

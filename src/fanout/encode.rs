@@ -1,0 +1,134 @@
+//! `WatchResponse`s as gRPC frames, put together from the bytes of records without encoding those again.
+
+use bytes::{BufMut, BytesMut};
+
+use crate::store::{
+    Event, EventKind, Responder, Revision,
+    wire::{bytes_field_len, int_field_len, put_bytes_head, put_int_field},
+};
+
+/// Bytes before every gRPC message: a flag and the message's length.
+pub const FRAME_HEAD: usize = 5;
+
+/// Everything of a `WatchResponse` but its events.
+#[derive(Clone, Debug, Default)]
+pub struct Envelope {
+    /// The header's revision.
+    pub revision: Revision,
+    /// The watcher; -1 for all of a stream.
+    pub watch_id: i64,
+    /// The watcher has been created (or refused, with `canceled`).
+    pub created: bool,
+    /// The watcher has ended.
+    pub canceled: bool,
+    /// The compaction that ended it.
+    pub compact_revision: i64,
+    /// Why it was refused.
+    pub cancel_reason: String,
+    /// More of the same response follows.
+    pub fragment: bool,
+}
+
+impl Envelope {
+    fn len(&self, responder: Responder) -> usize {
+        responder.field_len(self.revision)
+            + int_field_len(self.watch_id)
+            + 2 * (usize::from(self.created) + usize::from(self.canceled) + usize::from(self.fragment))
+            + int_field_len(self.compact_revision)
+            + if self.cancel_reason.is_empty() { 0 } else { bytes_field_len(self.cancel_reason.len()) }
+    }
+
+    /// How long the message is with `events` bytes of events.
+    pub fn message_len(&self, responder: Responder, events: usize) -> usize {
+        self.len(responder) + events
+    }
+
+    /// Appends one gRPC frame: this envelope around events that are encoded already.
+    pub fn put(&self, out: &mut BytesMut, responder: Responder, events: &[u8]) {
+        let length = self.message_len(responder, events.len());
+        out.reserve(FRAME_HEAD + length);
+        out.put_u8(0);
+        out.put_u32(length as u32);
+        responder.put(out, self.revision);
+        put_int_field(out, 2, self.watch_id);
+        put_int_field(out, 3, self.created.into());
+        put_int_field(out, 4, self.canceled.into());
+        put_int_field(out, 5, self.compact_revision);
+        if !self.cancel_reason.is_empty() {
+            put_bytes_head(out, 6, self.cancel_reason.len());
+            out.put_slice(self.cancel_reason.as_bytes());
+        }
+        put_int_field(out, 7, self.fragment.into());
+        out.put_slice(events);
+    }
+}
+
+/// How many bytes [`put_event`] appends.
+pub fn event_len(event: &Event, prev_kv: bool) -> usize {
+    bytes_field_len(event_body_len(event, prev_kv))
+}
+
+fn event_body_len(event: &Event, prev_kv: bool) -> usize {
+    let previous = event.previous.as_ref().filter(|_| prev_kv);
+    int_field_len((event.kind == EventKind::Delete).into())
+        + bytes_field_len(event.record.wire().len())
+        + previous.map_or(0, |previous| bytes_field_len(previous.wire().len()))
+}
+
+/// Appends `event` as one of a response's events, with the previous version if it is wanted and there is one.
+pub fn put_event(out: &mut impl BufMut, event: &Event, prev_kv: bool) {
+    put_bytes_head(out, 11, event_body_len(event, prev_kv));
+    put_int_field(out, 1, (event.kind == EventKind::Delete).into());
+    put_bytes_head(out, 2, event.record.wire().len());
+    out.put_slice(event.record.wire());
+    if let Some(previous) = event.previous.as_ref().filter(|_| prev_kv) {
+        put_bytes_head(out, 3, previous.wire().len());
+        out.put_slice(previous.wire());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        proto::{
+            etcdserverpb::WatchResponse,
+            mvccpb::{self, event::EventType},
+        },
+        store::Record,
+    };
+    use prost::Message;
+
+    #[test]
+    fn a_response_decodes_to_what_was_meant() {
+        let responder = Responder { cluster_id: u64::MAX, member_id: 7, raft_term: 3 };
+        let event = Event {
+            kind: EventKind::Delete,
+            record: Record::tombstone(b"k", Revision(9)),
+            previous: Some(Record::new(b"k", b"old", Revision(2), Revision(5), 2, 77)),
+        };
+        let mut events = vec![];
+        put_event(&mut events, &event, true);
+        assert_eq!(events.len(), event_len(&event, true));
+        let envelope = Envelope {
+            revision: Revision(9),
+            watch_id: -1,
+            created: true,
+            canceled: true,
+            compact_revision: 4,
+            cancel_reason: "why".into(),
+            fragment: true,
+        };
+        let mut out = BytesMut::new();
+        envelope.put(&mut out, responder, &events);
+        assert_eq!(out.len(), FRAME_HEAD + envelope.message_len(responder, events.len()));
+        let decoded = WatchResponse::decode(&out[FRAME_HEAD..]).unwrap();
+        assert_eq!(decoded.header, Some(responder.header(Revision(9))));
+        assert_eq!((decoded.watch_id, decoded.compact_revision, &decoded.cancel_reason[..]), (-1, 4, "why"));
+        assert!(decoded.created && decoded.canceled && decoded.fragment);
+        let [event] = &decoded.events[..] else { panic!("one event") };
+        assert_eq!(event.r#type(), EventType::Delete);
+        assert_eq!(event.kv, Some(mvccpb::KeyValue { key: "k".into(), mod_revision: 9, ..Default::default() }));
+        assert_eq!(event.prev_kv.as_ref().map(|kv| (kv.lease, kv.version)), Some((77, 2)));
+    }
+}

@@ -1,0 +1,185 @@
+//! Takes each new entry of one store to the sessions that it concerns.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, AtomicU64, Ordering},
+    },
+};
+
+use parking_lot::Mutex;
+
+use super::{
+    mailbox::{Mailbox, Subscription},
+    ranges::RangeIndex,
+};
+use crate::{
+    status::Status,
+    store::{Entry, KeyRange, Position, Revision, Store, View},
+};
+
+/// Entries that are dispatched before the registry is free for others in between.
+const BATCH: usize = 256;
+
+/// The watchers of one store, and the task that tells them of new entries.
+pub struct Hub {
+    store: Arc<Store>,
+    registry: Mutex<Registry>,
+    /// The revision up to which every session has been told; stored after the last letter has been delivered.
+    told: AtomicI64,
+    next_session: AtomicU64,
+}
+
+#[derive(Default)]
+struct Registry {
+    index: RangeIndex<Arc<Subscription>>,
+    sessions: HashMap<u64, Arc<Mailbox>>,
+    /// Sessions that want to be woken when the position moves, events or not.
+    curious: Vec<Arc<Mailbox>>,
+    position: Position,
+}
+
+impl Hub {
+    /// A hub on `store`. [`Hub::run`] is to be spawned.
+    pub fn new(store: Arc<Store>) -> Arc<Self> {
+        let position = store.view().position;
+        Arc::new(Self {
+            store,
+            told: AtomicI64::new(position.revision.0),
+            registry: Mutex::new(Registry { position, ..Registry::default() }),
+            next_session: AtomicU64::new(0),
+        })
+    }
+
+    /// The store that the hub's watchers follow.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// How many sessions there are.
+    pub fn sessions(&self) -> usize {
+        self.registry.lock().sessions.len()
+    }
+
+    /// Ends every stream that has watchers here.
+    pub fn end_all(&self, status: &Status) {
+        for mailbox in self.registry.lock().sessions.values() {
+            mailbox.end(status.clone());
+        }
+    }
+
+    /// The revision up to which every session has been told of everything.
+    pub(super) fn told(&self) -> Revision {
+        Revision(self.told.load(Ordering::Acquire))
+    }
+
+    pub(super) fn open(&self, mailbox: &Arc<Mailbox>) -> u64 {
+        let session = self.next_session.fetch_add(1, Ordering::Relaxed);
+        self.registry.lock().sessions.insert(session, mailbox.clone());
+        session
+    }
+
+    pub(super) fn close(&self, session: u64) {
+        self.registry.lock().sessions.remove(&session);
+    }
+
+    /// Enters `subscription`, whose watchers have everything up to `reached`, unless the hub is further than that already:
+    /// then they must read on.
+    pub(super) fn join(&self, range: &KeyRange, subscription: &Arc<Subscription>, reached: Revision) -> bool {
+        let mut registry = self.registry.lock();
+        if registry.position.revision > reached {
+            return false;
+        }
+        registry.index.insert(range, subscription.clone());
+        true
+    }
+
+    /// Whether watchers that have everything up to `reached` may rely on being told of what follows, as members of a
+    /// subscription that has been entered.
+    pub(super) fn is_at_most(&self, reached: Revision) -> bool {
+        self.registry.lock().position.revision <= reached
+    }
+
+    pub(super) fn leave(&self, range: &KeyRange, subscription: &Arc<Subscription>) {
+        self.registry.lock().index.remove(range, subscription);
+    }
+
+    /// Wakes the session as soon as the position is not `seen` any more.
+    pub(super) fn wake_after(&self, seen: Revision, mailbox: &Arc<Mailbox>) {
+        let mut registry = self.registry.lock();
+        if registry.position.revision == seen {
+            registry.curious.push(mailbox.clone());
+        } else {
+            mailbox.wake();
+        }
+    }
+
+    /// Follows the store for as long as it lives.
+    pub async fn run(self: Arc<Self>) {
+        let mut position = self.store.position();
+        loop {
+            let view = self.store.view_owned();
+            self.dispatch(&view);
+            drop(view);
+            if position.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Tells the sessions of everything in `view` that is new.
+    pub(super) fn dispatch(&self, view: &View) {
+        let mut registry = self.registry.lock();
+        if registry.position.epoch != view.position.epoch {
+            let first = registry.position.epoch == 0;
+            registry.position = view.position;
+            self.told.store(view.revision().0, Ordering::Release);
+            if !first {
+                registry.sessions.values().for_each(|mailbox| mailbox.replace(view.position));
+            }
+            registry.wake_curious();
+            return;
+        }
+        let from = registry.position.revision;
+        let Some(mut entries) = view.window.after(from) else {
+            registry.sessions.values().for_each(|mailbox| mailbox.lose(from.next()));
+            return self.finish(&mut registry, view.revision());
+        };
+        loop {
+            let mut last = None;
+            let mut touched = Vec::new();
+            for entry in entries.by_ref().take(BATCH) {
+                registry.deliver(entry, &mut touched);
+                last = Some(entry.revision);
+            }
+            touched.iter().for_each(|mailbox| mailbox.wake());
+            let Some(last) = last else { return self.finish(&mut registry, view.revision()) };
+            registry.position.revision = last;
+            self.told.store(last.0, Ordering::Release);
+            parking_lot::MutexGuard::bump(&mut registry);
+        }
+    }
+
+    fn finish(&self, registry: &mut Registry, revision: Revision) {
+        registry.position.revision = registry.position.revision.max(revision);
+        self.told.store(registry.position.revision.0, Ordering::Release);
+        registry.wake_curious();
+    }
+}
+
+impl Registry {
+    fn deliver(&self, entry: &Arc<Entry>, touched: &mut Vec<Arc<Mailbox>>) {
+        for event in &entry.events {
+            self.index.visit(event.record.key(), |subscription| {
+                if subscription.is_new(entry.revision) && subscription.mailbox.deliver(entry, subscription.group) {
+                    touched.push(subscription.mailbox.clone());
+                }
+            });
+        }
+    }
+
+    fn wake_curious(&mut self) {
+        self.curious.drain(..).for_each(|mailbox| mailbox.wake());
+    }
+}

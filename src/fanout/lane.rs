@@ -1,0 +1,156 @@
+//! The part of a session that hangs on one hub: groups of watchers of the same range, and the mail that comes for them.
+
+use std::{collections::HashMap, sync::Arc, task::Waker};
+
+use super::{
+    Hub,
+    mailbox::{Letter, Mailbox, Subscription},
+};
+use crate::{
+    status::Status,
+    store::{KeyRange, Position, Revision},
+};
+
+/// Watchers of one session with the same range.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) range: KeyRange,
+    pub(super) members: Vec<u32>,
+    subscription: Arc<Subscription>,
+}
+
+pub(super) struct Lane {
+    pub(super) hub: Arc<Hub>,
+    mailbox: Arc<Mailbox>,
+    session: u64,
+    groups: Vec<Option<Group>>,
+    free: Vec<u32>,
+    by_range: HashMap<KeyRange, u32>,
+    pub(super) letters: Vec<Letter>,
+    /// How many of the letters have been worked off.
+    pub(super) read: usize,
+    /// Every live watcher has been sent everything up to here.
+    pub(super) told: Revision,
+    /// What `told` becomes when the letters have been worked off.
+    pending_told: Revision,
+    lost: Option<Revision>,
+}
+
+/// Word that concerns all watchers of a lane.
+pub(super) enum Notice {
+    /// The stream is to end.
+    Ended(Status),
+    /// Another history has begun.
+    Replaced(Position),
+}
+
+impl Lane {
+    pub(super) fn open(hub: &Arc<Hub>) -> Self {
+        let mailbox = Arc::new(Mailbox::default());
+        Self {
+            session: hub.open(&mailbox),
+            hub: hub.clone(),
+            mailbox,
+            groups: Vec::new(),
+            free: Vec::new(),
+            by_range: HashMap::new(),
+            letters: Vec::new(),
+            read: 0,
+            told: Revision::ZERO,
+            pending_told: Revision::ZERO,
+            lost: None,
+        }
+    }
+
+    pub(super) fn register(&self, waker: &Waker) {
+        self.mailbox.register(waker);
+    }
+
+    pub(super) fn wake_after(&self, seen: Revision) {
+        self.hub.wake_after(seen, &self.mailbox);
+    }
+
+    /// Fetches new mail when the old has been worked off.
+    pub(super) fn fetch(&mut self) -> Option<Notice> {
+        if self.read < self.letters.len() {
+            return None;
+        }
+        self.letters.clear();
+        self.read = 0;
+        // Before the mail: what has been told by now is in the mailbox already.
+        self.pending_told = self.hub.told();
+        let (lost, replaced, ended) = self.mailbox.take(&mut self.letters);
+        self.lost = lost;
+        ended.map(Notice::Ended).or(replaced.map(Notice::Replaced))
+    }
+
+    /// When all letters have been worked off: the revision from which the lane's watchers must read by themselves, if they
+    /// were not told of something.
+    pub(super) fn settle(&mut self) -> Option<Revision> {
+        if self.read < self.letters.len() {
+            return None;
+        }
+        if self.lost.is_none() {
+            self.told = self.told.max(self.pending_told);
+        }
+        self.lost.take()
+    }
+
+    /// Forgets the mail and how far it had got: another history has begun.
+    pub(super) fn forget(&mut self) {
+        self.letters.clear();
+        self.read = 0;
+        self.lost = None;
+        self.told = Revision::ZERO;
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.read == self.letters.len() && self.lost.is_none()
+    }
+
+    pub(super) fn group(&self, group: u32) -> Option<&Group> {
+        self.groups.get(group as usize)?.as_ref()
+    }
+
+    /// Lets the watcher in `slot`, who has everything up to `reached`, be told of what follows in `range`. None when the
+    /// hub is further already.
+    pub(super) fn join(&mut self, range: &KeyRange, slot: u32, reached: Revision) -> Option<u32> {
+        if let Some(&group) = self.by_range.get(range) {
+            let members = self.hub.is_at_most(reached).then(|| self.groups[group as usize].as_mut())??;
+            members.members.push(slot);
+            return Some(group);
+        }
+        let group = self.free.last().copied().unwrap_or(self.groups.len() as u32);
+        let subscription = Subscription::new(self.mailbox.clone(), group);
+        if !self.hub.join(range, &subscription, reached) {
+            return None;
+        }
+        let joined = Some(Group { range: range.clone(), members: vec![slot], subscription });
+        match self.free.pop() {
+            Some(group) => self.groups[group as usize] = joined,
+            None => self.groups.push(joined),
+        }
+        self.by_range.insert(range.clone(), group);
+        Some(group)
+    }
+
+    pub(super) fn leave(&mut self, group: u32, slot: u32) {
+        let Some(Some(found)) = self.groups.get_mut(group as usize) else { return };
+        found.members.retain(|member| *member != slot);
+        if found.members.is_empty() {
+            self.hub.leave(&found.range, &found.subscription);
+            self.by_range.remove(&found.range);
+            self.groups[group as usize] = None;
+            self.free.push(group);
+        }
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        for group in self.groups.iter().flatten() {
+            self.hub.leave(&group.range, &group.subscription);
+        }
+        self.hub.close(self.session);
+    }
+}

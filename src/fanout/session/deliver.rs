@@ -1,0 +1,299 @@
+//! Events on their way out: letters for watchers that keep up, the history for those that are behind, and what the
+//! upstream sends for those that are relayed.
+
+use bytes::{BufMut, BytesMut};
+
+use super::{Relay, Session, State};
+use crate::{
+    fanout::{
+        encode::{Envelope, event_len, put_event},
+        watcher::Watcher,
+    },
+    proto::{etcdserverpb::WatchResponse, mvccpb},
+    store::{Entry, Event, Responder, Revision, View},
+};
+use prost::Message;
+
+/// Events in one response to a watcher that is behind, in bytes, after which the next response begins.
+const BATCH_BYTES: usize = 256 << 10;
+/// Entries of the history that one pump looks at for watchers that are behind.
+const ENTRIES_PER_PUMP: usize = 8192;
+
+/// Encoded events, kept between responses so that watchers who see the same thing share one encoding.
+#[derive(Default)]
+pub(super) struct Scratch {
+    bytes: Vec<u8>,
+    /// Where the encoding for each variant of the current letter lies.
+    spans: [Option<(usize, usize)>; 8],
+}
+
+impl Scratch {
+    fn clear(&mut self) {
+        self.bytes.clear();
+        self.spans = [None; 8];
+        if self.bytes.capacity() > BATCH_BYTES {
+            self.bytes = Vec::new();
+        }
+    }
+
+    /// The events of `entry` that `watcher` wants, encoded once for all watchers of its group that want the same.
+    fn entry(&mut self, entry: &Entry, watcher: &Watcher) -> &[u8] {
+        let variant = watcher.options.variant();
+        let (start, end) = self.spans[variant].unwrap_or_else(|| {
+            let start = self.bytes.len();
+            for event in entry.events.iter().filter(|event| watcher.options.wants(event)) {
+                put_event(&mut self.bytes, event, watcher.options.prev_kv);
+            }
+            (start, self.bytes.len())
+        });
+        self.spans[variant] = Some((start, end));
+        &self.bytes[start..end]
+    }
+}
+
+impl Session {
+    /// Works the lane's letters off, as far as the budget goes.
+    pub(super) fn deliver(&mut self, lane: usize, out: &mut BytesMut, budget: usize) {
+        let Some(lane) = &mut self.lanes[lane] else { return };
+        let responder = lane.hub.store().view().responder;
+        while let Some(letter) = lane.letters.get(lane.read) {
+            if out.len() >= budget {
+                return;
+            }
+            let entry = &letter.entry;
+            self.scratch.clear();
+            let members = lane.group(letter.group).map_or(&[][..], |group| &group.members[..]);
+            for slot in members {
+                let Some(Some(watcher)) = self.watchers.get_mut(*slot as usize) else { continue };
+                if watcher.next > entry.revision {
+                    continue;
+                }
+                if out.len() >= budget {
+                    return;
+                }
+                watcher.next = entry.revision.next();
+                let events = self.scratch.entry(entry, watcher);
+                if !events.is_empty() {
+                    watcher.quiet = false;
+                    let wanted = || entry.events.iter().filter(|event| watcher.options.wants(event));
+                    respond(watcher, responder, entry.revision, events, wanted, self.settings.fragment_bytes, out);
+                }
+            }
+            lane.read += 1;
+        }
+        lane.letters.clear();
+        lane.read = 0;
+    }
+
+    /// Lets the watchers that are behind read on. True when there is more to read at once.
+    pub(super) fn catch_up(&mut self, out: &mut BytesMut, budget: usize) -> bool {
+        let mut entries = ENTRIES_PER_PUMP;
+        let mut at = 0;
+        while let Some(&slot) = self.behind.get(at) {
+            if out.len() >= budget || entries == 0 {
+                return true;
+            }
+            if self.read_on(slot, &mut entries, out) {
+                self.behind.swap_remove(at);
+            } else {
+                at += 1;
+            }
+        }
+        !self.behind.is_empty()
+    }
+
+    /// Reads a stretch of the history for one watcher. True when it is not behind any more.
+    fn read_on(&mut self, slot: u32, entries: &mut usize, out: &mut BytesMut) -> bool {
+        let Some(Some(watcher)) = self.watchers.get_mut(slot as usize) else { return true };
+        let (State::Behind, Some(at)) = (watcher.state, watcher.lane) else { return true };
+        let Some(lane) = &mut self.lanes[at] else { return true };
+        let view = lane.hub.store().view_owned();
+        if watcher.next < view.compacted {
+            self.cancel_compacted(slot, view.compacted, out);
+            return true;
+        }
+        if !view.is_loaded() || !stretch(watcher, &view, entries, &mut self.scratch, self.settings.fragment_bytes, out)
+        {
+            self.relay(slot);
+            return true;
+        }
+        if watcher.next <= view.revision() {
+            return false;
+        }
+        match lane.join(&watcher.options.range, slot, watcher.next.previous()) {
+            Some(group) => {
+                watcher.state = State::Live { group };
+                true
+            }
+            None => false,
+        }
+    }
+
+    pub(super) fn relay(&mut self, slot: u32) {
+        let Some(Some(watcher)) = self.watchers.get_mut(slot as usize) else { return };
+        watcher.state = State::Relayed { told: None };
+        self.relays.push(Relay {
+            slot,
+            serial: watcher.serial,
+            options: watcher.options.clone(),
+            from: watcher.next,
+            lane: watcher.lane,
+        });
+    }
+
+    /// The watchers that have come to need a relay since the last call.
+    pub fn take_relays(&mut self) -> Vec<Relay> {
+        std::mem::take(&mut self.relays)
+    }
+
+    fn relayed_watcher(&mut self, slot: u32, serial: u64) -> Option<&mut Watcher> {
+        let watcher = self.watchers.get_mut(slot as usize)?.as_mut()?;
+        (watcher.serial == serial && matches!(watcher.state, State::Relayed { .. })).then_some(watcher)
+    }
+
+    /// Whether the watcher still wants to be relayed.
+    pub fn is_relayed(&mut self, slot: u32, serial: u64) -> bool {
+        self.relayed_watcher(slot, serial).is_some()
+    }
+
+    /// Passes on what the upstream sent for a relayed watcher: events, progress or a cancellation.
+    pub fn relayed(&mut self, slot: u32, serial: u64, response: WatchResponse, out: &mut BytesMut) {
+        let fragment_bytes = self.settings.fragment_bytes;
+        let Some(watcher) = self.relayed_watcher(slot, serial) else { return };
+        let header = response.header.unwrap_or_default();
+        let (responder, revision) = (Responder::from(&header), Revision(header.revision));
+        if response.canceled {
+            watcher.state = State::Dead;
+            let Watcher { id: watch_id, .. } = *watcher;
+            let WatchResponse { compact_revision, cancel_reason, .. } = response;
+            let canceled = true;
+            Envelope { revision, watch_id, canceled, compact_revision, cancel_reason, ..Envelope::default() }.put(
+                out,
+                responder,
+                &[],
+            );
+        } else if let Some(last) = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back() {
+            watcher.next = watcher.next.max(Revision(last.mod_revision).next());
+            watcher.quiet = false;
+            put_decoded(watcher, responder, revision, &response.events, fragment_bytes, out);
+        } else {
+            watcher.next = watcher.next.max(revision.next());
+            watcher.state = State::Relayed { told: Some((responder, revision)) };
+        }
+    }
+
+    /// Ends the relay of a watcher that has everything before its next revision: it reads the history window from there.
+    pub fn end_relay(&mut self, slot: u32, serial: u64) {
+        if let Some(watcher) = self.relayed_watcher(slot, serial)
+            && watcher.lane.is_some()
+        {
+            watcher.state = State::Behind;
+            self.behind.push(slot);
+        }
+    }
+
+    /// The first revision that a relayed watcher has not seen.
+    pub fn relay_next(&mut self, slot: u32, serial: u64) -> Option<Revision> {
+        self.relayed_watcher(slot, serial).map(|watcher| watcher.next)
+    }
+}
+
+/// Sends `watcher` the next stretch of the history window. False when the window begins after the watcher's next revision.
+fn stretch(
+    watcher: &mut Watcher,
+    view: &View,
+    entries: &mut usize,
+    scratch: &mut Scratch,
+    fragment_bytes: usize,
+    out: &mut BytesMut,
+) -> bool {
+    let Some(window) = view.window.after(watcher.next.previous()) else { return false };
+    scratch.clear();
+    let mut wanted = Vec::new();
+    let mut reached = watcher.next.max(view.revision().next());
+    for entry in window {
+        if *entries == 0 || scratch.bytes.len() >= BATCH_BYTES {
+            reached = entry.revision;
+            break;
+        }
+        *entries -= 1;
+        for event in entry.events.iter().filter(|event| watcher.options.wants(event)) {
+            put_event(&mut scratch.bytes, event, watcher.options.prev_kv);
+            wanted.push(event);
+        }
+    }
+    watcher.next = reached;
+    if !wanted.is_empty() {
+        watcher.quiet = false;
+        let events = || wanted.iter().copied();
+        respond(watcher, view.responder, view.revision(), &scratch.bytes, events, fragment_bytes, out);
+    }
+    true
+}
+
+/// Puts out one response, or its fragments.
+fn respond<'a, I: Iterator<Item = &'a Event>>(
+    watcher: &Watcher,
+    responder: Responder,
+    revision: Revision,
+    encoded: &[u8],
+    events: impl Fn() -> I,
+    fragment_bytes: usize,
+    out: &mut BytesMut,
+) {
+    let envelope = Envelope { revision, watch_id: watcher.id, ..Envelope::default() };
+    if !watcher.options.fragment || envelope.message_len(responder, encoded.len()) < fragment_bytes {
+        return envelope.put(out, responder, encoded);
+    }
+    let lengths = events().map(|event| event_len(event, watcher.options.prev_kv));
+    put_fragments(envelope, responder, encoded, lengths, fragment_bytes, out);
+}
+
+/// Cuts a response into fragments of at most `fragment_bytes`, or of one event where that is larger. As in etcd, all but
+/// the last say that more follows.
+fn put_fragments(
+    mut envelope: Envelope,
+    responder: Responder,
+    encoded: &[u8],
+    lengths: impl Iterator<Item = usize>,
+    fragment_bytes: usize,
+    out: &mut BytesMut,
+) {
+    envelope.fragment = true;
+    let (mut start, mut end) = (0, 0);
+    for length in lengths {
+        if end > start && envelope.message_len(responder, end - start + length) >= fragment_bytes {
+            envelope.put(out, responder, &encoded[start..end]);
+            start = end;
+        }
+        end += length;
+    }
+    envelope.fragment = false;
+    envelope.put(out, responder, &encoded[start..]);
+}
+
+/// Puts out events that came decoded from the upstream.
+fn put_decoded(
+    watcher: &Watcher,
+    responder: Responder,
+    revision: Revision,
+    events: &[mvccpb::Event],
+    fragment_bytes: usize,
+    out: &mut BytesMut,
+) {
+    let mut encoded = Vec::new();
+    let mut lengths = Vec::with_capacity(events.len());
+    for event in events {
+        let start = encoded.len();
+        encoded.put_u8(11 << 3 | 2);
+        // A vector grows as needed, so encoding into one cannot fail.
+        let _ = event.encode_length_delimited(&mut encoded);
+        lengths.push(encoded.len() - start);
+    }
+    let envelope = Envelope { revision, watch_id: watcher.id, ..Envelope::default() };
+    if watcher.options.fragment && envelope.message_len(responder, encoded.len()) >= fragment_bytes {
+        put_fragments(envelope, responder, &encoded, lengths.into_iter(), fragment_bytes, out);
+    } else {
+        envelope.put(out, responder, &encoded);
+    }
+}

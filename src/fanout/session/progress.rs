@@ -1,0 +1,114 @@
+//! Progress notifications: a revision up to which a watcher, or every watcher of the stream, has been sent everything.
+
+use bytes::BytesMut;
+
+use super::{Session, State};
+use crate::{
+    fanout::{encode::Envelope, watcher::Watcher},
+    store::{Responder, Revision},
+};
+
+/// How a request for progress stands.
+#[derive(Debug, PartialEq, Eq)]
+enum Answer {
+    /// Every watcher has everything up to here.
+    At(Responder, Revision),
+    /// Some watcher is still catching up.
+    NotYet,
+    /// Etcd would stay silent.
+    Never,
+}
+
+impl Session {
+    /// Notes that the client asks how far the stream has got. The answer goes out once it is true. The upstream is to be
+    /// asked for the watchers that it alone can tell of: true when there are such.
+    pub fn request_progress(&mut self) -> bool {
+        self.progress_requested = true;
+        self.ask_relays()
+    }
+
+    /// Forgets what the upstream has told of the watchers that nothing cached covers. True when there are such.
+    pub fn ask_relays(&mut self) -> bool {
+        let mut any = false;
+        for watcher in self.watchers.iter_mut().flatten().filter(|watcher| watcher.lane.is_none()) {
+            if let State::Relayed { told } = &mut watcher.state {
+                *told = None;
+                any = true;
+            }
+        }
+        any
+    }
+
+    /// Whether some watcher asked to be told its progress now and then.
+    pub fn wants_ticks(&self) -> bool {
+        self.watchers.iter().flatten().any(|watcher| watcher.options.progress_notify)
+    }
+
+    /// Whether a request for progress is waiting for its answer.
+    pub fn awaits_progress(&self) -> bool {
+        self.progress_requested
+    }
+
+    /// A tick of the progress timer: tells every watcher that asked for it, and has seen nothing since the last tick, how
+    /// far it has got.
+    pub fn tick(&mut self, out: &mut BytesMut) {
+        for slot in 0..self.watchers.len() {
+            let Some(watcher) = &self.watchers[slot] else { continue };
+            if !watcher.options.progress_notify {
+                continue;
+            }
+            let due = watcher.quiet.then(|| self.progress_of(watcher)).flatten();
+            if let Some((responder, revision)) = due.filter(|(_, revision)| *revision >= watcher.start) {
+                let watch_id = watcher.id;
+                Envelope { revision, watch_id, ..Envelope::default() }.put(out, responder, &[]);
+            }
+            if let Some(watcher) = &mut self.watchers[slot] {
+                watcher.quiet = true;
+            }
+        }
+    }
+
+    /// The revision up to which `watcher` has been sent everything, if it is not behind.
+    fn progress_of(&self, watcher: &Watcher) -> Option<(Responder, Revision)> {
+        if let (State::Relayed { told }, None) = (watcher.state, watcher.lane) {
+            return told;
+        }
+        let lane = self.lanes[watcher.lane?].as_ref()?;
+        let live = matches!(watcher.state, State::Live { .. }) && lane.is_idle();
+        (live && lane.told >= watcher.next.previous()).then(|| (lane.hub.store().view().responder, lane.told))
+    }
+
+    /// Answers a request for progress, if it can be answered. False: it can be as soon as the hubs' mail is fetched.
+    pub(super) fn answer_progress(&mut self, out: &mut BytesMut) -> bool {
+        if !self.progress_requested {
+            return true;
+        }
+        match self.progress() {
+            Answer::At(responder, revision) => {
+                self.progress_requested = false;
+                Envelope { revision, watch_id: -1, ..Envelope::default() }.put(out, responder, &[]);
+            }
+            Answer::Never => self.progress_requested = false,
+            // The answer of a relay wakes the stream by itself.
+            Answer::NotYet if self.lanes.iter().flatten().any(|lane| lane.told < lane.hub.told()) => return false,
+            Answer::NotYet => self.lanes.iter().flatten().for_each(|lane| lane.wake_after(lane.told)),
+        }
+        true
+    }
+
+    fn progress(&self) -> Answer {
+        let mut told: Option<(Responder, Revision)> = None;
+        for watcher in self.watchers.iter().flatten() {
+            let Some((responder, revision)) = self.progress_of(watcher) else {
+                return if watcher.state == State::Dead { Answer::Never } else { Answer::NotYet };
+            };
+            if revision < watcher.start {
+                return Answer::Never;
+            }
+            if told.is_none_or(|(_, least)| revision < least) {
+                told = Some((responder, revision));
+            }
+        }
+        told.map_or(Answer::Never, |(responder, revision)| Answer::At(responder, revision))
+    }
+}

@@ -1,0 +1,316 @@
+//! Sessions under random writes, budgets and delays: every watcher sees each event of its range once, in order, whole.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use bytes::{Buf, Bytes};
+use proptest::prelude::*;
+use prost::Message;
+
+use super::*;
+use crate::{
+    fanout::encode::FRAME_HEAD,
+    proto::{etcdserverpb::WatchResponse, mvccpb::event::EventType},
+    store::{Change, EventKind, Limits, Record, Store, Tree, Writer},
+};
+
+const RESPONDER: Responder = Responder { cluster_id: 1, member_id: 2, raft_term: 3 };
+
+/// A store, its hub, and one session whose output is decoded.
+struct Stage {
+    writer: Writer,
+    hub: Arc<Hub>,
+    session: Session,
+    heard: Vec<WatchResponse>,
+}
+
+impl Stage {
+    fn new(age: u64) -> Self {
+        let (store, mut writer) = Store::new(Limits { bytes: usize::MAX, age });
+        writer.set_responder(RESPONDER);
+        writer.reset(Position { epoch: 1, revision: Revision(1) }, Some(Tree::default()));
+        writer.publish(0);
+        let hub = Hub::new(store);
+        let session = Session::new(Arc::new([hub.clone()]), SessionSettings { fragment_bytes: 2000 });
+        Self { writer, hub, session, heard: vec![] }
+    }
+
+    fn write(&mut self, keys: &[(u8, bool)]) {
+        let revision = self.writer.position().revision.next();
+        let mut changes = vec![];
+        for (key, delete) in keys.iter().copied().collect::<BTreeMap<_, _>>() {
+            let (kind, record) = match delete {
+                true if self.writer.get(&[key]).is_none() => continue,
+                true => (EventKind::Delete, Record::tombstone(&[key], revision)),
+                false => (EventKind::Put, Record::new(&[key], &[key; 300], revision, revision, 1, 0)),
+            };
+            changes.push(Change { kind, record, previous: None });
+        }
+        self.writer.apply(revision, changes, revision.0 as u64);
+    }
+
+    fn publish(&mut self) {
+        self.writer.publish(self.writer.position().revision.0 as u64);
+    }
+
+    fn dispatch(&self) {
+        self.hub.dispatch(&self.hub.store().view());
+    }
+
+    fn create(&mut self, options: WatchOptions, start: Start) {
+        let mut out = BytesMut::new();
+        let now = (RESPONDER, self.hub.store().view().revision());
+        self.session.create(0, options, start, Some(0), now, &mut out);
+        self.hear(out);
+    }
+
+    fn pump(&mut self, budget: usize) -> Pumped {
+        let mut out = BytesMut::new();
+        let pumped = self.session.pump(&mut out, budget, std::task::Waker::noop());
+        self.hear(out);
+        pumped
+    }
+
+    fn pump_all(&mut self) {
+        self.dispatch();
+        while self.pump(1 << 20) == Pumped::Busy {}
+    }
+
+    fn hear(&mut self, mut out: BytesMut) {
+        while out.has_remaining() {
+            let length = u32::from_be_bytes(out[1..FRAME_HEAD].try_into().unwrap()) as usize;
+            out.advance(FRAME_HEAD);
+            self.heard.push(WatchResponse::decode(out.split_to(length)).unwrap());
+        }
+    }
+
+    /// Events heard by `watch_id` as (revision, key, put, has previous).
+    fn events(&self, watch_id: i64) -> Vec<(i64, u8, bool, bool)> {
+        let responses = self.heard.iter().filter(|response| response.watch_id == watch_id);
+        let events = responses.flat_map(|response| &response.events);
+        let seen = |event: &crate::proto::mvccpb::Event| {
+            let kv = event.kv.as_ref().unwrap();
+            (kv.mod_revision, kv.key[0], event.r#type() == EventType::Put, event.prev_kv.is_some())
+        };
+        events.map(seen).collect()
+    }
+
+    /// The same from the history.
+    fn expected(&self, options: &WatchOptions, from: Revision) -> Vec<(i64, u8, bool, bool)> {
+        let view = self.hub.store().view_owned();
+        let entries = view.window.after(from.previous()).unwrap();
+        let events = entries.flat_map(|entry| entry.events.iter().map(|event| (entry.revision, event)));
+        let wanted = events.filter(|(_, event)| options.wants(event));
+        let seen = |(revision, event): (Revision, &crate::store::Event)| {
+            let previous = options.prev_kv && event.previous.is_some();
+            (revision.0, event.record.key()[0], event.kind == EventKind::Put, previous)
+        };
+        wanted.map(seen).collect()
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write(Vec<(u8, bool)>),
+    Publish,
+    Dispatch,
+    Pump(usize),
+    Create(WatchOptions, Option<u8>),
+    Burst(usize),
+}
+
+fn options() -> impl Strategy<Value = WatchOptions> {
+    (0..16u8, prop::option::of(1..16u8), any::<[bool; 4]>()).prop_map(|(start, length, flags)| WatchOptions {
+        range: match length {
+            None => KeyRange::single(Bytes::from(vec![start])),
+            Some(length) => KeyRange { start: vec![start].into(), end: Some(vec![start + length].into()) },
+        },
+        prev_kv: flags[0],
+        no_put: flags[1],
+        no_delete: flags[2] && !flags[1],
+        fragment: flags[3],
+        progress_notify: false,
+    })
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let keys = prop::collection::vec((0..16u8, prop::bool::weighted(0.3)), 1..12);
+    let step = prop_oneof![
+        8 => keys.prop_map(Step::Write),
+        4 => Just(Step::Publish),
+        4 => Just(Step::Dispatch),
+        4 => (1..4000usize).prop_map(Step::Pump),
+        2 => (options(), prop::option::of(any::<u8>())).prop_map(|(options, back)| Step::Create(options, back)),
+        1 => (500..900usize).prop_map(Step::Burst),
+    ];
+    prop::collection::vec(step, 1..150)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn every_watcher_sees_each_revision_once_whole_and_in_order(steps in steps()) {
+        let mut stage = Stage::new(u64::MAX);
+        let mut watchers = vec![];
+        for step in steps {
+            match step {
+                Step::Write(keys) => stage.write(&keys),
+                Step::Publish => stage.publish(),
+                Step::Dispatch => stage.dispatch(),
+                Step::Pump(budget) => drop(stage.pump(budget)),
+                Step::Burst(revisions) => {
+                    (0..revisions).for_each(|n| stage.write(&[((n % 16) as u8, false)]));
+                    stage.publish();
+                    stage.dispatch();
+                }
+                Step::Create(options, back) => {
+                    let now = stage.hub.store().view().revision();
+                    let from = match back {
+                        Some(back) => Revision((now.0 - i64::from(back) / 2).max(2)),
+                        None => now.next(),
+                    };
+                    watchers.push((options.clone(), from));
+                    stage.create(options, if back.is_some() { Start::At(from) } else { Start::After(now) });
+                }
+            }
+        }
+        stage.publish();
+        stage.session.request_progress();
+        stage.pump_all();
+        for (id, (options, from)) in watchers.iter().enumerate() {
+            prop_assert_eq!(stage.events(id as i64), stage.expected(options, *from), "watcher {} {:?}", id, options);
+        }
+        let told: Vec<_> = stage.heard.iter().filter(|response| response.watch_id == -1).collect();
+        let now = stage.hub.store().view().revision();
+        if !watchers.is_empty() && watchers.iter().all(|(_, from)| *from <= now) {
+            prop_assert_eq!(told.last().and_then(|told| told.header.as_ref()).map(|header| header.revision), Some(now.0));
+        }
+        let whole = stage.heard.iter().filter(|response| !response.events.is_empty() && !response.fragment);
+        for response in whole.filter(|response| response.events.len() > 1) {
+            let last = |response: &WatchResponse| response.events.last().unwrap().kv.as_ref().unwrap().mod_revision;
+            prop_assert!(last(response) <= response.header.as_ref().unwrap().revision);
+        }
+    }
+}
+
+fn everything() -> WatchOptions {
+    WatchOptions {
+        range: KeyRange::everything(),
+        prev_kv: false,
+        no_put: false,
+        no_delete: false,
+        fragment: false,
+        progress_notify: true,
+    }
+}
+
+#[test]
+fn progress_is_not_told_before_the_events_it_covers() {
+    let mut stage = Stage::new(u64::MAX);
+    stage.create(everything(), Start::After(Revision(1)));
+    stage.pump_all();
+    (0..100).for_each(|_| stage.write(&[(1, false)]));
+    stage.publish();
+    stage.dispatch();
+    stage.session.request_progress();
+    while stage.pump(100) == Pumped::Busy {
+        let seen = stage.events(0).last().map_or(1, |event| event.0);
+        let told = stage.heard.iter().filter(|response| response.watch_id == -1);
+        assert!(told.filter_map(|told| told.header.as_ref()).all(|header| header.revision <= seen));
+    }
+    assert_eq!(stage.heard.last().map(|response| response.watch_id), Some(-1));
+}
+
+#[test]
+fn a_watcher_that_the_window_has_left_behind_asks_for_a_relay() {
+    let mut stage = Stage::new(100);
+    (0..2000).for_each(|_| stage.write(&[(1, false)]));
+    stage.publish();
+    stage.create(everything(), Start::At(Revision(5)));
+    stage.pump_all();
+    let relays = stage.session.take_relays();
+    assert_eq!(relays.iter().map(|relay| relay.from).collect::<Vec<_>>(), [Revision(5)]);
+    let start = stage.hub.store().view().window.start();
+    let response = WatchResponse {
+        header: Some(RESPONDER.header(start)),
+        events: vec![crate::proto::mvccpb::Event {
+            r#type: 0,
+            kv: Some(crate::proto::mvccpb::KeyValue {
+                key: vec![1].into(),
+                mod_revision: start.0,
+                ..Default::default()
+            }),
+            prev_kv: None,
+        }],
+        ..Default::default()
+    };
+    let mut out = BytesMut::new();
+    stage.session.relayed(relays[0].slot, relays[0].serial, response, &mut out);
+    stage.session.end_relay(relays[0].slot, relays[0].serial);
+    stage.hear(out);
+    stage.pump_all();
+    let seen: Vec<_> = stage.events(0).iter().map(|event| event.0).collect();
+    assert_eq!(seen, (start.0..=2001).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_compaction_cancels_whoever_is_below_it_and_keeps_the_id() {
+    let mut stage = Stage::new(u64::MAX);
+    (0..10).for_each(|_| stage.write(&[(1, false)]));
+    stage.writer.compacted(Revision(8));
+    stage.publish();
+    stage.create(everything(), Start::At(Revision(5)));
+    stage.create(everything(), Start::At(Revision(8)));
+    stage.pump_all();
+    let canceled = stage.heard.iter().find(|response| response.canceled).unwrap();
+    assert_eq!((canceled.watch_id, canceled.compact_revision, canceled.created), (0, 8, false));
+    assert_eq!(canceled.header.as_ref().map(|header| header.revision), Some(0));
+    assert_eq!(stage.events(1).len(), 4);
+    assert_eq!(stage.session.len(), 2);
+}
+
+#[test]
+fn another_history_cancels_every_watcher_at_its_revision() {
+    let mut stage = Stage::new(u64::MAX);
+    stage.create(everything(), Start::After(Revision(1)));
+    stage.pump_all();
+    stage.writer.reset(Position { epoch: 2, revision: Revision(40) }, Some(Tree::default()));
+    stage.publish();
+    stage.pump_all();
+    let last = stage.heard.last().unwrap();
+    assert_eq!((last.watch_id, last.canceled, last.compact_revision), (0, true, 40));
+    stage.write(&[(1, false)]);
+    stage.publish();
+    stage.pump_all();
+    assert!(stage.events(0).is_empty());
+}
+
+#[test]
+fn ids_are_picked_taken_and_freed_as_in_etcd() {
+    let mut stage = Stage::new(u64::MAX);
+    let mut out = BytesMut::new();
+    let now = (RESPONDER, Revision(1));
+    let start = Start::After(Revision(1));
+    stage.session.create(1, everything(), start, Some(0), now, &mut out);
+    stage.session.create(0, everything(), start, Some(0), now, &mut out);
+    stage.session.create(0, everything(), start, Some(0), now, &mut out);
+    stage.session.create(-1, everything(), start, Some(0), now, &mut out);
+    stage.session.create(1, everything(), start, Some(0), now, &mut out);
+    stage.session.cancel(77, now, &mut out);
+    stage.session.cancel(1, now, &mut out);
+    stage.session.create(1, everything(), start, Some(0), now, &mut out);
+    stage.hear(out);
+    let said: Vec<_> =
+        stage.heard.iter().map(|response| (response.watch_id, response.created, response.canceled)).collect();
+    let expected = [
+        (1, true, false),
+        (0, true, false),
+        (2, true, false),
+        (-1, true, false),
+        (-1, true, true),
+        (1, false, true),
+        (1, true, false),
+    ];
+    assert_eq!(said, expected);
+    assert_eq!(stage.heard[4].cancel_reason, "mvcc: duplicate watch ID provided on the WatchStream");
+}

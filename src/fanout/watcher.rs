@@ -1,0 +1,112 @@
+//! One watcher: what it wants, and how far it has got.
+
+use crate::{
+    proto::etcdserverpb::{WatchCreateRequest, watch_create_request::FilterType},
+    store::{Event, EventKind, KeyRange, Responder, Revision},
+};
+
+/// What a watcher wants to see.
+#[derive(Clone, Debug)]
+pub struct WatchOptions {
+    /// The keys.
+    pub range: KeyRange,
+    /// Whether events carry the previous version.
+    pub prev_kv: bool,
+    /// Whether puts are left out.
+    pub no_put: bool,
+    /// Whether deletes are left out.
+    pub no_delete: bool,
+    /// Whether large responses may be cut into fragments.
+    pub fragment: bool,
+    /// Whether the watcher is told its progress while it is quiet.
+    pub progress_notify: bool,
+}
+
+impl WatchOptions {
+    /// The options of a create request. As in etcd, an empty key means the zero byte, and filters that nobody knows mean
+    /// nothing.
+    pub fn from_request(request: &WatchCreateRequest) -> Self {
+        let key = if request.key.is_empty() { bytes::Bytes::from_static(&[0]) } else { request.key.clone() };
+        let filtered = |filter: FilterType| request.filters.contains(&(filter as i32));
+        Self {
+            range: KeyRange::from_request(key, request.range_end.clone()),
+            prev_kv: request.prev_kv,
+            no_put: filtered(FilterType::Noput),
+            no_delete: filtered(FilterType::Nodelete),
+            fragment: request.fragment,
+            progress_notify: request.progress_notify,
+        }
+    }
+
+    /// Whether the watcher is to see `event`.
+    pub(super) fn wants(&self, event: &Event) -> bool {
+        self.passes(event) && self.range.contains(event.record.key())
+    }
+
+    /// Whether the filters let `event` through.
+    pub(super) fn passes(&self, event: &Event) -> bool {
+        match event.kind {
+            EventKind::Put => !self.no_put,
+            EventKind::Delete => !self.no_delete,
+        }
+    }
+
+    /// Which of the eight ways to encode an entry for a group this watcher needs.
+    pub(super) fn variant(&self) -> usize {
+        usize::from(self.prev_kv) | usize::from(self.no_put) << 1 | usize::from(self.no_delete) << 2
+    }
+}
+
+/// Where a watcher begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// With whatever comes after the revision, which is the present.
+    After(Revision),
+    /// At a revision that the client named.
+    At(Revision),
+}
+
+/// Why a watcher was not created.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The start revision is negative.
+    #[error("etcdserver: mvcc: required revision has been compacted")]
+    NegativeStart,
+    /// The range's end is not after its start.
+    #[error("mvcc: watcher range is empty")]
+    EmptyRange,
+    /// The id is taken.
+    #[error("mvcc: duplicate watch ID provided on the WatchStream")]
+    DuplicateId,
+}
+
+/// How a watcher gets its events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// It is told of them, as a member of this group of its lane.
+    Live { group: u32 },
+    /// It reads the history window.
+    Behind,
+    /// They are relayed from the upstream; `told` is its answer to the last request for progress.
+    Relayed { told: Option<(Responder, Revision)> },
+    /// It has been cancelled by us; the client has yet to free the id.
+    Dead,
+}
+
+/// A cursor over the history.
+#[derive(Debug)]
+pub(super) struct Watcher {
+    pub(super) id: i64,
+    /// Tells this watcher from later ones in the same slot.
+    pub(super) serial: u64,
+    pub(super) options: WatchOptions,
+    /// The lane whose store covers the range; none: nothing cached does.
+    pub(super) lane: Option<usize>,
+    /// Everything before this revision has been sent.
+    pub(super) next: Revision,
+    /// The revision that the client named; zero for the present.
+    pub(super) start: Revision,
+    /// Nothing was sent since the last tick of the progress timer.
+    pub(super) quiet: bool,
+    pub(super) state: State,
+}

@@ -1,0 +1,215 @@
+//! Byte order, boundedness and liveness of the write-gathering wrapper.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex},
+    task::Waker,
+};
+
+use futures_util::future::poll_fn;
+use proptest::prelude::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::*;
+
+/// A socket that takes as much of each write as its script says (0: not now), and never has anything to read.
+#[derive(Default)]
+struct Scripted {
+    taken: Arc<Mutex<Vec<u8>>>,
+    calls: Arc<Mutex<usize>>,
+    script: VecDeque<usize>,
+    start: Option<Vec<u8>>,
+}
+
+impl AsyncRead for Scripted {
+    fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.start.take() {
+            Some(bytes) => {
+                buffer.put_slice(&bytes);
+                Poll::Ready(Ok(()))
+            }
+            None => Poll::Pending,
+        }
+    }
+}
+
+impl AsyncWrite for Scripted {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(data)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let room = self.script.pop_front().unwrap_or(usize::MAX);
+        if room == 0 {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        *self.calls.lock().unwrap() += 1;
+        let all: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).take(room).collect();
+        self.taken.lock().unwrap().extend_from_slice(&all);
+        Poll::Ready(Ok(all.len()))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// One poll of an HTTP/2 connection that has nothing to read.
+fn poll_reading<S: AsyncRead + AsyncWrite + Unpin>(gather: &mut Gather<S>) {
+    let mut cx = Context::from_waker(Waker::noop());
+    let mut space = [0; 64];
+    assert!(Pin::new(gather).poll_read(&mut cx, &mut ReadBuf::new(&mut space)).is_pending());
+}
+
+fn flush<S: AsyncRead + AsyncWrite + Unpin>(gather: &mut Gather<S>) {
+    let mut cx = Context::from_waker(Waker::noop());
+    assert!(Pin::new(gather).poll_flush(&mut cx).is_ready());
+}
+
+fn write<S: AsyncRead + AsyncWrite + Unpin>(gather: &mut Gather<S>, data: &[u8]) {
+    let mut cx = Context::from_waker(Waker::noop());
+    assert!(matches!(Pin::new(gather).poll_write(&mut cx, data), Poll::Ready(Ok(n)) if n == data.len()));
+}
+
+#[test]
+fn a_burst_over_two_polls_leaves_in_one_call_and_the_buffer_is_given_back() {
+    let socket = Scripted::default();
+    let (taken, calls) = (socket.taken.clone(), socket.calls.clone());
+    let mut gather = Gather::new(socket);
+    for round in 0..2u8 {
+        poll_reading(&mut gather);
+        for frame in 0..10u8 {
+            write(&mut gather, &[round * 10 + frame; 300]);
+            flush(&mut gather);
+        }
+        assert_eq!(*calls.lock().unwrap(), 0, "nothing leaves while responses may follow");
+    }
+    poll_reading(&mut gather);
+    assert_eq!(*calls.lock().unwrap(), 1);
+    let expected: Vec<u8> = (0..20u8).flat_map(|frame| [frame; 300]).collect();
+    assert_eq!(*taken.lock().unwrap(), expected);
+    poll_reading(&mut gather);
+    assert_eq!(gather.pending.capacity(), 0);
+}
+
+#[test]
+fn what_exceeds_the_buffer_is_written_at_once() {
+    let socket = Scripted::default();
+    let taken = socket.taken.clone();
+    let mut gather = Gather::new(socket);
+    for _ in 0..1000 {
+        write(&mut gather, &[7; 4000]);
+        assert!(gather.pending.len() <= CAPACITY);
+    }
+    assert!(taken.lock().unwrap().len() >= 1000 * 4000 - CAPACITY);
+}
+
+#[test]
+fn http1_is_not_gathered_and_http2_is_even_when_its_preface_dribbles_in() {
+    for (reads, gathers) in [
+        (vec!["PRI * HTTP/2.0\r\n"], true),
+        (vec!["P", "R", "I ", "* HTTP/2.0"], true),
+        (vec!["P", "OST / HTTP/1.1"], false),
+        (vec!["GET / HTTP/1.1"], false),
+        (vec!["PROPFIND / HTTP/1.1"], false),
+    ] {
+        let mut gather = Gather::sniffing(Scripted::default());
+        for read in &reads {
+            gather.sniff(read.as_bytes());
+        }
+        assert_eq!(matches!(gather.mode, Mode::Gathering), gathers, "{reads:?}");
+    }
+}
+
+#[test]
+fn the_mode_follows_from_what_is_read() {
+    let start = Some(b"PRI * HTTP/2.0".to_vec());
+    let mut gather = Gather::sniffing(Scripted { start, ..Scripted::default() });
+    let mut cx = Context::from_waker(Waker::noop());
+    let mut space = [0; 64];
+    let mut buffer = ReadBuf::new(&mut space);
+    assert!(Pin::new(&mut gather).poll_read(&mut cx, &mut buffer).is_ready());
+    assert!(matches!(gather.mode, Mode::Gathering));
+}
+
+#[tokio::test]
+async fn a_lonely_write_arrives_without_a_timer() {
+    let (near, mut far) = tokio::io::duplex(1024);
+    let mut gather = Gather::new(near);
+    gather.write_all(b"lonely").await.unwrap();
+    gather.flush().await.unwrap();
+    let connection = tokio::spawn(async move {
+        let mut space = [0; 16];
+        gather.read(&mut space).await.unwrap()
+    });
+    let mut seen = [0; 6];
+    far.read_exact(&mut seen).await.unwrap();
+    assert_eq!(&seen, b"lonely");
+    drop(far);
+    assert_eq!(connection.await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_closed_peer_is_an_error_and_not_a_loop() {
+    let (near, far) = tokio::io::duplex(16);
+    drop(far);
+    let mut gather = Gather::new(near);
+    let result = async {
+        gather.write_all(&[1; 100]).await?;
+        gather.shutdown().await
+    };
+    assert!(result.await.is_err());
+}
+
+proptest! {
+    /// Whatever the socket takes at a time, and however large and small writes, flushes and polls mix: all bytes, in order.
+    #[test]
+    fn bytes_stay_in_order(
+        sizes in proptest::collection::vec(prop_oneof![1usize..600, 8000usize..9000, 20_000usize..70_000], 1..40),
+        script in proptest::collection::vec(prop_oneof![Just(0usize), 1usize..50, 100usize..40_000], 0..200),
+        pauses in proptest::collection::vec(0u8..4, 40),
+    ) {
+        let socket = Scripted { script: script.into(), ..Scripted::default() };
+        let taken = socket.taken.clone();
+        let mut gather = Gather::new(socket);
+        let mut expected = Vec::new();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            for (index, size) in sizes.iter().enumerate() {
+                let data: Vec<u8> = (0..*size).map(|i| (i * 31 + index) as u8).collect();
+                expected.extend_from_slice(&data);
+                let (head, tail) = data.split_at(size / 3);
+                let mut chain = Buf::chain(head, tail);
+                gather.write_all_buf(&mut chain).await.unwrap();
+                match pauses[index] {
+                    0 => gather.flush().await.unwrap(),
+                    1 => {
+                        gather.flush().await.unwrap();
+                        poll_fn(|cx| {
+                            let mut space = [0; 8];
+                            let _ = Pin::new(&mut gather).poll_read(cx, &mut ReadBuf::new(&mut space));
+                            Poll::Ready(())
+                        }).await;
+                    }
+                    _ => {}
+                }
+                assert!(gather.pending.len() <= CAPACITY);
+            }
+            gather.shutdown().await.unwrap();
+        });
+        prop_assert_eq!(&*taken.lock().unwrap(), &expected);
+    }
+}

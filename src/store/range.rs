@@ -1,0 +1,171 @@
+//! What a Range request selects from a view: etcd's filters, sort orders and limits, and the count beside them.
+//!
+//! In key order a selection is a run of the tree, whose size is known without a look at its records; in any other order,
+//! or behind a revision filter, it is a list.
+
+use std::sync::Arc;
+
+use super::{KeyRange, Record, Revision, Sums, Tree, View};
+use crate::proto::etcdserverpb::{
+    RangeRequest,
+    range_request::{SortOrder, SortTarget},
+};
+
+/// Why a view cannot answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RangeError {
+    /// The revision lies after the view's own; the upstream may be further.
+    #[error("the revision lies after the cache's own")]
+    Future,
+    /// The revision has been compacted.
+    #[error("the revision has been compacted")]
+    Compacted,
+    /// Only the upstream can tell: the revision lies before the history window, or there is no index.
+    #[error("the revision is not in memory")]
+    NotInMemory,
+}
+
+/// What a request selects.
+#[derive(Clone, Debug)]
+pub struct Selection {
+    /// Keys in the range, whatever the limit and the filters.
+    pub count: u64,
+    /// Whether the limit cut something off.
+    pub more: bool,
+    /// The records to send.
+    pub records: Records,
+}
+
+/// Records to send, in order.
+#[derive(Clone, Debug)]
+pub enum Records {
+    /// A run of a tree in key order, and what it amounts to.
+    Run(Tree, KeyRange, Sums),
+    /// Any records.
+    List(Vec<Arc<Record>>),
+}
+
+impl Records {
+    const NONE: Self = Self::List(Vec::new());
+
+    /// How many records there are.
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Run(_, _, sums) => sums.keys,
+            Self::List(records) => records.len() as u64,
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What the records amount to.
+    pub fn sums(&self) -> Sums {
+        match self {
+            Self::Run(_, _, sums) => *sums,
+            Self::List(records) => records.iter().map(|record| Sums::of(record)).sum(),
+        }
+    }
+}
+
+/// Evaluates `request` on `view`. The request's key, sort order and target have been checked.
+pub fn select(view: &View, request: &RangeRequest) -> Result<Selection, RangeError> {
+    let tree = tree_for(view, Revision(request.revision))?;
+    let range = KeyRange::from_request(request.key.clone(), request.range_end.clone());
+    Ok(select_in(tree, range, request))
+}
+
+/// The tree at `revision`, where zero and less mean the view's own.
+fn tree_for(view: &View, revision: Revision) -> Result<Tree, RangeError> {
+    if revision > view.revision() {
+        return Err(RangeError::Future);
+    }
+    if revision > Revision::ZERO && revision < view.compacted {
+        return Err(RangeError::Compacted);
+    }
+    let revision = if revision > Revision::ZERO { revision } else { view.revision() };
+    view.tree_at(revision).ok_or(RangeError::NotInMemory)
+}
+
+fn select_in(tree: Tree, range: KeyRange, request: &RangeRequest) -> Selection {
+    let sums = tree.sums_in(&range);
+    if request.count_only {
+        return Selection { count: sums.keys, more: false, records: Records::NONE };
+    }
+    let limit = u64::try_from(request.limit).unwrap_or(0);
+    if in_key_order(request) && !has_filters(request) {
+        return select_run(tree, range, sums, limit);
+    }
+    let fetched = if is_default_order(request) && !has_filters(request) && limit > 0 {
+        // As etcd does it: without an explicit order the limit comes before the sort.
+        usize::try_from(limit.saturating_add(1)).unwrap_or(usize::MAX)
+    } else {
+        usize::MAX
+    };
+    let mut records: Vec<_> =
+        tree.range(&range).take(fetched).filter(|record| passes(record, request)).cloned().collect();
+    sort(&mut records, request);
+    let more = limit > 0 && records.len() as u64 > limit;
+    if more {
+        records.truncate(limit as usize);
+    }
+    Selection { count: sums.keys, more, records: Records::List(records) }
+}
+
+fn select_run(tree: Tree, mut range: KeyRange, sums: Sums, limit: u64) -> Selection {
+    let count = sums.keys;
+    if limit == 0 || count <= limit {
+        return Selection { count, more: false, records: Records::Run(tree, range, sums) };
+    }
+    let first_left_out = tree.nth_from(&range.start, limit).map(|record| record.key().to_vec());
+    range.end = first_left_out.map(Into::into).or(range.end);
+    let sums = tree.sums_in(&range);
+    Selection { count, more: true, records: Records::Run(tree, range, sums) }
+}
+
+fn in_key_order(request: &RangeRequest) -> bool {
+    request.sort_target() == SortTarget::Key && request.sort_order() != SortOrder::Descend
+}
+
+/// Etcd's own notion, which takes "no order" for the order of keys even where the target is another.
+fn is_default_order(request: &RangeRequest) -> bool {
+    request.sort_order() == SortOrder::None || in_key_order(request)
+}
+
+/// Whether the request asks for revisions above or below some bound.
+pub fn has_filters(request: &RangeRequest) -> bool {
+    request.min_mod_revision != 0
+        || request.max_mod_revision != 0
+        || request.min_create_revision != 0
+        || request.max_create_revision != 0
+}
+
+/// Whether the request asks for an order that a stream of chunks cannot have.
+pub fn has_custom_order(request: &RangeRequest) -> bool {
+    !is_default_order(request)
+}
+
+fn passes(record: &Record, request: &RangeRequest) -> bool {
+    let within =
+        |revision: Revision, min: i64, max: i64| (max == 0 || revision.0 <= max) && (min == 0 || revision.0 >= min);
+    within(record.mod_revision(), request.min_mod_revision, request.max_mod_revision)
+        && within(record.create_revision(), request.min_create_revision, request.max_create_revision)
+}
+
+/// Sorts by the request's target; ties stay in the order of keys.
+fn sort(records: &mut [Arc<Record>], request: &RangeRequest) {
+    let descending = request.sort_order() == SortOrder::Descend;
+    let directed = |ordering: std::cmp::Ordering| if descending { ordering.reverse() } else { ordering };
+    match request.sort_target() {
+        SortTarget::Key => records.sort_by(|a, b| directed(a.key().cmp(b.key()))),
+        SortTarget::Version => records.sort_by(|a, b| directed(a.version().cmp(&b.version()))),
+        SortTarget::Create => records.sort_by(|a, b| directed(a.create_revision().cmp(&b.create_revision()))),
+        SortTarget::Mod => records.sort_by(|a, b| directed(a.mod_revision().cmp(&b.mod_revision()))),
+        SortTarget::Value => records.sort_by(|a, b| directed(a.value().cmp(b.value()))),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,56 @@
+//! The response header: who answers, and at which revision.
+
+use bytes::BufMut;
+
+use super::{
+    Revision,
+    wire::{bytes_field_len, int_field_len, put_bytes_head, put_int_field},
+};
+use crate::proto::etcdserverpb::ResponseHeader;
+
+/// Who answers: the parts of a response header that do not change with every answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Responder {
+    /// The cluster's id.
+    pub cluster_id: u64,
+    /// The id of the member whose state this is.
+    pub member_id: u64,
+    /// The Raft term that was last seen.
+    pub raft_term: u64,
+}
+
+impl Responder {
+    /// A header at `revision`.
+    pub fn header(self, revision: Revision) -> ResponseHeader {
+        let Self { cluster_id, member_id, raft_term } = self;
+        ResponseHeader { cluster_id, member_id, revision: revision.0, raft_term }
+    }
+
+    fn len(self, revision: Revision) -> usize {
+        int_field_len(self.cluster_id as i64)
+            + int_field_len(self.member_id as i64)
+            + int_field_len(revision.0)
+            + int_field_len(self.raft_term as i64)
+    }
+
+    /// How many bytes [`Responder::put`] appends.
+    pub fn field_len(self, revision: Revision) -> usize {
+        bytes_field_len(self.len(revision))
+    }
+
+    /// Appends the header as field 1, its place in every etcd answer.
+    pub fn put(self, out: &mut impl BufMut, revision: Revision) {
+        put_bytes_head(out, 1, self.len(revision));
+        put_int_field(out, 1, self.cluster_id as i64);
+        put_int_field(out, 2, self.member_id as i64);
+        put_int_field(out, 3, revision.0);
+        put_int_field(out, 4, self.raft_term as i64);
+    }
+}
+
+impl From<&ResponseHeader> for Responder {
+    fn from(header: &ResponseHeader) -> Self {
+        let ResponseHeader { cluster_id, member_id, raft_term, .. } = *header;
+        Self { cluster_id, member_id, raft_term }
+    }
+}

@@ -1,0 +1,197 @@
+//! Our own calls: unary ones, and streams whose messages stay undecoded.
+
+use std::{future::Future, marker::PhantomData, pin::Pin, time::Duration};
+
+use bytes::Bytes;
+use http::{
+    Method, Request, Response, Uri,
+    header::{CONTENT_TYPE, HeaderName, HeaderValue, TE, USER_AGENT},
+    uri::Authority,
+};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use prost::Message;
+use tokio::sync::mpsc;
+use tonic::Code;
+
+use super::{body::RequestBody, grpc, pool::Slot};
+use crate::status::Status;
+
+/// Messages that wait for their stream to take them.
+const OUTBOX: usize = 16;
+const AGENT: HeaderValue = HeaderValue::from_static(concat!("millpond/", env!("CARGO_PKG_VERSION")));
+const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+
+/// What gRPC says at a client's deadline.
+pub(super) const DEADLINE: Status = Status::fixed(Code::DeadlineExceeded, "context deadline exceeded");
+const NO_STATUS: Status = Status::fixed(Code::Internal, "server closed the stream without sending trailers");
+const NO_MESSAGE: Status = Status::fixed(Code::Internal, "server closed the stream without sending a message");
+
+/// A gRPC request.
+pub(super) fn request(
+    authority: &Authority,
+    path: &'static str,
+    metadata: &[(&'static str, &'static str)],
+    deadline: Option<Duration>,
+    body: RequestBody,
+) -> Result<Request<RequestBody>, Status> {
+    let invalid = |error: http::Error| Status::new(Code::Internal, format!("cannot call {path}: {error}"));
+    let uri =
+        Uri::builder().scheme("http").authority(authority.clone()).path_and_query(path).build().map_err(invalid)?;
+    let mut request = Request::builder()
+        .method(Method::POST)
+        .uri(uri)
+        .header(CONTENT_TYPE, "application/grpc")
+        .header(TE, "trailers")
+        .header(USER_AGENT, AGENT);
+    if let Some(deadline) = deadline {
+        request = request.header(TIMEOUT, timeout_header(deadline));
+    }
+    for (name, value) in metadata {
+        request = request.header(*name, *value);
+    }
+    request.body(body).map_err(invalid)
+}
+
+/// The `grpc-timeout` value: at most eight digits, so the unit grows with the time.
+fn timeout_header(deadline: Duration) -> String {
+    match deadline.as_millis() {
+        milliseconds if milliseconds < 100_000_000 => format!("{}m", milliseconds.max(1)),
+        milliseconds => format!("{}S", (milliseconds / 1000).min(99_999_999)),
+    }
+}
+
+/// The single message of a unary answer.
+pub(super) async fn unary_message(response: Response<Incoming>) -> Result<Bytes, Status> {
+    let mut stream = Reading::new(response)?;
+    let message = stream.next().await;
+    let end = match &message {
+        Some(Ok(_)) => stream.next().await,
+        _ => None,
+    };
+    match (message, end) {
+        (_, Some(Err(status))) | (Some(Err(status)), _) => Err(status),
+        (Some(Ok(message)), _) => Ok(message),
+        (None, _) => Err(NO_MESSAGE),
+    }
+}
+
+/// The messages of a response.
+struct Reading {
+    body: Incoming,
+    deframer: grpc::Deframer,
+    ended: bool,
+}
+
+impl Reading {
+    fn new(response: Response<Incoming>) -> Result<Self, Status> {
+        let (head, body) = response.into_parts();
+        if let Some(Err(status)) = grpc::outcome(&head.headers) {
+            return Err(status);
+        }
+        if !head.status.is_success() {
+            return Err(grpc::from_http(head.status));
+        }
+        let ended = matches!(grpc::outcome(&head.headers), Some(Ok(())));
+        Ok(Self { body, deframer: grpc::Deframer::default(), ended })
+    }
+
+    async fn next(&mut self) -> Option<Result<Bytes, Status>> {
+        loop {
+            match self.deframer.next() {
+                Ok(Some(message)) => return Some(Ok(message)),
+                Ok(None) if self.ended => return None,
+                Ok(None) => {}
+                Err(status) => return self.fail(status),
+            }
+            match self.body.frame().await {
+                None => return self.fail(NO_STATUS),
+                Some(Err(error)) => return self.fail(grpc::from_transport(&error)),
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => self.deframer.push(data),
+                    Err(frame) => match frame.into_trailers().ok().and_then(|trailers| grpc::outcome(&trailers)) {
+                        Some(Ok(())) => self.ended = true,
+                        Some(Err(status)) => return self.fail(status),
+                        None => return self.fail(NO_STATUS),
+                    },
+                },
+            }
+        }
+    }
+
+    fn fail(&mut self, status: Status) -> Option<Result<Bytes, Status>> {
+        self.ended = true;
+        Some(Err(status))
+    }
+}
+
+/// Sends the messages of a call; dropping it, or [`StreamSender::finish`], closes this direction.
+pub struct StreamSender<Q> {
+    outbox: mpsc::Sender<Bytes>,
+    _request: PhantomData<fn(&Q)>,
+}
+
+impl<Q: Message> StreamSender<Q> {
+    /// The sender, and the request body that carries what it sends.
+    pub(super) fn new() -> (Self, RequestBody) {
+        let (outbox, messages) = mpsc::channel(OUTBOX);
+        (Self { outbox, _request: PhantomData }, RequestBody::Messages(messages))
+    }
+
+    /// Hands one message to the stream, waiting while earlier ones are stuck.
+    ///
+    /// # Errors
+    /// Unavailable when the stream has ended; its receiving side tells why.
+    pub async fn send(&self, message: &Q) -> Result<(), Status> {
+        let sent = self.outbox.send(grpc::frame(message)).await;
+        sent.map_err(|_| Status::fixed(Code::Unavailable, "error writing to server: the stream has ended"))
+    }
+
+    /// Says that no more messages come.
+    pub fn finish(self) {}
+}
+
+type Opening = Pin<Box<dyn Future<Output = Result<(Response<Incoming>, Slot), Status>> + Send>>;
+
+/// Receives the messages of a call. The call is cancelled when both its sides are dropped before its end.
+pub struct StreamReceiver(State);
+
+enum State {
+    /// A server may send its headers with its first message only.
+    Opening(Opening),
+    Open(Reading, #[allow(dead_code, reason = "keeps the place on the connection")] Slot),
+    Ended,
+}
+
+impl StreamReceiver {
+    pub(super) fn new(
+        opening: impl Future<Output = Result<(Response<Incoming>, Slot), Status>> + Send + 'static,
+    ) -> Self {
+        Self(State::Opening(Box::pin(opening)))
+    }
+
+    /// The next message, undecoded. `None` after a success; an error is the last item.
+    pub async fn next(&mut self) -> Option<Result<Bytes, Status>> {
+        loop {
+            let step = match &mut self.0 {
+                State::Opening(opening) => match opening.await {
+                    Ok((response, slot)) => Reading::new(response).map(|reading| State::Open(reading, slot)),
+                    Err(status) => Err(status),
+                },
+                State::Open(reading, _) => match reading.next().await {
+                    Some(Ok(message)) => return Some(Ok(message)),
+                    Some(Err(status)) => Err(status),
+                    None => Ok(State::Ended),
+                },
+                State::Ended => return None,
+            };
+            match step {
+                Ok(state) => self.0 = state,
+                Err(status) => {
+                    self.0 = State::Ended;
+                    return Some(Err(status));
+                }
+            }
+        }
+    }
+}

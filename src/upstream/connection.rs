@@ -1,0 +1,181 @@
+//! HTTP connections to one endpoint: how each class of traffic is tuned, and the handshake.
+//!
+//! Windows are fixed. An adaptive window probes with pings, which etcd's gRPC library punishes. A connection's window is
+//! the stream window times the streams that the pool admits to it, so whatever one stream leaves unread, the others can
+//! still fill their own windows: a stalled stream never blocks another. It is also the bound of what a stalled caller can
+//! make us hold.
+//!
+//! Keep-alive pings are sent only while a stream is open: etcd tolerates pings every 5 s on a connection with streams, and
+//! takes offence at frequent ones on a connection without. The feed's stream is always open, so its connection is watched
+//! even when nothing happens.
+
+use std::{sync::Arc, time::Duration};
+
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::time::timeout;
+
+use super::{body::RequestBody, endpoint::Dial};
+use crate::{socket::Gather, status::Status};
+
+/// A kind of traffic; each has connections of its own, so none waits behind another.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(super) enum Class {
+    /// Health questions.
+    Probe,
+    /// Our own unary calls: lists, revisions.
+    Own,
+    /// Clients' unary calls.
+    Unary,
+    /// Clients' streams, and calls that may block for long.
+    Stream,
+    /// A feed's watch: one stream to a connection.
+    Feed,
+    /// Short-lived watches that read history.
+    CatchUp,
+}
+
+impl Class {
+    pub(super) const ALL: [Class; 6] =
+        [Class::Probe, Class::Own, Class::Unary, Class::Stream, Class::Feed, Class::CatchUp];
+
+    /// The name in metrics.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Class::Probe => "probe",
+            Class::Own => "own",
+            Class::Unary => "unary",
+            Class::Stream => "stream",
+            Class::Feed => "feed",
+            Class::CatchUp => "catch_up",
+        }
+    }
+
+    /// Streams that one connection carries at a time.
+    pub(super) const fn streams(self) -> usize {
+        match self {
+            Class::Probe => 16,
+            Class::Own => 32,
+            Class::Unary => 128,
+            Class::Stream => 512,
+            Class::Feed => 1,
+            Class::CatchUp => 16,
+        }
+    }
+
+    /// Bytes that etcd may send on a stream before we have read any.
+    const fn stream_window(self) -> u32 {
+        match self {
+            Class::Probe => 64 << 10,
+            Class::Stream => 256 << 10,
+            Class::Unary => 1 << 20,
+            Class::Own | Class::CatchUp => 4 << 20,
+            Class::Feed => 16 << 20,
+        }
+    }
+}
+
+/// How connections are opened and watched.
+#[derive(Copy, Clone)]
+pub(super) struct Tuning {
+    /// From the dial to the end of the handshake.
+    pub connect_timeout: Duration,
+    /// Silence after which a ping is sent.
+    pub keepalive_interval: Duration,
+    /// How long its answer may take.
+    pub keepalive_timeout: Duration,
+}
+
+/// The sending side of an HTTP/2 connection.
+pub(super) type Sender = http2::SendRequest<RequestBody>;
+
+/// Frames of this size are accepted; etcd sends 16 KiB at most.
+const MAX_FRAME: u32 = 64 << 10;
+/// Response headers of this size are accepted.
+const MAX_HEADERS: u32 = 1 << 20;
+/// How long, and how many, cancelled streams are remembered, so that late frames for them are no surprise.
+const REMEMBER_CANCELLED: Duration = Duration::from_secs(30);
+const CANCELLED_STREAMS: usize = 16_384;
+
+/// Opens an HTTP/2 connection.
+///
+/// # Errors
+/// Unavailable, in the words of Go's gRPC library.
+pub(super) async fn http2(dial: &Arc<dyn Dial>, name: &str, class: Class, tuning: Tuning) -> Result<Sender, Status> {
+    let opened = timeout(tuning.connect_timeout, async {
+        let io = dial.dial().await.map_err(|error| error.to_string())?;
+        builder(class, tuning).handshake(TokioIo::new(Gather::new(io))).await.map_err(|error| error.to_string())
+    });
+    let (sender, connection) = flatten(opened.await).map_err(|reason| cannot_dial(name, &reason))?;
+    let name = name.to_owned();
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(endpoint = name, class = class.name(), %error, "upstream connection ended");
+        }
+    });
+    Ok(sender)
+}
+
+/// Opens an HTTP/1.1 connection, for what etcd serves beside gRPC.
+///
+/// # Errors
+/// As [`http2`].
+pub(super) async fn http1(
+    dial: &Arc<dyn Dial>,
+    name: &str,
+    tuning: Tuning,
+) -> Result<http1::SendRequest<RequestBody>, Status> {
+    let opened = timeout(tuning.connect_timeout, async {
+        let io = dial.dial().await.map_err(|error| error.to_string())?;
+        http1::handshake(TokioIo::new(io)).await.map_err(|error| error.to_string())
+    });
+    let (sender, connection) = flatten(opened.await).map_err(|reason| cannot_dial(name, &reason))?;
+    tokio::spawn(async move {
+        if let Err(error) = connection.with_upgrades().await {
+            tracing::debug!(%error, "upstream HTTP/1.1 connection ended");
+        }
+    });
+    Ok(sender)
+}
+
+fn builder(class: Class, tuning: Tuning) -> http2::Builder<TokioExecutor> {
+    let streams = u32::try_from(class.streams()).unwrap_or(u32::MAX);
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(class.stream_window())
+        .initial_connection_window_size(class.stream_window().saturating_mul(streams))
+        .initial_max_send_streams(class.streams())
+        .max_frame_size(MAX_FRAME)
+        .max_header_list_size(MAX_HEADERS)
+        .keep_alive_interval(tuning.keepalive_interval)
+        .keep_alive_timeout(tuning.keepalive_timeout)
+        .keep_alive_while_idle(false)
+        .max_concurrent_reset_streams(CANCELLED_STREAMS)
+        .reset_stream_duration(REMEMBER_CANCELLED)
+        .max_local_error_reset_streams(None);
+    builder
+}
+
+fn flatten<T>(opened: Result<Result<T, String>, tokio::time::error::Elapsed>) -> Result<T, String> {
+    opened.unwrap_or_else(|_| Err("i/o timeout".to_owned()))
+}
+
+fn cannot_dial(name: &str, reason: &str) -> Status {
+    Status::unavailable(format!(
+        "connection error: desc = \"transport: Error while dialing: dial tcp {name}: {reason}\""
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_window_holds_every_stream_window() {
+        for class in Class::ALL {
+            let whole = u64::from(class.stream_window()) * class.streams() as u64;
+            assert!(whole < 1 << 31, "{class:?}: HTTP/2 has no window above 2^31-1");
+        }
+    }
+}

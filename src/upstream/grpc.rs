@@ -1,0 +1,249 @@
+//! gRPC over HTTP/2 as far as a proxy needs it: the five-byte message prefix, and outcomes in headers and trailers.
+
+use std::error::Error;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use http::{HeaderMap, StatusCode};
+use prost::Message;
+use tonic::Code;
+
+use crate::status::Status;
+
+/// Bytes before each message: a compression flag and the length.
+pub const PREFIX: usize = 5;
+
+/// A message with its prefix.
+pub fn frame(message: &impl Message) -> Bytes {
+    let length = message.encoded_len();
+    let mut framed = BytesMut::with_capacity(PREFIX + length);
+    framed.put_slice(&prefix(length));
+    message.encode_raw(&mut framed);
+    framed.freeze()
+}
+
+/// The prefix of an uncompressed message of `length` bytes. gRPC has no message above 4 GiB.
+pub fn prefix(length: usize) -> [u8; PREFIX] {
+    let [a, b, c, d] = u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
+    [0, a, b, c, d]
+}
+
+/// The outcome that headers or trailers tell: `None` when they tell none, `Some(Ok(()))` for a success.
+pub fn outcome(headers: &HeaderMap) -> Option<Result<(), Status>> {
+    let code = headers.get("grpc-status")?;
+    let code = Code::from_bytes(code.as_bytes());
+    if code == Code::Ok {
+        return Some(Ok(()));
+    }
+    let message = headers.get("grpc-message").map(|text| unescape(text.as_bytes())).unwrap_or_default();
+    Some(Err(Status::new(code, message)))
+}
+
+/// The gRPC code for a response without a gRPC status, as gRPC's documentation maps HTTP codes.
+pub fn from_http(status: StatusCode) -> Status {
+    let code = match status.as_u16() {
+        400 => Code::Internal,
+        401 => Code::Unauthenticated,
+        403 => Code::PermissionDenied,
+        404 => Code::Unimplemented,
+        429 | 502 | 503 | 504 => Code::Unavailable,
+        _ => Code::Unknown,
+    };
+    Status::new(code, format!("unexpected HTTP status code received from server: {status}"))
+}
+
+/// The status of a call that a transport error ended, with the words and codes of Go's gRPC library.
+pub fn from_transport(error: &(dyn Error + 'static)) -> Status {
+    match remote_reset(error) {
+        Some(reason) => {
+            let text = format!("stream terminated by RST_STREAM with error code: {}", reset_name(reason));
+            Status::new(code_of_reset(reason), text)
+        }
+        None => Status::unavailable(format!("error reading from server: {}", root_cause(error))),
+    }
+}
+
+/// The reason with which the peer reset this one stream; `None` when the whole connection failed.
+pub fn remote_reset(error: &(dyn Error + 'static)) -> Option<h2::Reason> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<h2::Error>() {
+            return error.reason().filter(|_| error.is_reset() && error.is_remote());
+        }
+        next = error.source();
+    }
+    None
+}
+
+fn root_cause(error: &(dyn Error + 'static)) -> String {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    last.to_string()
+}
+
+fn code_of_reset(reason: h2::Reason) -> Code {
+    match reason {
+        h2::Reason::REFUSED_STREAM => Code::Unavailable,
+        h2::Reason::CANCEL => Code::Cancelled,
+        h2::Reason::ENHANCE_YOUR_CALM => Code::ResourceExhausted,
+        h2::Reason::INADEQUATE_SECURITY => Code::PermissionDenied,
+        _ => Code::Internal,
+    }
+}
+
+fn reset_name(reason: h2::Reason) -> &'static str {
+    match reason {
+        h2::Reason::NO_ERROR => "NO_ERROR",
+        h2::Reason::PROTOCOL_ERROR => "PROTOCOL_ERROR",
+        h2::Reason::INTERNAL_ERROR => "INTERNAL_ERROR",
+        h2::Reason::FLOW_CONTROL_ERROR => "FLOW_CONTROL_ERROR",
+        h2::Reason::STREAM_CLOSED => "STREAM_CLOSED",
+        h2::Reason::FRAME_SIZE_ERROR => "FRAME_SIZE_ERROR",
+        h2::Reason::REFUSED_STREAM => "REFUSED_STREAM",
+        h2::Reason::CANCEL => "CANCEL",
+        h2::Reason::COMPRESSION_ERROR => "COMPRESSION_ERROR",
+        h2::Reason::ENHANCE_YOUR_CALM => "ENHANCE_YOUR_CALM",
+        _ => "unknown",
+    }
+}
+
+/// Percent-encodes a status text for the `grpc-message` header: printable ASCII but `%` stays.
+pub fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b' '..=b'~' if byte != b'%' => escaped.push(char::from(byte)),
+            _ => escaped.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    escaped
+}
+
+fn unescape(mut text: &[u8]) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    while let Some((&first, rest)) = text.split_first() {
+        let pair = rest.get(..2).filter(|pair| first == b'%' && pair.iter().all(u8::is_ascii_hexdigit));
+        let escaped = pair.and_then(|pair| std::str::from_utf8(pair).ok());
+        match escaped.and_then(|pair| u8::from_str_radix(pair, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                text = rest.get(2..).unwrap_or_default();
+            }
+            None => {
+                bytes.push(first);
+                text = rest;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Puts messages together from the DATA frames of one direction of a call.
+#[derive(Default)]
+pub struct Deframer {
+    received: BytesMut,
+    /// A frame that was taken as it came, before anything is copied.
+    whole: Bytes,
+}
+
+impl Deframer {
+    /// Takes the next bytes of the body.
+    pub fn push(&mut self, data: Bytes) {
+        if self.received.is_empty() && self.whole.is_empty() {
+            self.whole = data;
+        } else {
+            self.received.extend_from_slice(&std::mem::take(&mut self.whole));
+            self.received.extend_from_slice(&data);
+        }
+    }
+
+    /// The next whole message; `None` when bytes are missing.
+    ///
+    /// # Errors
+    /// Internal for a compressed message: we never ask for compression.
+    pub fn next(&mut self) -> Result<Option<Bytes>, Status> {
+        let at_hand = self.at_hand();
+        let Some(prefix) = at_hand.first_chunk::<PREFIX>() else { return Ok(None) };
+        let [flag, a, b, c, d] = *prefix;
+        if flag != 0 {
+            return Err(Status::fixed(Code::Internal, "grpc: compressed message without a negotiated encoding"));
+        }
+        let length = u32::from_be_bytes([a, b, c, d]) as usize;
+        if at_hand.len() - PREFIX < length {
+            return Ok(None);
+        }
+        Ok(Some(self.take(length)))
+    }
+
+    /// The length that the next message's prefix announces.
+    pub fn announced(&self) -> Option<usize> {
+        let [_, a, b, c, d] = *self.at_hand().first_chunk::<PREFIX>()?;
+        Some(u32::from_be_bytes([a, b, c, d]) as usize)
+    }
+
+    fn at_hand(&self) -> &[u8] {
+        if self.received.is_empty() { &self.whole } else { &self.received }
+    }
+
+    fn take(&mut self, length: usize) -> Bytes {
+        if self.received.is_empty() {
+            self.whole.advance(PREFIX);
+            return self.whole.split_to(length);
+        }
+        self.received.advance(PREFIX);
+        self.received.split_to(length).freeze()
+    }
+
+    /// Whether the bytes so far end between two messages.
+    pub fn is_empty(&self) -> bool {
+        self.received.is_empty() && self.whole.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::etcdserverpb::RangeRequest;
+
+    #[test]
+    fn status_texts_survive_the_header() {
+        for text in ["etcdserver: no leader", "100% größe\n", "%zz%4", ""] {
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-status", "14".parse().unwrap());
+            headers.insert("grpc-message", escape(text).parse().unwrap());
+            assert_eq!(outcome(&headers), Some(Err(Status::unavailable(text))));
+        }
+        assert_eq!(unescape(b"%zz%4"), "%zz%4");
+        assert_eq!(outcome(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn messages_come_out_whole_however_the_frames_are_cut() {
+        let messages: Vec<Bytes> = [0usize, 1, 300, 70_000]
+            .iter()
+            .map(|size| frame(&RangeRequest { key: vec![b'k'; *size].into(), ..Default::default() }))
+            .collect();
+        let stream: Vec<u8> = messages.iter().flatten().copied().collect();
+        for size in [1, 4, 5, 6, 1000, 16_384, stream.len()] {
+            let mut deframer = Deframer::default();
+            let mut seen = Vec::new();
+            for cut in stream.chunks(size) {
+                deframer.push(Bytes::copy_from_slice(cut));
+                while let Some(message) = deframer.next().unwrap() {
+                    seen.push(message);
+                }
+            }
+            let expected: Vec<Bytes> = messages.iter().map(|message| message.slice(PREFIX..)).collect();
+            assert_eq!(seen, expected, "cut at {size}");
+            assert!(deframer.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_compressed_message_is_refused() {
+        let mut deframer = Deframer::default();
+        deframer.push(Bytes::from_static(&[1, 0, 0, 0, 0]));
+        assert!(deframer.next().is_err());
+    }
+}

@@ -1,0 +1,161 @@
+//! The connections to one endpoint, by class of traffic.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+
+use super::{
+    connection::{self, Class, Sender, Tuning},
+    endpoint::Dial,
+    metrics::Metrics,
+};
+use crate::status::Status;
+
+/// A connection without streams is closed after this time.
+const IDLE_LIMIT: Duration = Duration::from_secs(120);
+
+/// The connections to one endpoint.
+pub(super) struct Pool {
+    name: String,
+    dial: Arc<dyn Dial>,
+    tuning: Tuning,
+    metrics: Metrics,
+    shelves: [Shelf; Class::ALL.len()],
+}
+
+/// The connections of one class.
+#[derive(Default)]
+struct Shelf {
+    connections: Mutex<Vec<Arc<Pooled>>>,
+    /// Held while dialling, so that a burst opens one connection and not one for each call. Holds the last failure, which
+    /// is everyone's who waited for that dial.
+    dialing: tokio::sync::Mutex<Option<(Instant, Status)>>,
+}
+
+struct Pooled {
+    sender: Sender,
+    class: Class,
+    /// Calls on it; changed under the shelf's lock when it grows.
+    streams: AtomicUsize,
+    last_used: Mutex<Instant>,
+    metrics: Metrics,
+}
+
+impl Drop for Pooled {
+    fn drop(&mut self) {
+        self.metrics.connections(self.class).dec();
+    }
+}
+
+/// The right to one stream on a connection; given back when dropped, so it lives as long as the call.
+pub(super) struct Slot(Arc<Pooled>);
+
+impl Slot {
+    pub(super) fn sender(&self) -> Sender {
+        self.0.sender.clone()
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        *self.0.last_used.lock() = Instant::now();
+        self.0.streams.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Pool {
+    pub(super) fn new(name: String, dial: Arc<dyn Dial>, tuning: Tuning, metrics: Metrics) -> Self {
+        Self { name, dial, tuning, metrics, shelves: Default::default() }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A place on a live connection of `class`, dialling when there is none.
+    ///
+    /// # Errors
+    /// Unavailable when the dial fails or takes too long.
+    pub(super) async fn slot(&self, class: Class) -> Result<Slot, Status> {
+        if class == Class::Feed {
+            // A feed's connection is its own from the dial to the end.
+            return self.open(class).await.map(Slot);
+        }
+        let shelf = &self.shelves[class as usize];
+        if let Some(slot) = shelf.free(class) {
+            return Ok(slot);
+        }
+        let asked = Instant::now();
+        let mut last_failure = shelf.dialing.lock().await;
+        if let Some(slot) = shelf.free(class) {
+            return Ok(slot);
+        }
+        if let Some((_, status)) = last_failure.as_ref().filter(|(failed, _)| *failed > asked) {
+            return Err(status.clone());
+        }
+        let pooled = self.open(class).await.inspect_err(|status| {
+            *last_failure = Some((Instant::now(), status.clone()));
+        })?;
+        shelf.connections.lock().push(pooled.clone());
+        Ok(Slot(pooled))
+    }
+
+    /// A new connection that already carries its first stream.
+    async fn open(&self, class: Class) -> Result<Arc<Pooled>, Status> {
+        let sender = connection::http2(&self.dial, &self.name, class, self.tuning).await;
+        self.metrics.dialed(&self.name, sender.is_ok());
+        let pooled = Pooled {
+            sender: sender?,
+            class,
+            streams: AtomicUsize::new(1),
+            last_used: Mutex::new(Instant::now()),
+            metrics: self.metrics.clone(),
+        };
+        self.metrics.connections(class).inc();
+        Ok(Arc::new(pooled))
+    }
+
+    /// An HTTP/1.1 connection for one request.
+    ///
+    /// # Errors
+    /// As [`Pool::slot`].
+    pub(super) async fn http1(
+        &self,
+    ) -> Result<hyper::client::conn::http1::SendRequest<super::body::RequestBody>, Status> {
+        let sender = connection::http1(&self.dial, &self.name, self.tuning).await;
+        self.metrics.dialed(&self.name, sender.is_ok());
+        sender
+    }
+
+    /// Lets no new call onto the present connections; those on them go on.
+    pub(super) fn retire(&self) {
+        self.shelves.iter().for_each(|shelf| shelf.connections.lock().clear());
+    }
+
+    /// Closes what has been idle for long, and forgets what has died.
+    pub(super) fn reap(&self, now: Instant) {
+        let stale = |pooled: &Arc<Pooled>| {
+            pooled.streams.load(Ordering::Acquire) == 0
+                && now.saturating_duration_since(*pooled.last_used.lock()) > IDLE_LIMIT
+        };
+        for shelf in &self.shelves {
+            shelf.connections.lock().retain(|pooled| !pooled.sender.is_closed() && !stale(pooled));
+        }
+    }
+}
+
+impl Shelf {
+    fn free(&self, class: Class) -> Option<Slot> {
+        let mut connections = self.connections.lock();
+        connections.retain(|pooled| !pooled.sender.is_closed());
+        let free = connections.iter().find(|pooled| pooled.streams.load(Ordering::Acquire) < class.streams())?;
+        free.streams.fetch_add(1, Ordering::AcqRel);
+        Some(Slot(free.clone()))
+    }
+}
