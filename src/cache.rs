@@ -1,1 +1,256 @@
-//! The watch cache as a client sees it: reads at a freshness, and the store and feed behind them.
+//! The watch cache as a client sees it: stores and their feeds behind reads at a freshness.
+//!
+//! - A **serializable** read takes the current view, provided that it is not behind anything that we ourselves have relayed
+//!   to a client.
+//! - A **linearizable** read waits for proof of how far the cluster has got ([`Consensus`]), and then for the view to have
+//!   got there. Only a view that is proven to belong to the upstream's history, on a live stream, may answer.
+//!
+//! What cannot be shown is not guessed: the read is [`Unserved`], and the caller forwards it.
+
+mod consensus;
+mod floor;
+mod metrics;
+mod prefix;
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{sync::watch, time::timeout};
+
+pub use consensus::{Consensus, Proof, Stamp};
+pub use metrics::Metrics;
+pub use prefix::Prefix;
+
+use crate::{
+    feed::Phase,
+    status::Status,
+    store::{KeyRange, Limits, Responder, Revision, View},
+    upstream::{AuthState, Gate, Upstream},
+};
+use floor::Floor;
+
+/// What a cache is told.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The ranges to cache, which do not overlap.
+    pub prefixes: Vec<KeyRange>,
+    /// Bytes of memory for the index, shared evenly by the prefixes.
+    pub cache_bytes: usize,
+    /// How much history is kept, for each prefix; the age is in milliseconds.
+    pub history: Limits,
+    /// How long a serializable read waits for what we have relayed, before it is forwarded.
+    pub floor_patience: Duration,
+    /// How long a linearizable read waits for the view to reach what consensus has shown, before it is forwarded. A feed
+    /// that stays behind for this long is moved to another endpoint.
+    pub view_patience: Duration,
+    /// How long a linearizable read waits for the cluster to answer. Etcd gives up after 7 seconds itself.
+    pub consensus_patience: Duration,
+}
+
+/// Why the cache does not answer. The upstream may.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unserved {
+    /// No cached prefix covers the range.
+    #[error("the range is not cached")]
+    NotCached,
+    /// Authentication is on, or may be.
+    #[error("authentication is on")]
+    Barred,
+    /// Nothing has been loaded yet.
+    #[error("the cache is warming up")]
+    Cold,
+    /// The keyspace is larger than the cache limit.
+    #[error("the keyspace is over the cache limit")]
+    OverLimit,
+    /// Whether the view belongs to the upstream's history is being found out.
+    #[error("the cache is proving that its state is the upstream's")]
+    Proving,
+    /// The upstream is gone, so nothing can be shown to be current.
+    #[error("the upstream is gone")]
+    Lost,
+    /// The view did not get as far as it must in time.
+    #[error("the view is behind")]
+    Behind,
+    /// The upstream's progress answers may be wrong.
+    #[error("the upstream's version cannot be trusted with consistent reads")]
+    Gated,
+    /// The cluster did not answer.
+    #[error("{0}")]
+    NoConsensus(Status),
+}
+
+impl Unserved {
+    /// A word for metrics.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::NotCached => "not_cached",
+            Self::Barred => "auth",
+            Self::Cold => "cold",
+            Self::OverLimit => "over_limit",
+            Self::Proving => "proving",
+            Self::Lost => "upstream_lost",
+            Self::Behind => "behind",
+            Self::Gated => "version_gate",
+            Self::NoConsensus(_) => "no_consensus",
+        }
+    }
+}
+
+/// A watch cache on one upstream. Cheap to clone; everything behind it ends with the last clone.
+#[derive(Clone)]
+pub struct Cache(Arc<Shared>);
+
+struct Shared {
+    upstream: Upstream,
+    settings: Settings,
+    prefixes: Vec<Prefix>,
+    consensus: Consensus,
+    floor: Arc<Floor>,
+    auth: watch::Receiver<AuthState>,
+}
+
+impl Cache {
+    /// A cache that begins to fill at once; to be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// When metrics of the same names are registered already.
+    pub fn start(
+        upstream: Upstream,
+        settings: Settings,
+        registry: &prometheus::Registry,
+    ) -> Result<Self, prometheus::Error> {
+        let floor = Arc::new(Floor::default());
+        let started =
+            settings.prefixes.iter().map(|range| Prefix::start(range, &upstream, &settings, &floor, registry));
+        let prefixes = started.collect::<Result<_, _>>()?;
+        let consensus = Consensus::start(upstream.clone(), Metrics::register(registry)?);
+        let auth = upstream.auth();
+        Ok(Self(Arc::new(Shared { upstream, settings, prefixes, consensus, floor, auth })))
+    }
+
+    /// The cached prefixes.
+    pub fn prefixes(&self) -> &[Prefix] {
+        &self.0.prefixes
+    }
+
+    /// The upstream behind the cache.
+    pub fn upstream(&self) -> &Upstream {
+        &self.0.upstream
+    }
+
+    /// What consensus has shown, for those who relay calls.
+    pub fn consensus(&self) -> &Consensus {
+        &self.0.consensus
+    }
+
+    /// The upstream's versions, as far as reads depend on them.
+    pub fn gate(&self) -> Gate {
+        self.0.upstream.gate()
+    }
+
+    /// Whether cached bytes may be given to everyone.
+    pub fn is_open(&self) -> bool {
+        *self.0.auth.borrow() == AuthState::Off
+    }
+
+    /// The cached prefix that covers `range`, and its place among the prefixes.
+    pub fn covering(&self, range: &KeyRange) -> Option<(usize, &Prefix)> {
+        self.0.prefixes.iter().enumerate().find(|(_, prefix)| prefix.range().covers(range))
+    }
+
+    /// Whether every prefix has been loaded and follows the upstream.
+    pub fn is_warm(&self) -> bool {
+        self.0.prefixes.iter().all(|prefix| prefix.phase() == Phase::Live)
+    }
+
+    /// Notes the header of a KV answer that is relayed to a client: nothing older may be served from now on.
+    pub fn note_relayed(&self, revision: Revision) {
+        self.0.floor.raise(revision);
+    }
+
+    /// Notes that the cluster has been compacted at `revision`.
+    pub fn note_compacted(&self, revision: Revision) {
+        self.0.prefixes.iter().for_each(|prefix| prefix.note_compacted(revision));
+    }
+
+    /// The highest revision that we have relayed.
+    pub fn floor(&self) -> Revision {
+        self.0.floor.revision()
+    }
+
+    /// Who answers from `prefix`, and the revision that its clients may take for the present.
+    pub fn present(&self, prefix: &Prefix) -> (Responder, Revision) {
+        let view = prefix.store().view();
+        (view.responder, view.revision().max(self.floor()))
+    }
+
+    /// A view of `range` that is not behind anything that we have relayed. It may be older than what the cluster has.
+    ///
+    /// # Errors
+    /// When the cache cannot answer; the upstream may.
+    pub async fn serializable(&self, range: &KeyRange) -> Result<Arc<View>, Unserved> {
+        let (_, prefix) = self.covering(range).ok_or(Unserved::NotCached)?;
+        let view = self.servable(prefix)?;
+        let floor = self.floor();
+        if view.revision() >= floor {
+            return Ok(view);
+        }
+        drop(view);
+        prefix.want(floor);
+        let reached = timeout(self.0.settings.floor_patience, prefix.store().reached(floor)).await;
+        reached.map_err(|_| Unserved::Behind)?;
+        self.servable(prefix)
+    }
+
+    /// A view of `range` that has every write acknowledged, to anybody, before the call.
+    ///
+    /// # Errors
+    /// When that cannot be shown; the upstream may answer.
+    pub async fn linearizable(&self, range: &KeyRange) -> Result<Arc<View>, Unserved> {
+        let (_, prefix) = self.covering(range).ok_or(Unserved::NotCached)?;
+        let before = self.provable(prefix)?;
+        if !self.gate().progress_is_proof {
+            return Err(Unserved::Gated);
+        }
+        let asked = timeout(self.0.settings.consensus_patience, self.0.consensus.ask()).await;
+        let proof = asked.map_err(|_| Unserved::NoConsensus(Status::TIMEOUT))?;
+        if proof.responder.cluster_id != before.responder.cluster_id || proof.revision < before.revision() {
+            // The cluster cannot be behind what it has sent us: this is not the history that the view came from.
+            prefix.doubt(before.position);
+            return Err(Unserved::Proving);
+        }
+        if prefix.store().view().revision() < proof.revision {
+            prefix.want(proof.revision);
+            let reached = timeout(self.0.settings.view_patience, prefix.store().reached(proof.revision)).await;
+            reached.map_err(|_| Unserved::Behind)?;
+        }
+        let view = self.provable(prefix)?;
+        if view.position.epoch != before.position.epoch || view.revision() < proof.revision {
+            return Err(Unserved::Proving);
+        }
+        Ok(view)
+    }
+
+    /// The current view of `prefix`, if anything may be read from it.
+    fn servable(&self, prefix: &Prefix) -> Result<Arc<View>, Unserved> {
+        if !self.is_open() {
+            return Err(Unserved::Barred);
+        }
+        match prefix.phase() {
+            Phase::Live | Phase::Lost(_) => {}
+            Phase::Cold => return Err(Unserved::Cold),
+            Phase::Proving => return Err(Unserved::Proving),
+            Phase::Barred => return Err(Unserved::Barred),
+        }
+        let view = prefix.store().view_owned();
+        match &view.tree {
+            Some(_) => Ok(view),
+            None => Err(if view.is_loaded() { Unserved::OverLimit } else { Unserved::Cold }),
+        }
+    }
+
+    /// As [`Cache::servable`], on a stream that is alive.
+    fn provable(&self, prefix: &Prefix) -> Result<Arc<View>, Unserved> {
+        let view = self.servable(prefix)?;
+        if prefix.phase() == Phase::Live { Ok(view) } else { Err(Unserved::Lost) }
+    }
+}

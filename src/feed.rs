@@ -1,1 +1,299 @@
 //! Follows the upstream and is the only writer of a store.
+//!
+//! A feed works at one endpoint at a time, through these states:
+//!
+//! 1. **Examine**: ask, through consensus, which cluster this is, in which term, at which revision.
+//! 2. **Prove** (when there is a state already): is this the history that the state came from? The last event applied must
+//!    be found at its revision as it was. Doubt leads to a new list, which is compared with the old state.
+//! 3. **List** (when there is nothing to go on from): everything at one pinned revision.
+//! 4. **Follow**: one watch from the next revision on. Whole revisions go to the store, a view is published per batch.
+//!
+//! Whatever goes wrong ends the attempt, and the next begins with the first state, at another endpoint if there is one.
+//! What cannot be continued is begun anew: after a compaction in the same history (watchers read the gap from the upstream,
+//! or are told of the compaction), after a change of history in a new epoch (every watcher is told to list again). No event
+//! is ever made up from the difference of two states.
+
+mod decode;
+mod follow;
+mod list;
+mod metrics;
+mod prove;
+
+use std::time::{Duration, Instant};
+
+use tokio::{sync::watch, time::sleep};
+use tonic::Code;
+use tracing::{info, warn};
+
+use crate::{
+    proto::etcdserverpb::ResponseHeader,
+    status::Status,
+    store::{KeyRange, Position, Revision, Tree, Writer},
+    upstream::{AuthState, EndpointId, Upstream},
+};
+use list::Listed;
+pub use metrics::Metrics;
+use prove::Continuity;
+
+/// What a feed is told.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The keys to follow.
+    pub range: KeyRange,
+    /// Bytes of memory for the index; above it the index is dropped, and only the history goes on.
+    pub cache_bytes: usize,
+    /// How long the view may stay below a revision that is known to exist before another endpoint is tried.
+    pub stall: Duration,
+}
+
+/// What the feed is doing, for those who read from its store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Nothing has been loaded yet.
+    Cold,
+    /// Connected, and the view is proven to be a state of this upstream's history.
+    Live,
+    /// The upstream is gone since then; the view is what was last known.
+    Lost(Instant),
+    /// Connected again, but whether the view belongs to this upstream's history is being found out.
+    Proving,
+    /// Authentication is on: nothing may be served from here.
+    Barred,
+}
+
+/// What others need of the feed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Demand {
+    /// What the upstream is known to have reached, and somebody waits for. Of another epoch: meaningless.
+    pub goal: Position,
+    /// A compaction that is known to have been done.
+    pub compacted: Revision,
+    /// Grows when an answer contradicted the view: continuity is to be proven anew.
+    pub doubts: u64,
+}
+
+/// Why an attempt ended.
+#[derive(Debug, thiserror::Error)]
+enum End {
+    /// The endpoint cannot be reached, or failed.
+    #[error("{0}")]
+    Failed(Status),
+    /// The stream stays below a revision that the cluster has.
+    #[error("the stream stays at revision {at} though the cluster has reached {goal}")]
+    Stalled { at: Revision, goal: Revision },
+    /// What the upstream sent cannot be understood.
+    #[error("unreadable answer: {0}")]
+    Unreadable(String),
+    /// To be tried again at once, from the first state.
+    #[error("{0}")]
+    Again(&'static str),
+    /// Authentication is on.
+    #[error("authentication is on")]
+    Barred,
+}
+
+impl From<Status> for End {
+    fn from(status: Status) -> Self {
+        let barred = status == Status::USER_EMPTY
+            || status == Status::INVALID_AUTH_TOKEN
+            || status.code == Code::PermissionDenied;
+        if barred { Self::Barred } else { Self::Failed(status) }
+    }
+}
+
+/// Follows the upstream for one range of keys.
+pub struct Feed {
+    upstream: Upstream,
+    settings: Settings,
+    writer: Writer,
+    demand: watch::Receiver<Demand>,
+    phase: watch::Sender<Phase>,
+    metrics: Metrics,
+    started: Instant,
+    /// When to try again to build an index that was too large, and how long to wait if it still is.
+    retry_index: Option<(Instant, Duration)>,
+}
+
+/// Between two attempts while nothing works.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+/// For one question to an endpoint.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+impl Feed {
+    /// A feed that fills `writer`'s store. [`Feed::run`] is to be spawned. The receiver tells what it is doing.
+    pub fn new(
+        upstream: Upstream,
+        settings: Settings,
+        writer: Writer,
+        demand: watch::Receiver<Demand>,
+        metrics: Metrics,
+    ) -> (Self, watch::Receiver<Phase>) {
+        let (phase, phases) = watch::channel(Phase::Cold);
+        let started = Instant::now();
+        (Self { upstream, settings, writer, demand, phase, metrics, started, retry_index: None }, phases)
+    }
+
+    /// Follows the upstream for ever.
+    pub async fn run(mut self) {
+        let mut avoid = Vec::new();
+        let mut pause = SHORTEST_PAUSE;
+        loop {
+            self.await_auth_off().await;
+            let Some(at) = self.upstream.await_preferred(&avoid, LONGEST_PAUSE).await else {
+                self.lose();
+                avoid.clear();
+                sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+                continue;
+            };
+            let before = self.writer.position();
+            let end = self.attempt(at).await;
+            if self.writer.position() != before {
+                pause = SHORTEST_PAUSE;
+            }
+            self.note(at, &end);
+            avoid.clear();
+            match end {
+                End::Again(_) | End::Barred => {}
+                End::Failed(_) => self.upstream.report_failure(at),
+                End::Stalled { .. } | End::Unreadable(_) => avoid.push(at),
+            }
+            if !matches!(end, End::Again(_)) {
+                sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+        }
+    }
+
+    fn note(&mut self, at: EndpointId, end: &End) {
+        let (endpoint, revision) = (self.upstream.name(at), self.writer.position().revision.0);
+        self.metrics.attempts.inc();
+        match end {
+            End::Again(reason) => info!(endpoint, revision, reason, "feed begins again"),
+            End::Barred => self.enter(Phase::Barred),
+            end => {
+                warn!(endpoint, revision, reason = %end, "feed lost its endpoint");
+                self.lose();
+            }
+        }
+    }
+
+    fn enter(&self, phase: Phase) {
+        self.metrics.phase(phase);
+        self.phase.send_if_modified(|current| std::mem::replace(current, phase) != phase);
+    }
+
+    /// Notes that the upstream is gone, unless that is known already.
+    fn lose(&self) {
+        let current = *self.phase.borrow();
+        if matches!(current, Phase::Live | Phase::Proving | Phase::Barred) && self.is_loaded() {
+            self.enter(Phase::Lost(Instant::now()));
+        }
+    }
+
+    fn is_loaded(&self) -> bool {
+        self.writer.position().revision > Revision::ZERO
+    }
+
+    /// Waits while authentication is on. Whatever was cached until then is not served meanwhile, and proven before it is
+    /// served again.
+    async fn await_auth_off(&mut self) {
+        let mut auth = self.upstream.auth();
+        if *auth.borrow_and_update() != AuthState::On {
+            return;
+        }
+        self.enter(Phase::Barred);
+        // The sender lives as long as the upstream, so this cannot fail.
+        let _ = auth.wait_for(|auth| *auth == AuthState::Off).await;
+        info!("authentication is off: the cache comes back");
+    }
+
+    /// Works at one endpoint until something goes wrong.
+    async fn attempt(&mut self, at: EndpointId) -> End {
+        match self.try_attempt(at).await {
+            Err(end) => end,
+            Ok(never) => match never {},
+        }
+    }
+
+    async fn try_attempt(&mut self, at: EndpointId) -> Result<std::convert::Infallible, End> {
+        if self.is_loaded() {
+            self.enter(Phase::Proving);
+        }
+        let header = self.examine(at).await?;
+        match self.continuity(at, &header).await? {
+            Continuity::Proven => self.retry_index(at).await?,
+            Continuity::Nothing => self.load(at, &header).await?,
+            Continuity::Doubtful => self.reload(at, &header).await?,
+            Continuity::Broken(why) => {
+                warn!(endpoint = self.upstream.name(at), why, "the upstream has another history: beginning anew");
+                self.load(at, &header).await?;
+            }
+        }
+        self.note_responder(&header);
+        self.follow(at).await
+    }
+
+    fn note_responder(&mut self, header: &ResponseHeader) {
+        self.writer.set_responder(header.into());
+        self.publish();
+    }
+
+    fn publish(&mut self) {
+        let now = self.started.elapsed().as_millis() as u64;
+        self.writer.publish(now);
+        self.metrics.published(self.writer.store());
+    }
+
+    /// Begins a new epoch with a list.
+    async fn load(&mut self, at: EndpointId, header: &ResponseHeader) -> Result<(), End> {
+        let listed = self.list(at, Revision::ZERO).await?;
+        self.adopt(listed, self.writer.position().epoch + 1, header);
+        Ok(())
+    }
+
+    /// Lists anew, and goes on in the same epoch if the list agrees with the old state.
+    async fn reload(&mut self, at: EndpointId, header: &ResponseHeader) -> Result<(), End> {
+        let listed = self.list(at, Revision::ZERO).await?;
+        let position = self.writer.position();
+        let agrees = self.agrees(&listed);
+        info!(endpoint = self.upstream.name(at), agrees, revision = listed.revision.0, "listed anew after a gap");
+        self.adopt(listed, position.epoch + u64::from(!agrees), header);
+        Ok(())
+    }
+
+    fn adopt(&mut self, listed: Listed, epoch: u64, header: &ResponseHeader) {
+        let Listed { revision, tree } = listed;
+        self.metrics.lists.inc();
+        self.note_size(tree.as_ref());
+        self.writer.reset(Position { epoch, revision }, tree);
+        self.note_responder(header);
+    }
+
+    /// Tries again to build an index that was too large, for the revision at which the history stands.
+    async fn retry_index(&mut self, at: EndpointId) -> Result<(), End> {
+        if self.retry_index.is_none_or(|(when, _)| Instant::now() < when) {
+            return Ok(());
+        }
+        let listed = self.list(at, self.writer.position().revision).await?;
+        self.note_size(listed.tree.as_ref());
+        self.writer.set_tree(listed.tree);
+        self.publish();
+        Ok(())
+    }
+
+    /// Keeps the account of an index that is too large to be kept.
+    fn note_size(&mut self, tree: Option<&Tree>) {
+        self.retry_index = match (tree, self.retry_index) {
+            (Some(_), _) => None,
+            (None, Some((_, wait))) => Some((Instant::now() + wait * 2, (wait * 2).min(Duration::from_secs(1800)))),
+            (None, None) => Some((Instant::now() + Duration::from_secs(60), Duration::from_secs(60))),
+        };
+        self.metrics.over_limit.set(tree.is_none().into());
+        if tree.is_none() {
+            let limit = self.settings.cache_bytes;
+            warn!(limit, "the keyspace is larger than the cache limit: reads are forwarded, watches go on");
+        }
+    }
+}

@@ -1,3 +1,25 @@
 //! The gRPC and HTTP faces.
+//!
+//! - [`router`]: which of the following answers a request;
+//! - [`kv`], [`watch`]: what the cache answers, and relays where it cannot;
+//! - [`leader`]: streams that want a leader;
+//! - [`listener`]: accepts connections and serves HTTP/2 and HTTP/1.1 on them;
+//! - [`body`], [`response`]: what answers are made of;
+//! - [`forward`], [`relay`]: calls that etcd answers;
+//! - [`members`]: MemberList, so that clients stay behind the proxy;
+//! - [`health`], [`http`]: `grpc.health.v1`, and what etcd serves over HTTP/1.1 on its client port;
+//! - [`admin`]: the operators' port.
 
 pub mod admin;
+pub mod body;
+pub mod forward;
+pub mod health;
+pub mod http;
+pub mod kv;
+pub mod leader;
+pub mod listener;
+pub mod members;
+pub mod relay;
+pub mod response;
+pub mod router;
+pub mod watch;

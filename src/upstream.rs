@@ -44,7 +44,7 @@ pub use self::{
     body::{BodyError, RequestBody},
     call::{StreamReceiver, StreamSender},
     endpoint::{Dial, DialFuture, Endpoint, EndpointId, Io},
-    forward::{ForwardedBody, Route},
+    forward::{Forwarded, ForwardedBody, Route},
     health::{AuthState, EndpointHealth, Health, Report, Standing},
     limits::ForwardClass,
     version::{Gate, Version},
@@ -336,19 +336,14 @@ impl Shared {
         let request =
             call::request(&self.member(at)?.authority, path, metadata, Some(deadline), RequestBody::full(message))?;
         let answer = timeout(deadline, async {
-            let (response, _slot) = self.send(at, class, request).await.map_err(|unsent| unsent.status)?;
-            call::unary_message(response).await
+            let answer = self.send(at, class, request).await.map_err(|unsent| unsent.status)?;
+            call::unary_message(answer.response).await
         });
         answer.await.unwrap_or(Err(call::DEADLINE))
     }
 
     /// Sends a request, dialling if need be.
-    async fn send(
-        &self,
-        at: EndpointId,
-        class: Class,
-        mut request: Request<RequestBody>,
-    ) -> Result<(Response<Incoming>, Slot), Unsent> {
+    async fn send(&self, at: EndpointId, class: Class, mut request: Request<RequestBody>) -> Result<Answer, Unsent> {
         let Ok(member) = self.member(at) else { return Err(Unsent::lost(NO_CONNECTION)) };
         for _ in 0..HANDOVERS {
             let slot = match member.pool.slot(class).await {
@@ -358,8 +353,9 @@ impl Shared {
                     return Err(Unsent { status, request: Some(request) });
                 }
             };
+            let sent = Instant::now();
             match slot.sender().try_send_request(request).await {
-                Ok(response) => return Ok((response, slot)),
+                Ok(response) => return Ok(Answer { response, slot, sent }),
                 Err(mut error) => match error.take_message() {
                     Some(given_back) => request = given_back,
                     None => return Err(Unsent::lost(self.failed(at, error.error()))),
@@ -420,6 +416,13 @@ impl MemberLink {
 
 /// What the Go client's interceptor takes, with Unavailable, as proof that not even a write was sent: it tries again.
 const NO_CONNECTION: Status = Status::fixed(Code::Unavailable, "there is no connection available");
+
+/// An answer from its headers on; the slot is to be kept until its end.
+struct Answer {
+    response: Response<Incoming>,
+    slot: Slot,
+    sent: Instant,
+}
 
 /// A request that was not answered; `request` is there if nothing of it was handed to a live connection.
 struct Unsent {

@@ -1,15 +1,29 @@
 //! `millpond serve`: settings, log, metrics and the operators' port around the proxy.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
+use prometheus::Registry;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use super::signals;
 use crate::{
+    cache::{self, Cache},
     config::Config,
-    server::admin::{self, Admin, Readiness},
+    server::{
+        self,
+        admin::{self, Admin},
+        health::{HealthService, Readiness},
+        kv::{self, Kv},
+        leader::Leader,
+        listener,
+        members::Members,
+        router::{Router, mind_readiness},
+        watch::Watch,
+    },
+    store::{KeyRange, Limits},
     telemetry::{Telemetry, TelemetryError},
+    upstream::{self, Upstream, UpstreamError},
 };
 
 /// Shown below the help of `serve`.
@@ -35,6 +49,12 @@ pub enum ServeError {
     /// The runtime or its signal handlers cannot start.
     #[error("cannot start: {0}")]
     Runtime(#[from] io::Error),
+    /// The upstream cannot be set up.
+    #[error(transparent)]
+    Upstream(#[from] UpstreamError),
+    /// Two parts want metrics of the same name.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
     /// An address cannot be bound. Worth a retry once it is free.
     #[error("{setting}: cannot listen on {address}: {source}")]
     Bind {
@@ -82,11 +102,87 @@ async fn within_grace(
 
 /// Binds the listeners and serves until `shutdown`.
 pub async fn serve(config: Config, telemetry: Telemetry, shutdown: CancellationToken) -> Result<(), ServeError> {
-    let listener = bind("admin-listen", config.admin_listen).await?;
-    let (_readiness, receiver) = watch::channel(Readiness { reason: "starting".to_owned(), ..Readiness::default() });
-    let admin = Admin { readiness: receiver, registry: telemetry.registry, check: None };
-    admin::serve(listener, admin, shutdown).await;
+    let admin_listener = bind("admin-listen", config.admin_listen).await?;
+    let listener = bind("listen", config.listen).await?;
+    if let Err(error) = listener::raise_open_file_limit() {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+    let (readiness, ready) = watch::channel(Readiness { reason: "starting".to_owned(), ..Readiness::default() });
+    let registry = telemetry.registry.clone();
+    let admin = Admin { readiness: ready.clone(), registry: registry.clone(), check: None };
+    let admin = tokio::spawn(admin::serve(admin_listener, admin, shutdown.clone()));
+    let upstream = Upstream::start(upstream_settings(&config)?, &registry)?;
+    let cache = Cache::start(upstream.clone(), cache_settings(&config), &registry)?;
+    let minding = tokio::spawn(mind_readiness(cache.clone(), readiness, shutdown.clone()));
+    let router = Arc::new(router(&config, cache, ready, &registry, &shutdown)?);
+    let metrics = listener::Metrics::register(&registry)?;
+    listener::serve(listener, router, listener_settings(&config), metrics, shutdown).await;
+    // Both end with the same token.
+    let _ = tokio::join!(admin, minding);
     Ok(())
+}
+
+fn router(
+    config: &Config,
+    cache: Cache,
+    ready: watch::Receiver<Readiness>,
+    registry: &Registry,
+    shutdown: &CancellationToken,
+) -> Result<Router, ServeError> {
+    let max_request_bytes = config.max_request_bytes as usize;
+    let watch_settings = server::watch::Settings {
+        max_request_bytes,
+        progress_interval: config.progress_interval,
+        catch_up_limit: config.catch_up_limit,
+        stream_limit: config.forward_stream_limit,
+    };
+    let kv_settings =
+        kv::Settings { max_request_bytes, max_response_bytes: config.max_response_bytes.unwrap_or(u64::MAX) };
+    let leader = Leader::start(cache.upstream(), shutdown.clone());
+    let watch_metrics = server::watch::Metrics::register(registry)?;
+    Ok(Router {
+        kv: Kv::new(cache.clone(), kv_settings, kv::Metrics::register(registry)?),
+        watch: Watch::new(cache.clone(), watch_settings, watch_metrics, leader, shutdown.clone()),
+        members: Members::new(config.advertise_client_url.clone()),
+        health: HealthService::new(ready, shutdown.clone()),
+        cache,
+    })
+}
+
+fn upstream_settings(config: &Config) -> Result<upstream::Settings, UpstreamError> {
+    let endpoints = config.endpoints.iter().map(|endpoint| endpoint.parse()).collect::<Result<_, _>>()?;
+    Ok(upstream::Settings {
+        connect_timeout: config.connect_timeout,
+        keepalive_interval: config.upstream_keepalive_interval,
+        keepalive_timeout: config.upstream_keepalive_timeout,
+        forward_limit: config.forward_limit,
+        stream_limit: config.forward_stream_limit,
+        ..upstream::Settings::new(endpoints)
+    })
+}
+
+fn cache_settings(config: &Config) -> cache::Settings {
+    let prefix = |prefix: &String| KeyRange::prefix(prefix.clone().into());
+    let prefixes: Vec<_> = config.prefixes.iter().map(prefix).collect();
+    cache::Settings {
+        prefixes: if prefixes.is_empty() { vec![KeyRange::everything()] } else { prefixes },
+        cache_bytes: config.cache_bytes as usize,
+        history: Limits {
+            bytes: config.history_bytes as usize,
+            age: config.history_age.as_millis().try_into().unwrap_or(u64::MAX),
+        },
+        floor_patience: Duration::from_millis(100),
+        view_patience: Duration::from_secs(3),
+        consensus_patience: config.read_timeout,
+    }
+}
+
+fn listener_settings(config: &Config) -> listener::Settings {
+    listener::Settings {
+        keepalive_interval: config.grpc_keepalive_interval,
+        keepalive_timeout: config.grpc_keepalive_timeout,
+        grace: config.shutdown_grace,
+    }
 }
 
 /// Binds an address and logs where that turned out to be, since port 0 means any free one.

@@ -2,7 +2,7 @@
 
 use crate::{
     proto::etcdserverpb::{WatchCreateRequest, watch_create_request::FilterType},
-    store::{Event, EventKind, KeyRange, Revision},
+    store::{Event, EventKind, KeyRange, Responder, Revision},
 };
 
 /// What a watcher wants to see.
@@ -87,8 +87,8 @@ pub(super) enum State {
     Live { group: u32 },
     /// It reads the history window.
     Behind,
-    /// They are relayed from the upstream, which has sent everything up to `through`.
-    Relayed { through: Revision },
+    /// They are relayed from the upstream; `told` is its answer to the last request for progress.
+    Relayed { told: Option<(Responder, Revision)> },
     /// It has been cancelled by us; the client has yet to free the id.
     Dead,
 }

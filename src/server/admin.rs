@@ -28,6 +28,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub use super::health::Readiness;
+
 /// Connections at a time: far more than probes and scrapers need, few enough to cost nothing.
 const MAX_CONNECTIONS: usize = 256;
 
@@ -39,24 +41,6 @@ const DRAIN: Duration = Duration::from_secs(2);
 
 /// Pause after a failed accept, so that running out of file descriptors does not become a busy loop.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-
-/// What readiness rests on.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Readiness {
-    /// The cache can answer.
-    pub cache_warm: bool,
-    /// The upstream answers.
-    pub upstream_reachable: bool,
-    /// What is wrong, when something is.
-    pub reason: String,
-}
-
-impl Readiness {
-    /// Whether clients are served at all: from the cache, or by forwarding.
-    pub fn is_ready(&self) -> bool {
-        self.cache_warm || self.upstream_reachable
-    }
-}
 
 /// What a consistency check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]

@@ -192,7 +192,7 @@ proptest! {
                 let data: Vec<u8> = (0..*size).map(|i| (i * 31 + index) as u8).collect();
                 expected.extend_from_slice(&data);
                 let (head, tail) = data.split_at(size / 3);
-                let mut chain = head.chain(tail);
+                let mut chain = Buf::chain(head, tail);
                 gather.write_all_buf(&mut chain).await.unwrap();
                 match pauses[index] {
                     0 => gather.flush().await.unwrap(),

@@ -47,3 +47,10 @@ impl Responder {
         put_int_field(out, 4, self.raft_term as i64);
     }
 }
+
+impl From<&ResponseHeader> for Responder {
+    fn from(header: &ResponseHeader) -> Self {
+        let ResponseHeader { cluster_id, member_id, raft_term, .. } = *header;
+        Self { cluster_id, member_id, raft_term }
+    }
+}

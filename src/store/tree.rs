@@ -21,19 +21,12 @@ pub struct Sums {
     pub keys: u64,
     /// Bytes of the records as repeated fields of a Range answer, tags and lengths included.
     pub wire: u64,
-    /// The same without the values.
-    pub wire_keys_only: u64,
 }
 
 impl Sums {
     /// The sums of one record.
     pub fn of(record: &Record) -> Self {
-        let (before, lease) = record.wire_without_value();
-        Self {
-            keys: 1,
-            wire: wire::bytes_field_len(record.wire().len()) as u64,
-            wire_keys_only: wire::bytes_field_len(before.len() + lease.len()) as u64,
-        }
+        Self { keys: 1, wire: wire::bytes_field_len(record.wire().len()) as u64 }
     }
 }
 
@@ -41,7 +34,6 @@ impl std::ops::AddAssign for Sums {
     fn add_assign(&mut self, other: Self) {
         self.keys += other.keys;
         self.wire += other.wire;
-        self.wire_keys_only += other.wire_keys_only;
     }
 }
 
@@ -49,11 +41,7 @@ impl std::ops::Sub for Sums {
     type Output = Self;
 
     fn sub(self, other: Self) -> Self {
-        Self {
-            keys: self.keys - other.keys,
-            wire: self.wire - other.wire,
-            wire_keys_only: self.wire_keys_only - other.wire_keys_only,
-        }
+        Self { keys: self.keys - other.keys, wire: self.wire - other.wire }
     }
 }
 

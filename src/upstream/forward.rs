@@ -4,16 +4,17 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Instant,
 };
 
 use bytes::Bytes;
 use http::{Request, Response, Uri, uri};
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
+use hyper::{body::Incoming, client::conn::http1::SendRequest};
 
 use super::{
-    BodyError, EndpointId, ForwardClass, MemberLink, NO_CONNECTION, RequestBody, Shared, Upstream, connection::Class,
-    grpc, limits::Permit, pool::Slot,
+    Answer, BodyError, EndpointId, ForwardClass, MemberLink, NO_CONNECTION, RequestBody, Shared, Upstream,
+    connection::Class, grpc, limits::Permit, pool::Slot,
 };
 use crate::status::Status;
 
@@ -26,6 +27,16 @@ pub enum Route {
     Member(EndpointId),
 }
 
+/// A forwarded call that is being answered.
+pub struct Forwarded {
+    /// Who answers.
+    pub at: EndpointId,
+    /// A moment just before the request was handed to the connection.
+    pub sent: Instant,
+    /// The answer, from its headers on.
+    pub response: Response<ForwardedBody>,
+}
+
 /// The body of a forwarded answer. Holds the call's place on the connection and its permit until it ends.
 pub struct ForwardedBody {
     incoming: Incoming,
@@ -36,7 +47,7 @@ pub struct ForwardedBody {
 }
 
 impl Upstream {
-    /// Forwards a request whose URI is a path, and returns who answers, and the answer from its headers on. Waits for a
+    /// Forwards a request, whatever scheme and authority its URI has. Waits for a
     /// permit, and for the probes if no endpoint is known to be usable yet.
     ///
     /// # Errors
@@ -47,7 +58,7 @@ impl Upstream {
         route: Route,
         class: ForwardClass,
         request: Request<RequestBody>,
-    ) -> Result<(EndpointId, Response<ForwardedBody>), Status> {
+    ) -> Result<Forwarded, Status> {
         let shared = self.shared();
         let permit = shared.limit(class).permit().await?;
         let connections = match class {
@@ -60,9 +71,9 @@ impl Upstream {
             let member = shared.member(at)?;
             request = aim(request, member)?;
             match shared.send(at, connections, request).await {
-                Ok((response, slot)) => {
+                Ok(Answer { response, slot, sent }) => {
                     let wrap = |incoming| ForwardedBody::new(incoming, shared, at, Some(slot), permit);
-                    return Ok((at, response.map(wrap)));
+                    return Ok(Forwarded { at, sent, response: response.map(wrap) });
                 }
                 Err(unsent) => match (unsent.request, route) {
                     (Some(given_back), Route::Preferred) => request = given_back,
@@ -73,27 +84,18 @@ impl Upstream {
         }
     }
 
-    /// Forwards a request over HTTP/1.1 on a connection of its own, with `Host` as the client gave it.
+    /// Forwards a request over HTTP/1.1 on a connection of its own; its URI is a path, and `Host` is as the client gave it.
     ///
     /// # Errors
     /// As [`Upstream::forward`].
-    pub async fn forward_http1(
-        &self,
-        request: Request<RequestBody>,
-    ) -> Result<(EndpointId, Response<ForwardedBody>), Status> {
+    pub async fn forward_http1(&self, route: Route, request: Request<RequestBody>) -> Result<Forwarded, Status> {
         let shared = self.shared();
         let permit = shared.stream_limit.permit().await?;
-        let mut tried = Vec::new();
-        let (at, mut connection) = loop {
-            let at = shared.choose(Route::Preferred, &tried).await?;
-            match shared.member(at)?.pool.http1().await {
-                Ok(connection) => break (at, connection),
-                Err(_) => shared.suspect(at),
-            }
-            tried.push(at);
-        };
+        let (at, mut connection) = shared.connect_http1(route).await?;
+        let sent = Instant::now();
         let response = connection.send_request(request).await.map_err(|error| shared.failed(at, &error))?;
-        Ok((at, response.map(|incoming| ForwardedBody::new(incoming, shared, at, None, permit))))
+        let response = response.map(|incoming| ForwardedBody::new(incoming, shared, at, None, permit));
+        Ok(Forwarded { at, sent, response })
     }
 }
 
@@ -112,6 +114,22 @@ impl Shared {
         match class {
             ForwardClass::Unary => &self.unary_limit,
             ForwardClass::Stream => &self.stream_limit,
+        }
+    }
+
+    async fn connect_http1(&self, route: Route) -> Result<(EndpointId, SendRequest<RequestBody>), Status> {
+        let mut tried = Vec::new();
+        loop {
+            let at = self.choose(route, &tried).await?;
+            match (self.member(at)?.pool.http1().await, route) {
+                (Ok(connection), _) => return Ok((at, connection)),
+                (Err(status), Route::Member(_)) => {
+                    self.suspect(at);
+                    return Err(status);
+                }
+                (Err(_), Route::Preferred) => self.suspect(at),
+            }
+            tried.push(at);
         }
     }
 

@@ -163,7 +163,7 @@ impl Deframer {
     /// # Errors
     /// Internal for a compressed message: we never ask for compression.
     pub fn next(&mut self) -> Result<Option<Bytes>, Status> {
-        let at_hand: &[u8] = if self.received.is_empty() { &self.whole } else { &self.received };
+        let at_hand = self.at_hand();
         let Some(prefix) = at_hand.first_chunk::<PREFIX>() else { return Ok(None) };
         let [flag, a, b, c, d] = *prefix;
         if flag != 0 {
@@ -174,6 +174,16 @@ impl Deframer {
             return Ok(None);
         }
         Ok(Some(self.take(length)))
+    }
+
+    /// The length that the next message's prefix announces.
+    pub fn announced(&self) -> Option<usize> {
+        let [_, a, b, c, d] = *self.at_hand().first_chunk::<PREFIX>()?;
+        Some(u32::from_be_bytes([a, b, c, d]) as usize)
+    }
+
+    fn at_hand(&self) -> &[u8] {
+        if self.received.is_empty() { &self.whole } else { &self.received }
     }
 
     fn take(&mut self, length: usize) -> Bytes {

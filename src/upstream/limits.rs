@@ -16,7 +16,7 @@ use std::{
 use prometheus::{IntCounter, IntGauge};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, timeout_at},
+    time::timeout,
 };
 
 use super::metrics::Metrics;
@@ -58,6 +58,7 @@ pub(super) struct Limit {
     permits: Arc<Semaphore>,
     waiting: AtomicUsize,
     most_waiting: usize,
+    patience: Duration,
     running_gauge: IntGauge,
     waiting_gauge: IntGauge,
     refused: IntCounter,
@@ -83,6 +84,7 @@ impl Limit {
             permits: Arc::new(Semaphore::new(limit)),
             waiting: AtomicUsize::new(0),
             most_waiting: limit.saturating_mul(WAITING_PER_PERMIT),
+            patience: PATIENCE,
             running_gauge: metrics.forwarding.with_label_values(&[class.name()]),
             waiting_gauge: metrics.waiting.with_label_values(&[class.name()]),
             refused: metrics.refused.with_label_values(&[class.name()]),
@@ -101,7 +103,7 @@ impl Limit {
         if waiting.ahead >= self.most_waiting {
             return Err(self.refuse());
         }
-        let turn = timeout_at(Instant::now() + PATIENCE, self.permits.clone().acquire_owned()).await;
+        let turn = timeout(self.patience, self.permits.clone().acquire_owned()).await;
         drop(waiting);
         match turn {
             Ok(Ok(permit)) => Ok(self.granted(permit)),
@@ -144,29 +146,28 @@ impl Drop for Waiting<'_> {
 mod tests {
     use super::*;
 
-    fn limit(class: ForwardClass, permits: usize) -> Limit {
+    fn limit(class: ForwardClass, permits: usize, patience: Duration) -> Limit {
         let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
-        Limit::new(class, permits, &metrics)
+        Limit { patience, ..Limit::new(class, permits, &metrics) }
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_call_over_the_limit_waits_for_its_turn() {
-        let limit = limit(ForwardClass::Unary, 1);
+        let limit = limit(ForwardClass::Unary, 1, PATIENCE);
         let first = limit.permit().await.unwrap();
-        let (second, ()) = tokio::join!(limit.permit(), async {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            drop(first);
-        });
-        assert!(second.is_ok());
+        let mut second = Box::pin(limit.permit());
+        assert!(futures_util::poll!(&mut second).is_pending());
+        drop(first);
+        let _second = second.await.unwrap();
         assert_eq!(limit.running_gauge.get(), 1);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_call_whose_turn_does_not_come_is_refused_as_fits_its_kind() {
         for (class, refusal) in
             [(ForwardClass::Unary, Status::TOO_MANY_REQUESTS), (ForwardClass::Stream, ForwardClass::Stream.refusal())]
         {
-            let limit = limit(class, 1);
+            let limit = limit(class, 1, Duration::from_millis(1));
             let _held = limit.permit().await.unwrap();
             assert_eq!(limit.permit().await.err(), Some(refusal));
             assert_eq!(limit.waiting.load(Ordering::Acquire), 0);
@@ -174,9 +175,9 @@ mod tests {
         }
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn the_queue_is_bounded_and_callers_that_leave_make_room() {
-        let limit = limit(ForwardClass::Unary, 1);
+        let limit = limit(ForwardClass::Unary, 1, PATIENCE);
         let _held = limit.permit().await.unwrap();
         let mut queue: Vec<_> = (0..WAITING_PER_PERMIT).map(|_| Box::pin(limit.permit())).collect();
         for waiting in &mut queue {

@@ -6,19 +6,27 @@
 //! - [`millpond`]: the Millpond binary as a child process.
 //! - [`subject`]: the server under test, and a plain etcd beside it that must answer the same.
 //! - [`fault`]: a TCP proxy that breaks connections in chosen ways.
+//! - [`etcdctl`]: the command line client.
+//! - [`raw`]: gRPC by hand, for bad input.
 //! - [`client`]: stubs and small calls.
-//! - [`operation`], [`random`], [`compare`], [`watching`]: random requests, and the comparison of what comes back.
+//! - [`informer`]: a client that lists and follows, and notices any gap.
+//! - [`operation`], [`random`], [`compare`], [`watching`], [`script`]: random requests, and the comparison of what comes back.
 
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
 pub mod client;
 pub mod compare;
 pub mod etcd;
+pub mod etcdctl;
 pub mod fault;
+pub mod informer;
 pub mod millpond;
 pub mod operation;
 pub mod ports;
 pub mod process;
 pub mod random;
+pub mod raw;
+pub mod script;
 pub mod subject;
 pub mod toolchain;
+pub mod watching;

@@ -47,10 +47,15 @@ pub struct Process {
 
 impl Process {
     /// Starts `command`, with its output appended to `log`.
-    pub fn start(mut command: Command, log: &Path) -> Self {
+    pub fn start(command: Command, log: &Path) -> Self {
+        Self::start_with_input(command, Stdio::null(), log)
+    }
+
+    /// As [`Self::start`], with this as its standard input.
+    pub fn start_with_input(mut command: Command, input: Stdio, log: &Path) -> Self {
         let out = File::options().create(true).append(true).open(log).unwrap();
         let err = out.try_clone().unwrap();
-        command.stdin(Stdio::null()).stdout(out).stderr(err);
+        command.stdin(input).stdout(out).stderr(err);
         let program = command.get_program().to_owned();
         let child = spawn_bound(command).unwrap_or_else(|error| panic!("cannot start {program:?}: {error}"));
         Self { child, log: log.to_owned() }

@@ -131,7 +131,7 @@ impl Session {
 
     pub(super) fn relay(&mut self, slot: u32) {
         let Some(Some(watcher)) = self.watchers.get_mut(slot as usize) else { return };
-        watcher.state = State::Relayed { through: watcher.next.previous() };
+        watcher.state = State::Relayed { told: None };
         self.relays.push(Relay {
             slot,
             serial: watcher.serial,
@@ -161,30 +161,24 @@ impl Session {
         let fragment_bytes = self.settings.fragment_bytes;
         let Some(watcher) = self.relayed_watcher(slot, serial) else { return };
         let header = response.header.unwrap_or_default();
-        let responder =
-            Responder { cluster_id: header.cluster_id, member_id: header.member_id, raft_term: header.raft_term };
+        let (responder, revision) = (Responder::from(&header), Revision(header.revision));
         if response.canceled {
             watcher.state = State::Dead;
-            Envelope {
-                revision: Revision(header.revision),
-                watch_id: watcher.id,
-                canceled: true,
-                compact_revision: response.compact_revision,
-                cancel_reason: response.cancel_reason,
-                ..Envelope::default()
-            }
-            .put(out, responder, &[]);
-            return;
-        }
-        if let Some(last) = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back() {
-            let through = Revision(last.mod_revision);
-            watcher.next = watcher.next.max(through.next());
-            watcher.state = State::Relayed { through };
+            let Watcher { id: watch_id, .. } = *watcher;
+            let WatchResponse { compact_revision, cancel_reason, .. } = response;
+            let canceled = true;
+            Envelope { revision, watch_id, canceled, compact_revision, cancel_reason, ..Envelope::default() }.put(
+                out,
+                responder,
+                &[],
+            );
+        } else if let Some(last) = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back() {
+            watcher.next = watcher.next.max(Revision(last.mod_revision).next());
             watcher.quiet = false;
-            put_decoded(watcher, responder, Revision(header.revision), &response.events, fragment_bytes, out);
+            put_decoded(watcher, responder, revision, &response.events, fragment_bytes, out);
         } else {
-            watcher.next = watcher.next.max(Revision(header.revision).next());
-            watcher.state = State::Relayed { through: Revision(header.revision) };
+            watcher.next = watcher.next.max(revision.next());
+            watcher.state = State::Relayed { told: Some((responder, revision)) };
         }
     }
 

@@ -20,9 +20,23 @@ enum Answer {
 }
 
 impl Session {
-    /// Notes that the client asks how far the stream has got. The answer goes out once it is true.
-    pub fn request_progress(&mut self) {
+    /// Notes that the client asks how far the stream has got. The answer goes out once it is true. The upstream is to be
+    /// asked for the watchers that it alone can tell of: true when there are such.
+    pub fn request_progress(&mut self) -> bool {
         self.progress_requested = true;
+        self.ask_relays()
+    }
+
+    /// Forgets what the upstream has told of the watchers that nothing cached covers. True when there are such.
+    pub fn ask_relays(&mut self) -> bool {
+        let mut any = false;
+        for watcher in self.watchers.iter_mut().flatten().filter(|watcher| watcher.lane.is_none()) {
+            if let State::Relayed { told } = &mut watcher.state {
+                *told = None;
+                any = true;
+            }
+        }
+        any
     }
 
     /// Whether some watcher asked to be told its progress now and then.
@@ -56,6 +70,9 @@ impl Session {
 
     /// The revision up to which `watcher` has been sent everything, if it is not behind.
     fn progress_of(&self, watcher: &Watcher) -> Option<(Responder, Revision)> {
+        if let (State::Relayed { told }, None) = (watcher.state, watcher.lane) {
+            return told;
+        }
         let lane = self.lanes[watcher.lane?].as_ref()?;
         let live = matches!(watcher.state, State::Live { .. }) && lane.is_idle();
         (live && lane.told >= watcher.next.previous()).then(|| (lane.hub.store().view().responder, lane.told))
@@ -72,6 +89,7 @@ impl Session {
                 Envelope { revision, watch_id: -1, ..Envelope::default() }.put(out, responder, &[]);
             }
             Answer::Never => self.progress_requested = false,
+            // The answer of a relay wakes the stream by itself.
             Answer::NotYet if self.lanes.iter().flatten().any(|lane| lane.told < lane.hub.told()) => return false,
             Answer::NotYet => self.lanes.iter().flatten().for_each(|lane| lane.wake_after(lane.told)),
         }

@@ -1,0 +1,258 @@
+//! How far has the cluster got? Proof comes only from an answer that went through consensus, and only for readers that
+//! arrived before its request was sent. Readers that wait together share one answer.
+//!
+//! Every reader draws a ticket when it arrives, and every request that may serve as proof draws one just before it is sent.
+//! An answer serves the readers whose tickets are lower than its request's.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Notify, oneshot},
+    task::AbortHandle,
+    time::{sleep, timeout},
+};
+use tracing::debug;
+
+use super::Metrics;
+use crate::{
+    proto::etcdserverpb::{RangeRequest, RangeResponse, ResponseHeader},
+    status::Status,
+    store::{Responder, Revision},
+    upstream::{EndpointId, Upstream},
+};
+
+/// After which a question is put to another endpoint.
+const DEADLINE: Duration = Duration::from_millis(500);
+/// The longest pause while no endpoint answers.
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+/// How long a question may be held back while readers gather, unless a round trip takes longer.
+const GATHERING: Duration = Duration::from_millis(1);
+
+/// A point in the order of arrivals and departures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Stamp(u64);
+
+/// What an answer that went through consensus has shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Proof {
+    /// Who said so.
+    pub responder: Responder,
+    /// The cluster had got at least here when the request was sent.
+    pub revision: Revision,
+}
+
+impl Proof {
+    /// The proof in a header; none if the header is incomplete.
+    pub fn of(header: &ResponseHeader) -> Option<Self> {
+        let complete = header.cluster_id != 0 && header.revision > 0;
+        complete.then(|| Self { responder: header.into(), revision: Revision(header.revision) })
+    }
+}
+
+/// Readers that wait for proof, and the one who asks for them.
+pub struct Consensus {
+    waiting: Arc<Waiting>,
+    asker: AbortHandle,
+}
+
+struct Waiting {
+    clock: AtomicU64,
+    readers: Mutex<VecDeque<(Stamp, oneshot::Sender<Proof>)>>,
+    arrived: Notify,
+    metrics: Metrics,
+}
+
+impl Consensus {
+    pub(super) fn start(upstream: Upstream, metrics: Metrics) -> Self {
+        let waiting =
+            Arc::new(Waiting { clock: AtomicU64::new(0), readers: Mutex::default(), arrived: Notify::new(), metrics });
+        let asker = Asker { waiting: waiting.clone(), upstream, last: 0, round_trip: Duration::ZERO };
+        Self { waiting, asker: tokio::spawn(asker.run()).abort_handle() }
+    }
+
+    /// To be drawn before a request is sent whose answer is to be [`noted`](Consensus::note).
+    pub fn stamp(&self) -> Stamp {
+        self.waiting.stamp()
+    }
+
+    /// Notes what the answer to a request that was sent at `sent` has shown. The request went through consensus.
+    pub fn note(&self, sent: Stamp, proof: Proof) {
+        self.waiting.note(sent, proof);
+    }
+
+    /// Waits for the proof of a request sent after this call. Waits for as long as it takes.
+    pub async fn ask(&self) -> Proof {
+        self.waiting.metrics.readers.inc();
+        loop {
+            // The asker never drops a reader unanswered, so the loop runs once.
+            if let Ok(proof) = self.waiting.enter().await {
+                return proof;
+            }
+        }
+    }
+}
+
+impl Drop for Consensus {
+    fn drop(&mut self) {
+        self.asker.abort();
+    }
+}
+
+impl Waiting {
+    fn stamp(&self) -> Stamp {
+        Stamp(self.clock.fetch_add(1, Ordering::SeqCst))
+    }
+
+    fn enter(&self) -> oneshot::Receiver<Proof> {
+        let (sender, receiver) = oneshot::channel();
+        let mut readers = self.readers.lock();
+        // Drawn under the lock, so that the queue is in the order of the tickets.
+        readers.push_back((self.stamp(), sender));
+        drop(readers);
+        self.arrived.notify_one();
+        receiver
+    }
+
+    fn note(&self, sent: Stamp, proof: Proof) {
+        let mut readers = self.readers.lock();
+        let served = readers.partition_point(|(arrived, _)| *arrived < sent);
+        let served: Vec<_> = readers.drain(..served).collect();
+        drop(readers);
+        for (_, reader) in served {
+            // A reader that has gone meanwhile needs no answer.
+            let _ = reader.send(proof);
+        }
+    }
+
+    /// How many readers wait who have not gone meanwhile.
+    fn count(&self) -> usize {
+        let mut readers = self.readers.lock();
+        while readers.front().is_some_and(|(_, reader)| reader.is_closed()) {
+            readers.pop_front();
+        }
+        readers.len()
+    }
+}
+
+/// Puts one question at a time.
+struct Asker {
+    waiting: Arc<Waiting>,
+    upstream: Upstream,
+    /// How many readers the last question was put for.
+    last: usize,
+    round_trip: Duration,
+}
+
+impl Asker {
+    async fn run(mut self) {
+        loop {
+            while self.waiting.count() == 0 {
+                self.waiting.arrived.notified().await;
+            }
+            self.gather().await;
+            self.last = self.waiting.count();
+            self.put().await;
+        }
+    }
+
+    /// While readers came in crowds, lets the next crowd gather: until it is as large as the last, or for a round trip. A
+    /// lone reader is not kept waiting.
+    async fn gather(&self) {
+        if self.last <= 1 {
+            return;
+        }
+        let gathered = async {
+            while self.waiting.count() < self.last {
+                self.waiting.arrived.notified().await;
+            }
+        };
+        let _ = timeout(self.round_trip.max(GATHERING), gathered).await;
+    }
+
+    /// Puts a question until some endpoint answers it, or nobody waits any more.
+    async fn put(&mut self) {
+        let mut failed = Vec::new();
+        let mut pause = Duration::from_millis(10);
+        while self.waiting.count() > 0 {
+            let Some(at) = self.upstream.preferred(&failed) else {
+                failed.clear();
+                sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+                continue;
+            };
+            let (sent, began) = (self.waiting.stamp(), Instant::now());
+            match self.question(at).await {
+                Ok(proof) => {
+                    self.round_trip = began.elapsed();
+                    self.waiting.metrics.seconds.observe(self.round_trip.as_secs_f64());
+                    self.waiting.metrics.questions.with_label_values(&["answered"]).inc();
+                    return self.waiting.note(sent, proof);
+                }
+                Err(status) => {
+                    self.waiting.metrics.questions.with_label_values(&["failed"]).inc();
+                    debug!(endpoint = self.upstream.name(at), %status, "a consensus question was not answered");
+                    failed.push(at);
+                }
+            }
+        }
+    }
+
+    async fn question(&self, at: EndpointId) -> Result<Proof, Status> {
+        let question = RangeRequest { key: Bytes::from_static(&[0]), limit: 1, count_only: true, ..Default::default() };
+        let answer: RangeResponse = self.upstream.unary(at, "/etcdserverpb.KV/Range", &question, DEADLINE).await?;
+        let proof = answer.header.as_ref().and_then(Proof::of);
+        proof.ok_or_else(|| Status::unavailable("an answer without a cluster or a revision"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waiting() -> Waiting {
+        let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
+        Waiting { clock: AtomicU64::new(0), readers: Mutex::default(), arrived: Notify::new(), metrics }
+    }
+
+    const PROOF: Proof =
+        Proof { responder: Responder { cluster_id: 1, member_id: 2, raft_term: 3 }, revision: Revision(9) };
+
+    #[test]
+    fn an_answer_serves_only_those_who_came_before_its_request_was_sent() {
+        let waiting = waiting();
+        let mut early = waiting.enter();
+        let sent = waiting.stamp();
+        let mut late = waiting.enter();
+        waiting.note(sent, PROOF);
+        assert_eq!(early.try_recv(), Ok(PROOF));
+        assert!(late.try_recv().is_err());
+        waiting.note(waiting.stamp(), PROOF);
+        assert_eq!(late.try_recv(), Ok(PROOF));
+    }
+
+    #[test]
+    fn readers_who_have_gone_are_not_counted() {
+        let waiting = waiting();
+        let gone = waiting.enter();
+        assert_eq!(waiting.count(), 1);
+        drop(gone);
+        assert_eq!(waiting.count(), 0);
+    }
+
+    #[test]
+    fn a_header_without_cluster_or_revision_proves_nothing() {
+        let header = ResponseHeader { cluster_id: 1, revision: 2, ..Default::default() };
+        assert!(Proof::of(&header).is_some());
+        assert!(Proof::of(&ResponseHeader { cluster_id: 0, ..header }).is_none());
+        assert!(Proof::of(&ResponseHeader { revision: 0, ..header }).is_none());
+    }
+}

@@ -1,0 +1,153 @@
+//! Takes etcd's answers apart as far as a store needs it: records stay bytes.
+
+use std::sync::Arc;
+
+use prost::Message;
+
+use super::End;
+use crate::{
+    proto::etcdserverpb::ResponseHeader,
+    store::{Change, EventKind, MalformedRecord, Record, Revision, wire::Fields, wire::Malformed},
+};
+
+impl From<Malformed> for End {
+    fn from(error: Malformed) -> Self {
+        Self::Unreadable(error.to_string())
+    }
+}
+
+impl From<MalformedRecord> for End {
+    fn from(error: MalformedRecord) -> Self {
+        Self::Unreadable(error.to_string())
+    }
+}
+
+/// One page or chunk of a list.
+#[derive(Debug, Default)]
+pub(super) struct Page {
+    pub(super) header: Option<ResponseHeader>,
+    pub(super) records: Vec<Arc<Record>>,
+    pub(super) more: bool,
+}
+
+impl Page {
+    /// Reads a `RangeResponse`.
+    pub(super) fn decode(message: &[u8]) -> Result<Self, End> {
+        let mut page = Self::default();
+        for field in Fields::of(message) {
+            let field = field?;
+            match field.number {
+                1 => page.header = Some(header(field.value.bytes())?),
+                2 => page.records.push(Record::from_wire(field.value.bytes())?),
+                3 => page.more = field.value.int() != 0,
+                _ => {}
+            }
+        }
+        Ok(page)
+    }
+
+    /// Reads a `RangeStreamResponse`.
+    pub(super) fn decode_chunk(message: &[u8]) -> Result<Self, End> {
+        let inner = Fields::of(message).find_map(|field| field.ok().filter(|field| field.number == 1));
+        inner.map_or_else(|| Ok(Self::default()), |field| Self::decode(field.value.bytes()))
+    }
+}
+
+/// A `WatchResponse`.
+#[derive(Debug, Default)]
+pub(super) struct Response {
+    pub(super) header: ResponseHeader,
+    pub(super) created: bool,
+    pub(super) canceled: bool,
+    pub(super) compacted: Revision,
+    pub(super) reason: String,
+    pub(super) fragment: bool,
+    pub(super) changes: Vec<Change>,
+}
+
+impl Response {
+    pub(super) fn decode(message: &[u8]) -> Result<Self, End> {
+        let mut response = Self::default();
+        for field in Fields::of(message) {
+            let field = field?;
+            match field.number {
+                1 => response.header = header(field.value.bytes())?,
+                3 => response.created = field.value.int() != 0,
+                4 => response.canceled = field.value.int() != 0,
+                5 => response.compacted = Revision(field.value.int()),
+                6 => response.reason = String::from_utf8_lossy(field.value.bytes()).into_owned(),
+                7 => response.fragment = field.value.int() != 0,
+                11 => response.changes.push(change(field.value.bytes())?),
+                _ => {}
+            }
+        }
+        Ok(response)
+    }
+}
+
+fn header(bytes: &[u8]) -> Result<ResponseHeader, End> {
+    ResponseHeader::decode(bytes).map_err(|error| End::Unreadable(error.to_string()))
+}
+
+fn change(bytes: &[u8]) -> Result<Change, End> {
+    let (mut kind, mut record, mut previous) = (EventKind::Put, None, None);
+    for field in Fields::of(bytes) {
+        let field = field?;
+        match field.number {
+            1 if field.value.int() == 1 => kind = EventKind::Delete,
+            2 => record = Some(Record::from_wire(field.value.bytes())?),
+            3 => previous = Some(Record::from_wire(field.value.bytes())?),
+            _ => {}
+        }
+    }
+    let record = record.ok_or_else(|| End::Unreadable("an event without a key".into()))?;
+    Ok(Change { kind, record, previous })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::{
+        etcdserverpb::{RangeResponse, WatchResponse},
+        mvccpb::{Event, KeyValue},
+    };
+    use proptest::prelude::*;
+
+    fn kv(key: &'static str, revision: i64) -> KeyValue {
+        KeyValue { key: key.into(), mod_revision: revision, create_revision: 1, version: 2, ..Default::default() }
+    }
+
+    #[test]
+    fn a_watch_response_keeps_its_events_as_they_were_sent() {
+        let header = ResponseHeader { revision: 9, raft_term: 2, ..Default::default() };
+        let event = Event { r#type: 1, kv: Some(kv("a", 9)), prev_kv: Some(kv("a", 4)) };
+        let sent = WatchResponse {
+            header: Some(header),
+            created: true,
+            fragment: true,
+            compact_revision: 3,
+            events: vec![event],
+            ..Default::default()
+        };
+        let read = Response::decode(&sent.encode_to_vec()).unwrap();
+        assert_eq!((read.header, read.created, read.fragment, read.compacted), (header, true, true, Revision(3)));
+        assert_eq!(read.changes[0].kind, EventKind::Delete);
+        assert_eq!(read.changes[0].record.wire(), kv("a", 9).encode_to_vec());
+        assert_eq!(read.changes[0].previous.as_ref().map(|record| record.mod_revision()), Some(Revision(4)));
+    }
+
+    #[test]
+    fn a_page_keeps_its_records_as_they_were_sent() {
+        let sent = RangeResponse { kvs: vec![kv("a", 2), kv("b", 3)], more: true, count: 7, ..Default::default() };
+        let page = Page::decode(&sent.encode_to_vec()).unwrap();
+        assert!(page.more && page.header.is_none());
+        assert_eq!(page.records.iter().map(|record| record.key()).collect::<Vec<_>>(), [b"a", b"b"]);
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_is_an_error_and_never_a_panic(garbage: Vec<u8>) {
+            let _ = (Page::decode(&garbage), Page::decode_chunk(&garbage), Response::decode(&garbage));
+        }
+    }
+}

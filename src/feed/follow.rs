@@ -1,0 +1,216 @@
+//! The watch: whole revisions, in order, into the store; a view for each batch.
+
+use std::{
+    convert::Infallible,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use tokio::time::{sleep_until, timeout};
+
+use super::{Demand, End, Feed, Phase, decode::Response};
+use crate::{
+    proto::etcdserverpb::{WatchCreateRequest, WatchProgressRequest, WatchRequest, watch_request::RequestUnion},
+    status::Status,
+    store::{Change, KeyRange, Position, Revision},
+    upstream::{AuthState, ConnectionClass, EndpointId, StreamReceiver, StreamSender},
+};
+
+/// Messages that are taken into one batch, if they are there already.
+const BATCH_MESSAGES: usize = 512;
+/// Between two looks at the age of the history, and at an index that was too large.
+const HOUSEKEEPING: Duration = Duration::from_secs(5);
+/// For the watch to be created.
+const OPENING: Duration = Duration::from_secs(10);
+/// The longest pause between two requests for progress while one is awaited.
+const LONGEST_ASK: Duration = Duration::from_millis(100);
+/// With the whole keyspace cached, an event is on its way for every revision: only a revision without one needs asking.
+const PATIENCE_WITH_EVENTS: Duration = Duration::from_millis(20);
+
+/// The open watch.
+struct Stream {
+    sender: StreamSender<WatchRequest>,
+    receiver: StreamReceiver,
+    /// Fragments of a response whose last one has not come.
+    fragments: Vec<Change>,
+}
+
+/// When to ask for progress, and since when the goal has been missed.
+#[derive(Clone, Copy, Debug)]
+struct Chase {
+    since: Instant,
+    ask: Instant,
+    pause: Duration,
+}
+
+impl Feed {
+    /// Follows the upstream from the writer's position on.
+    pub(super) async fn follow(&mut self, at: EndpointId) -> Result<Infallible, End> {
+        let mut stream = self.open_watch(at).await?;
+        self.enter(Phase::Live);
+        let mut auth = self.upstream.auth();
+        let doubts = self.demand.borrow().doubts;
+        self.heed(doubts)?;
+        let mut chase = None;
+        let mut housekeeping = Instant::now() + HOUSEKEEPING;
+        loop {
+            chase = self.chase(chase)?;
+            let wake = chase.map_or(housekeeping, |chase: Chase| chase.ask.min(housekeeping));
+            tokio::select! {
+                message = stream.receiver.next() => self.take_batch(&mut stream, message)?,
+                Ok(()) = self.demand.changed() => self.heed(doubts)?,
+                Ok(()) = auth.changed() => {
+                    if *auth.borrow_and_update() == AuthState::On {
+                        return Err(End::Barred);
+                    }
+                }
+                () = sleep_until(wake.into()) => {
+                    if Instant::now() >= housekeeping {
+                        housekeeping = Instant::now() + HOUSEKEEPING;
+                        self.keep_house()?;
+                    }
+                    if let Some(chase) = &mut chase {
+                        self.ask_for_progress(&stream.sender, chase).await?;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn open_watch(&mut self, at: EndpointId) -> Result<Stream, End> {
+        let path = "/etcdserverpb.Watch/Watch";
+        let metadata = [("hasleader", "true")];
+        let (sender, receiver) = self.upstream.open_stream(at, ConnectionClass::Feed, path, &metadata).await?;
+        let range = &self.settings.range;
+        let create = WatchCreateRequest {
+            key: range.request_key(),
+            range_end: range.request_end(),
+            start_revision: self.writer.position().revision.next().0,
+            prev_kv: !self.writer.has_index(),
+            fragment: true,
+            ..Default::default()
+        };
+        sender.send(&WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }).await?;
+        let mut stream = Stream { sender, receiver, fragments: Vec::new() };
+        let opened = timeout(OPENING, stream.receiver.next()).await;
+        let message = opened.map_err(|_| End::Failed(Status::TIMEOUT))?;
+        self.take_batch(&mut stream, message)?;
+        Ok(stream)
+    }
+
+    /// Takes `first` and whatever else has arrived, and publishes it.
+    fn take_batch(&mut self, stream: &mut Stream, first: Option<Result<Bytes, Status>>) -> Result<(), End> {
+        let mut outcome = self.take(stream, first);
+        for _ in 1..BATCH_MESSAGES {
+            let Some(received) = stream.receiver.next().now_or_never().filter(|_| outcome.is_ok()) else { break };
+            outcome = self.take(stream, received);
+        }
+        self.publish();
+        outcome?;
+        self.watch_size()
+    }
+
+    fn take(&mut self, stream: &mut Stream, received: Option<Result<Bytes, Status>>) -> Result<(), End> {
+        let ended = || End::Failed(Status::unavailable("the upstream ended the watch"));
+        let response = Response::decode(&received.ok_or_else(ended)??)?;
+        if response.compacted > Revision::ZERO {
+            self.writer.compacted(response.compacted);
+            return Err(End::Again("the upstream was compacted past the feed"));
+        }
+        if response.canceled {
+            return Err(End::from(Status::unavailable(response.reason)));
+        }
+        self.metrics.events.inc_by(response.changes.len() as u64);
+        stream.fragments.extend(response.changes);
+        if response.fragment || response.created {
+            return Ok(());
+        }
+        let now = self.started.elapsed().as_millis() as u64;
+        if stream.fragments.is_empty() {
+            if self.upstream.gate().progress_is_proof {
+                self.writer.advance(Revision(response.header.revision));
+            }
+            return Ok(());
+        }
+        self.apply(std::mem::take(&mut stream.fragments), now);
+        Ok(())
+    }
+
+    /// Applies the events of one response, revision by revision.
+    fn apply(&mut self, changes: Vec<Change>, now: u64) {
+        let mut changes = changes.into_iter().peekable();
+        while let Some(first) = changes.next() {
+            let revision = first.record.mod_revision();
+            let mut whole = vec![first];
+            while let Some(change) = changes.next_if(|change| change.record.mod_revision() == revision) {
+                whole.push(change);
+            }
+            self.writer.apply(revision, whole, now);
+        }
+    }
+
+    /// Drops the index when it has grown over the limit; the next watch asks for previous versions instead.
+    fn watch_size(&mut self) -> Result<(), End> {
+        if self.writer.has_index() && self.writer.index_bytes() > self.settings.cache_bytes {
+            self.writer.set_tree(None);
+            self.note_size(None);
+            self.publish();
+            return Err(End::Again("the index has grown over the cache limit"));
+        }
+        Ok(())
+    }
+
+    /// Looks at what others need.
+    fn heed(&mut self, doubts: u64) -> Result<(), End> {
+        let demand: Demand = *self.demand.borrow_and_update();
+        if demand.doubts != doubts {
+            return Err(End::Again("an answer contradicted the view"));
+        }
+        if demand.compacted > self.writer.store().view().compacted {
+            self.writer.compacted(demand.compacted);
+            self.publish();
+        }
+        Ok(())
+    }
+
+    /// Whether somebody waits for a revision that the view has not reached, and for how long it may stay so.
+    fn chase(&self, chase: Option<Chase>) -> Result<Option<Chase>, End> {
+        let (Position { epoch, revision: goal }, at) = (self.demand.borrow().goal, self.writer.position());
+        if epoch != at.epoch || goal <= at.revision {
+            return Ok(None);
+        }
+        let now = Instant::now();
+        let patience =
+            if self.settings.range == KeyRange::everything() { PATIENCE_WITH_EVENTS } else { Duration::ZERO };
+        let chase = chase.unwrap_or(Chase { since: now, ask: now + patience, pause: Duration::from_millis(1) });
+        if now.duration_since(chase.since) > self.settings.stall {
+            return Err(End::Stalled { at: at.revision, goal });
+        }
+        Ok(Some(chase))
+    }
+
+    /// Asks for progress; and again, with growing pauses: etcd is silent while anything on the stream catches up.
+    async fn ask_for_progress(&self, sender: &StreamSender<WatchRequest>, chase: &mut Chase) -> Result<(), End> {
+        if Instant::now() < chase.ask {
+            return Ok(());
+        }
+        let union = RequestUnion::ProgressRequest(WatchProgressRequest {});
+        self.metrics.progress_requests.inc();
+        // The stream may be stuck; that shows in the goal being missed.
+        let request = WatchRequest { request_union: Some(union) };
+        let _ = timeout(LONGEST_ASK, sender.send(&request)).await;
+        chase.pause = (chase.pause * 2).min(LONGEST_ASK);
+        chase.ask = Instant::now() + chase.pause;
+        Ok(())
+    }
+
+    /// Cuts the history by age, and tries again to build an index that was too large.
+    fn keep_house(&mut self) -> Result<(), End> {
+        self.publish();
+        if self.retry_index.is_some_and(|(when, _)| Instant::now() >= when) {
+            return Err(End::Again("trying whether the keyspace fits the cache limit again"));
+        }
+        Ok(())
+    }
+}

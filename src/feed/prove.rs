@@ -1,0 +1,151 @@
+//! Is this upstream's history the one that our state came from?
+//!
+//! The cluster id does not tell: a restore from a backup with the same flags keeps every id, and the restored cluster may
+//! already be past our revision.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{DEADLINE, End, Feed, decode::Page, list::Listed};
+use crate::{
+    proto::etcdserverpb::{RangeRequest, ResponseHeader},
+    status::Status,
+    store::{Entry, Event, EventKind, Record, Revision},
+    upstream::EndpointId,
+};
+
+/// What is known of the history upstream.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Continuity {
+    /// There is no state that could be continued.
+    Nothing,
+    /// It is ours.
+    Proven,
+    /// It may be ours; only a comparison of everything can tell.
+    Doubtful,
+    /// It is another one.
+    Broken(&'static str),
+}
+
+impl Feed {
+    /// Compares the upstream that answered with `header` to the state.
+    pub(super) async fn continuity(&self, at: EndpointId, header: &ResponseHeader) -> Result<Continuity, End> {
+        let view = self.writer.store().view_owned();
+        if !self.is_loaded() {
+            return Ok(Continuity::Nothing);
+        }
+        if header.cluster_id != view.responder.cluster_id {
+            return Ok(Continuity::Broken("the cluster id is another"));
+        }
+        if header.revision < view.revision().0 {
+            return Ok(Continuity::Broken("the revision went back"));
+        }
+        if header.raft_term < view.responder.raft_term {
+            return Ok(Continuity::Doubtful);
+        }
+        match self.writer.last_entry() {
+            Some(entry) => self.confirm_entry(at, &entry).await,
+            None => self.confirm_list(at).await,
+        }
+    }
+
+    /// Looks for the last event applied, at its revision.
+    async fn confirm_entry(&self, at: EndpointId, entry: &Entry) -> Result<Continuity, End> {
+        let Some(event) = entry.events.last() else { return Ok(Continuity::Doubtful) };
+        let found = match self.record_at(at, event.record.key(), entry.revision).await? {
+            Ok(found) => found,
+            Err(doubt) => return Ok(doubt),
+        };
+        match event.kind {
+            EventKind::Put if found.as_ref().is_some_and(|found| found.same_version(&event.record)) => {
+                Ok(Continuity::Proven)
+            }
+            EventKind::Delete if found.is_none() => self.confirm_deletion(at, event, entry.revision).await,
+            _ => Ok(Continuity::Broken("the last event is not to be found")),
+        }
+    }
+
+    /// A key that is absent proves nothing; it must have been there just before.
+    async fn confirm_deletion(&self, at: EndpointId, event: &Event, revision: Revision) -> Result<Continuity, End> {
+        let before = match self.record_at(at, event.record.key(), revision.previous()).await? {
+            Ok(before) => before,
+            Err(doubt) => return Ok(doubt),
+        };
+        let same = match (&before, &event.previous) {
+            (Some(before), Some(previous)) => before.same_version(previous),
+            (Some(_), None) => !self.writer.has_index(),
+            (None, _) => false,
+        };
+        Ok(if same { Continuity::Proven } else { Continuity::Broken("the last deletion did not happen there") })
+    }
+
+    /// When nothing has happened since the list: as many keys at its revision, the newest one as it is here, and no newer.
+    async fn confirm_list(&self, at: EndpointId) -> Result<Continuity, End> {
+        let view = self.writer.store().view_owned();
+        let Some(tree) = &view.tree else { return Ok(Continuity::Doubtful) };
+        let revision = view.revision();
+        let newest = tree.iter_from(b"").max_by_key(|record| record.mod_revision());
+        let bound = newest.map_or(Revision::ZERO, |record| record.mod_revision());
+        let range = &self.settings.range;
+        let everything = RangeRequest {
+            key: range.request_key(),
+            range_end: range.request_end(),
+            revision: revision.0,
+            ..Default::default()
+        };
+        let newer = RangeRequest { min_mod_revision: bound.next().0, limit: 1, keys_only: true, ..everything.clone() };
+        let (count, none_newer) = match self.range_at(at, &newer).await? {
+            Ok((page, count)) => (count, page.records.is_empty()),
+            Err(doubt) => return Ok(doubt),
+        };
+        let newest_same = match newest {
+            None => true,
+            Some(newest) => match self.record_at(at, newest.key(), revision).await? {
+                Ok(found) => found.is_some_and(|found| found.same_version(newest)),
+                Err(doubt) => return Ok(doubt),
+            },
+        };
+        let same = count == tree.len() as i64 && none_newer && newest_same;
+        Ok(if same { Continuity::Proven } else { Continuity::Broken("the listed state is not to be found") })
+    }
+
+    /// The record of `key` at `revision`, or what it means that the upstream does not tell.
+    async fn record_at(
+        &self,
+        at: EndpointId,
+        key: &[u8],
+        revision: Revision,
+    ) -> Result<Result<Option<Arc<Record>>, Continuity>, End> {
+        let request = RangeRequest { key: Bytes::copy_from_slice(key), revision: revision.0, ..Default::default() };
+        Ok(self.range_at(at, &request).await?.map(|(page, _)| page.records.into_iter().next()))
+    }
+
+    async fn range_at(&self, at: EndpointId, request: &RangeRequest) -> Result<Result<(Page, i64), Continuity>, End> {
+        match self.upstream.unary_raw(at, "/etcdserverpb.KV/Range", request, DEADLINE).await {
+            Ok(message) => {
+                let count = crate::store::wire::Fields::of(&message)
+                    .filter_map(Result::ok)
+                    .find(|field| field.number == 4)
+                    .map_or(0, |field| field.value.int());
+                Ok(Ok((Page::decode(&message)?, count)))
+            }
+            Err(status) if status == Status::COMPACTED => Ok(Err(Continuity::Doubtful)),
+            Err(status) if status == Status::FUTURE_REVISION => Ok(Err(Continuity::Broken("the revision went back"))),
+            Err(status) => Err(status.into()),
+        }
+    }
+
+    /// The full check: does a new list agree with the old state? Every key that is said not to have changed since must be
+    /// as it was here, and at least one such key, or no key at all on both sides, must bear witness.
+    pub(super) fn agrees(&self, listed: &Listed) -> bool {
+        let view = self.writer.store().view_owned();
+        let (Some(old), Some(new)) = (&view.tree, &listed.tree) else { return false };
+        if listed.revision < view.revision() {
+            return false;
+        }
+        let mut unchanged = new.iter_from(b"").filter(|record| record.mod_revision() <= view.revision()).peekable();
+        unchanged.peek().is_some()
+            && unchanged.all(|record| old.get(record.key()).is_some_and(|known| known.same_version(record)))
+    }
+}

@@ -1,0 +1,158 @@
+//! What an answer carries, and how a unary request is read.
+
+use std::{
+    pin::Pin,
+    sync::LazyLock,
+    task::{Context, Poll},
+};
+
+use ::http::{HeaderMap, HeaderValue};
+use bytes::Bytes;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use tonic::Code;
+
+use super::relay::Relay;
+pub use crate::upstream::BodyError;
+use crate::{
+    status::Status,
+    upstream::grpc::{self, Deframer},
+};
+
+/// The trailers of every success.
+static SUCCESS: LazyLock<HeaderMap> = LazyLock::new(|| {
+    let mut trailers = HeaderMap::with_capacity(1);
+    trailers.insert("grpc-status", HeaderValue::from_static("0"));
+    trailers
+});
+
+/// The trailers of a success.
+pub fn success_trailers() -> HeaderMap {
+    SUCCESS.clone()
+}
+
+/// The trailers of a failure.
+pub fn failure_trailers(status: &Status) -> HeaderMap {
+    let mut trailers = HeaderMap::with_capacity(2);
+    write_status(&mut trailers, status);
+    trailers
+}
+
+/// Puts a failure into headers or trailers.
+pub(super) fn write_status(headers: &mut HeaderMap, status: &Status) {
+    headers.insert("grpc-status", HeaderValue::from(status.code as i32));
+    // Escaped text is printable ASCII, which every header value may be.
+    if let Ok(message) = HeaderValue::try_from(grpc::escape(&status.message)) {
+        headers.insert("grpc-message", message);
+    }
+}
+
+/// The body of an answer.
+pub enum Body {
+    /// Nothing: the headers say everything.
+    Empty,
+    /// One framed message, then the trailers of a success.
+    Unary(UnaryBody),
+    /// Plain bytes, for HTTP/1.1.
+    Plain(Option<Bytes>),
+    /// What etcd answers.
+    Forwarded(Box<Relay>),
+    /// Anything else.
+    Boxed(Pin<Box<dyn HttpBody<Data = Bytes, Error = BodyError> + Send>>),
+}
+
+/// What is left to send of a unary answer.
+pub enum UnaryBody {
+    /// The message and the trailers.
+    Message(Bytes),
+    /// The trailers.
+    Trailers,
+    /// Nothing.
+    Done,
+}
+
+impl Body {
+    /// A body that is boxed.
+    pub fn boxed(body: impl HttpBody<Data = Bytes, Error = BodyError> + Send + 'static) -> Self {
+        Body::Boxed(Box::pin(body))
+    }
+}
+
+impl UnaryBody {
+    fn next(&mut self) -> Option<Frame<Bytes>> {
+        match std::mem::replace(self, UnaryBody::Done) {
+            UnaryBody::Message(message) => {
+                *self = UnaryBody::Trailers;
+                Some(Frame::data(message))
+            }
+            UnaryBody::Trailers => Some(Frame::trailers(success_trailers())),
+            UnaryBody::Done => None,
+        }
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.get_mut() {
+            Body::Empty => Poll::Ready(None),
+            Body::Unary(unary) => Poll::Ready(unary.next().map(Ok)),
+            Body::Plain(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Body::Forwarded(relay) => Pin::new(relay.as_mut()).poll_frame(cx),
+            Body::Boxed(body) => body.as_mut().poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Body::Empty => true,
+            Body::Unary(unary) => matches!(unary, UnaryBody::Done),
+            Body::Plain(bytes) => bytes.is_none(),
+            Body::Forwarded(relay) => relay.is_end_stream(),
+            Body::Boxed(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Body::Empty => SizeHint::with_exact(0),
+            Body::Plain(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Body::Forwarded(relay) => relay.size_hint(),
+            // gRPC does not use content-length, which hyper would make of an exact size.
+            Body::Unary(_) | Body::Boxed(_) => SizeHint::default(),
+        }
+    }
+}
+
+/// Reads the single message of a unary request.
+///
+/// # Errors
+/// ResourceExhausted for a message above `limit` bytes, as Go's gRPC library says it; Internal for a body that is not one
+/// message; Cancelled when the client went away.
+pub async fn read_message(mut body: Incoming, limit: usize) -> Result<Bytes, Status> {
+    let mut deframer = Deframer::default();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| Status::fixed(Code::Cancelled, "context canceled"))?;
+        if let Ok(data) = frame.into_data() {
+            deframer.push(data);
+            check_size(&deframer, limit)?;
+            if let Some(message) = deframer.next()? {
+                return Ok(message);
+            }
+        }
+    }
+    Err(Status::fixed(Code::Internal, "grpc: the request has no whole message"))
+}
+
+fn check_size(deframer: &Deframer, limit: usize) -> Result<(), Status> {
+    match deframer.announced() {
+        Some(length) if length > limit => Err(Status::new(
+            Code::ResourceExhausted,
+            format!("grpc: received message larger than max ({length} vs. {limit})"),
+        )),
+        _ => Ok(()),
+    }
+}

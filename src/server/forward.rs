@@ -1,0 +1,260 @@
+//! Calls that etcd answers: byte for byte with metadata, trailers, half-close, flow control, deadline and cancellation.
+//!
+//! What a path means to the proxy stands in one table, [`Manner::of`]. A path that is not in it is forwarded as a stream,
+//! so an RPC of a future etcd works on the day it ships.
+
+use std::{sync::Arc, time::Duration};
+
+use ::http::{
+    HeaderMap, HeaderName, Method, Request, Response,
+    header::{CONNECTION, HeaderValue, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TRANSFER_ENCODING, UPGRADE},
+};
+use tokio::time::timeout;
+use tonic::Code;
+
+use super::{
+    body::Body,
+    listener::Connection,
+    relay::{AnswerObserver, Encoding, Peek, Relay},
+    response,
+};
+use crate::{
+    status::Status,
+    upstream::{AuthHold, EndpointId, ForwardClass, Forwarded, RequestBody, Route, Upstream},
+};
+
+/// How long a member-bound call waits for the first probes.
+const PATIENCE: Duration = Duration::from_secs(5);
+const DEADLINE: Status = Status::fixed(Code::DeadlineExceeded, "context deadline exceeded");
+const NO_METHOD: Status = Status::fixed(Code::Unimplemented, "CONNECT is not a gRPC method");
+const NO_MEMBER: Status = Status::fixed(Code::Unavailable, "there is no connection available");
+
+/// How a path is forwarded.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Manner {
+    /// The limit that it is under.
+    pub class: ForwardClass,
+    /// It speaks of one member, so a client must keep reaching the same one.
+    pub member_bound: bool,
+    /// It may switch authentication on.
+    pub enables_auth: bool,
+}
+
+impl Manner {
+    const UNARY: Manner = Manner { class: ForwardClass::Unary, member_bound: false, enables_auth: false };
+    const STREAM: Manner = Manner { class: ForwardClass::Stream, ..Manner::UNARY };
+
+    /// The manner of a gRPC path. Calls that block for as long as they like are streams here.
+    pub fn of(path: &str) -> Manner {
+        let Some((service, method)) = path.strip_prefix('/').and_then(|path| path.split_once('/')) else {
+            return Manner::STREAM;
+        };
+        match (service, method) {
+            ("etcdserverpb.KV", "Range" | "Put" | "DeleteRange" | "Txn" | "Compact") => Manner::UNARY,
+            ("etcdserverpb.Lease", "LeaseGrant" | "LeaseRevoke" | "LeaseTimeToLive" | "LeaseLeases") => Manner::UNARY,
+            (
+                "etcdserverpb.Cluster",
+                "MemberAdd" | "MemberRemove" | "MemberUpdate" | "MemberList" | "MemberPromote",
+            ) => Manner::UNARY,
+            ("etcdserverpb.Maintenance", "Alarm") => Manner::UNARY,
+            ("etcdserverpb.Maintenance", "Status" | "Hash" | "HashKV" | "MoveLeader" | "Downgrade") => {
+                Manner { member_bound: true, ..Manner::UNARY }
+            }
+            ("etcdserverpb.Maintenance", _) => Manner { member_bound: true, ..Manner::STREAM },
+            ("etcdserverpb.Auth", "AuthEnable") => Manner { enables_auth: true, ..Manner::UNARY },
+            ("etcdserverpb.Auth", _) => Manner::UNARY,
+            ("v3lockpb.Lock", "Unlock") => Manner::UNARY,
+            ("v3electionpb.Election", "Proclaim" | "Leader" | "Resign") => Manner::UNARY,
+            _ => Manner::STREAM,
+        }
+    }
+}
+
+/// Forwards a gRPC call and gives etcd's answer, or a failure in etcd's words.
+///
+/// `observer` is told the header of the answer's first message before the client can read it; it is for KV calls.
+pub async fn forward(
+    upstream: &Upstream,
+    connection: &Connection,
+    request: Request<impl Into<RequestBody>>,
+    observer: Option<Arc<dyn AnswerObserver>>,
+) -> Response<Body> {
+    let manner = Manner::of(request.uri().path());
+    let deadline = deadline(request.headers());
+    let hold = manner.enables_auth.then(|| upstream.suspect_auth());
+    let relaying = relay(upstream, connection, manner, request.map(Into::into));
+    let forwarded = match deadline {
+        Some(deadline) => timeout(deadline, relaying).await.unwrap_or(Err(DEADLINE)),
+        None => relaying.await,
+    };
+    match forwarded {
+        Ok(forwarded) => answer(forwarded, Encoding::Grpc, observer, hold),
+        Err(status) => {
+            tracing::debug!(peer = %connection.peer, %status, "forwarded call failed");
+            response::error(&status)
+        }
+    }
+}
+
+async fn relay(
+    upstream: &Upstream,
+    connection: &Connection,
+    manner: Manner,
+    request: Request<RequestBody>,
+) -> Result<Forwarded, Status> {
+    if request.method() == Method::CONNECT {
+        return Err(NO_METHOD);
+    }
+    let request = passable(request);
+    if !manner.member_bound {
+        return upstream.forward(Route::Preferred, manner.class, request).await;
+    }
+    let at = pinned(upstream, connection).await?;
+    let forwarded = upstream.forward(Route::Member(at), manner.class, request).await;
+    if forwarded.is_err() {
+        leave_lost_member(upstream, connection, at);
+    }
+    forwarded
+}
+
+/// The member that this client's member-bound calls go to: the one preferred at the first of them, then always that one.
+pub(super) async fn pinned(upstream: &Upstream, connection: &Connection) -> Result<EndpointId, Status> {
+    if let Some(at) = connection.member.get() {
+        return Ok(*at);
+    }
+    let preferred = upstream.await_preferred(&[], PATIENCE).await.ok_or(NO_MEMBER)?;
+    Ok(*connection.member.get_or_init(|| preferred))
+}
+
+/// A client whose member is gone while others are well would fail for ever on this connection, which gRPC clients keep.
+/// It is asked to open another: calls under way go on, and new ones find a new member.
+fn leave_lost_member(upstream: &Upstream, connection: &Connection, at: EndpointId) {
+    if upstream.preferred(&[at]).is_some() {
+        tracing::info!(peer = %connection.peer, member = upstream.name(at), "member is gone, client is asked to reconnect");
+        connection.retire();
+    }
+}
+
+/// Wraps a forwarded answer for the client.
+pub(super) fn answer(
+    forwarded: Forwarded,
+    encoding: Encoding,
+    observer: Option<Arc<dyn AnswerObserver>>,
+    hold: Option<AuthHold>,
+) -> Response<Body> {
+    let (mut head, body) = forwarded.response.into_parts();
+    head.extensions.clear();
+    strip_hop_by_hop(&mut head.headers);
+    let success = head.status.is_success();
+    let peek = observer.filter(|_| success).map(|observer| Peek::new(observer, forwarded.sent, encoding));
+    Response::from_parts(head, Body::Forwarded(Box::new(Relay::new(body, encoding, peek, hold))))
+}
+
+/// A request without what concerns the client's own connection only.
+pub(super) fn passable(request: Request<RequestBody>) -> Request<RequestBody> {
+    let (mut head, body) = request.into_parts();
+    head.extensions.clear();
+    strip_hop_by_hop(&mut head.headers);
+    Request::from_parts(head, body)
+}
+
+fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+    const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+    let named: Vec<String> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(|name| name.trim().to_owned())
+        .collect();
+    named.iter().for_each(|name| drop(headers.remove(name)));
+    let ours = [CONNECTION, KEEP_ALIVE, PROXY_CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION];
+    ours.iter().chain(&[TRANSFER_ENCODING, UPGRADE]).for_each(|name| drop(headers.remove(name)));
+}
+
+/// The time that the client gives the call: at most eight digits and a unit.
+pub fn deadline(headers: &HeaderMap) -> Option<Duration> {
+    let value = headers.get("grpc-timeout").map(HeaderValue::as_bytes)?;
+    let (unit, digits) = value.split_last()?;
+    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let number: u64 = std::str::from_utf8(digits).ok()?.parse().ok()?;
+    match unit {
+        b'H' => Some(Duration::from_secs(number.saturating_mul(3600))),
+        b'M' => Some(Duration::from_secs(number.saturating_mul(60))),
+        b'S' => Some(Duration::from_secs(number)),
+        b'm' => Some(Duration::from_millis(number)),
+        b'u' => Some(Duration::from_micros(number)),
+        b'n' => Some(Duration::from_nanos(number)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_knows_what_blocks_what_is_bound_and_what_is_new() {
+        let class = |path| Manner::of(path).class;
+        for blocking in [
+            "/etcdserverpb.Watch/Watch",
+            "/etcdserverpb.Lease/LeaseKeepAlive",
+            "/etcdserverpb.KV/RangeStream",
+            "/v3lockpb.Lock/Lock",
+            "/v3electionpb.Election/Campaign",
+            "/v3electionpb.Election/Observe",
+            "/etcdserverpb.Maintenance/Snapshot",
+            "/etcdserverpb.Maintenance/Defragment",
+            "/future.Service/Call",
+            "nonsense",
+            "",
+        ] {
+            assert_eq!(class(blocking), ForwardClass::Stream, "{blocking}");
+        }
+        for unary in ["/etcdserverpb.KV/Put", "/v3lockpb.Lock/Unlock", "/etcdserverpb.Auth/UserList"] {
+            assert_eq!(class(unary), ForwardClass::Unary, "{unary}");
+        }
+        for bound in ["Status", "Defragment", "Hash", "HashKV", "Snapshot", "MoveLeader", "Downgrade"] {
+            assert!(Manner::of(&format!("/etcdserverpb.Maintenance/{bound}")).member_bound, "{bound}");
+        }
+        assert!(!Manner::of("/etcdserverpb.Maintenance/Alarm").member_bound);
+        assert!(Manner::of("/etcdserverpb.Auth/AuthEnable").enables_auth);
+        assert!(!Manner::of("/etcdserverpb.Auth/AuthDisable").enables_auth);
+    }
+
+    #[test]
+    fn deadlines_are_read_as_grpc_writes_them() {
+        let read =
+            |text: &str| deadline(&HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), text.parse().unwrap())]));
+        assert_eq!(read("5S"), Some(Duration::from_secs(5)));
+        assert_eq!(read("1500m"), Some(Duration::from_millis(1500)));
+        assert_eq!(read("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        for bad in ["", "S", "5", "-5S", "5 S", "999999999S", "5X", "+5S"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+        assert_eq!(deadline(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn hop_by_hop_headers_stay_behind_and_metadata_passes() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "keep-alive, x-only-here"),
+            ("keep-alive", "timeout=5"),
+            ("x-only-here", "1"),
+            ("transfer-encoding", "chunked"),
+            ("te", "trailers"),
+            ("token", "secret"),
+            ("trace-bin", "AAEC"),
+        ] {
+            headers.append(name, value.parse().unwrap());
+        }
+        strip_hop_by_hop(&mut headers);
+        let mut left: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["te", "token", "trace-bin"]);
+    }
+}

@@ -1,0 +1,192 @@
+//! The KV service: reads from the view where it may answer, everything else relayed.
+//!
+//! What is relayed is looked at only for its header: its revision is the floor below which we never answer, and, where the
+//! call went through consensus, proof of how far the cluster has got.
+
+mod answer;
+mod range_stream;
+mod reads;
+mod txn;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use ::http::{Request, Response, request::Parts};
+use bytes::Bytes;
+use hyper::body::Incoming;
+use prometheus::{IntCounterVec, Opts, Registry};
+use prost::Message;
+
+use super::{
+    body::{Body, read_message},
+    forward::forward,
+    listener::Connection,
+    relay::AnswerObserver,
+    response,
+};
+use crate::{
+    cache::{Cache, Proof, Stamp, Unserved},
+    proto::etcdserverpb::{CompactionRequest, ResponseHeader},
+    status::Status,
+    store::{KeyRange, Revision, View},
+    upstream::{RequestBody, grpc},
+};
+
+/// The path of every method of the service begins so.
+pub const SERVICE: &str = "/etcdserverpb.KV/";
+/// What etcd's gRPC layer allows above the maximum request size.
+const OVERHEAD: usize = 512 << 10;
+
+/// What the service is told.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Etcd's `--max-request-bytes`.
+    pub max_request_bytes: usize,
+    /// The largest answer from memory.
+    pub max_response_bytes: u64,
+}
+
+/// Counts reads, by method and by who answered.
+#[derive(Clone)]
+pub struct Metrics {
+    reads: IntCounterVec,
+}
+
+impl Metrics {
+    /// Registers the metrics.
+    ///
+    /// # Errors
+    /// When they are registered already.
+    pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let opts = Opts::new(
+            "millpond_server_reads_total",
+            "Reads, by method and by who answered: memory, or upstream and why.",
+        );
+        let reads = IntCounterVec::new(opts, &["method", "answered"])?;
+        registry.register(Box::new(reads.clone()))?;
+        Ok(Self { reads })
+    }
+
+    fn count(&self, method: &str, answered: &str) {
+        self.reads.with_label_values(&[method, answered]).inc();
+    }
+}
+
+/// The KV service.
+pub struct Kv {
+    cache: Cache,
+    settings: Settings,
+    metrics: Metrics,
+    hot: prometheus::IntCounter,
+}
+
+/// A call as it is passed from one step to the next: its head, and its message to be relayed if need be.
+struct Call<'a> {
+    connection: &'a Connection,
+    head: Parts,
+    message: Bytes,
+}
+
+/// Whether a relayed answer shows how far the cluster has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Consensus {
+    /// The call goes through consensus, so its answer is proof.
+    Proof,
+    /// One member answers as it stands.
+    Hearsay,
+}
+
+impl Kv {
+    /// The service on `cache`.
+    pub fn new(cache: Cache, settings: Settings, metrics: Metrics) -> Self {
+        let hot = metrics.reads.with_label_values(&["Range", "memory"]);
+        Self { cache, settings, metrics, hot }
+    }
+
+    /// Answers a call whose path begins with [`SERVICE`].
+    pub async fn call(&self, connection: &Connection, request: Request<Incoming>) -> Response<Body> {
+        let (head, body) = request.into_parts();
+        let message = match read_message(body, self.settings.max_request_bytes + OVERHEAD).await {
+            Ok(message) => message,
+            Err(status) => return response::error(&status),
+        };
+        let method = head.uri.path().strip_prefix(SERVICE).unwrap_or_default();
+        let call = |message| Call { connection, message, head: head.clone() };
+        let answered = match method {
+            "Range" => self.range(call(message)).await,
+            "RangeStream" => self.range_stream(call(message)).await,
+            "Txn" => self.txn(call(message)).await,
+            "Compact" => self.compact(call(message)).await,
+            "Put" | "DeleteRange" => Ok(self.relay(call(message), Consensus::Proof).await),
+            _ => Ok(self.relay(call(message), Consensus::Hearsay).await),
+        };
+        answered.unwrap_or_else(|status| response::error(&status))
+    }
+
+    /// Relays the call and takes note of what its answer shows.
+    async fn relay(&self, call: Call<'_>, consensus: Consensus) -> Response<Body> {
+        self.relay_noting(call, consensus, None).await
+    }
+
+    async fn relay_noting(&self, call: Call<'_>, consensus: Consensus, compaction: Option<Revision>) -> Response<Body> {
+        let sent = (consensus == Consensus::Proof).then(|| self.cache.consensus().stamp());
+        let observer = Observer { cache: self.cache.clone(), sent, compaction };
+        let request = Request::from_parts(call.head, RequestBody::full(framed(&call.message)));
+        forward(self.cache.upstream(), call.connection, request, Some(Arc::new(observer))).await
+    }
+
+    async fn compact(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
+        let revision = CompactionRequest::decode(call.message.clone()).map(|request| Revision(request.revision)).ok();
+        Ok(self.relay_noting(call, Consensus::Proof, revision).await)
+    }
+
+    /// The view that a read of `range` may be answered from.
+    async fn view(&self, range: &KeyRange, serializable: bool) -> Result<Arc<View>, Unserved> {
+        if serializable { self.cache.serializable(range).await } else { self.cache.linearizable(range).await }
+    }
+
+    /// For how long the upstream of `range` has been gone, for clients who want to know how old an answer may be.
+    fn age(&self, range: &KeyRange) -> Option<Duration> {
+        self.cache.covering(range)?.1.age()
+    }
+}
+
+/// An observer for KV answers that come through the JSON gateway: nothing older is served from then on.
+pub fn gateway_observer(cache: &Cache) -> Arc<dyn AnswerObserver> {
+    Arc::new(Observer { cache: cache.clone(), sent: None, compaction: None })
+}
+
+/// Takes note of a relayed answer before the client can read it.
+struct Observer {
+    cache: Cache,
+    /// Drawn before the request was sent, if it goes through consensus.
+    sent: Option<Stamp>,
+    compaction: Option<Revision>,
+}
+
+impl AnswerObserver for Observer {
+    fn answered(&self, _sent: Instant, header: ResponseHeader) {
+        self.cache.note_relayed(Revision(header.revision));
+        if let (Some(sent), Some(proof)) = (self.sent, Proof::of(&header)) {
+            self.cache.consensus().note(sent, proof);
+        }
+        if let Some(compacted) = self.compaction {
+            self.cache.note_compacted(compacted);
+        }
+    }
+}
+
+fn framed(message: &Bytes) -> Bytes {
+    let mut framed = Vec::with_capacity(grpc::PREFIX + message.len());
+    framed.extend_from_slice(&grpc::prefix(message.len()));
+    framed.extend_from_slice(message);
+    framed.into()
+}
+
+/// Decodes a request. What cannot be decoded is an error in the words of Go's gRPC library.
+fn decode<M: Message + Default>(message: &Bytes) -> Result<M, Status> {
+    M::decode(message.clone())
+        .map_err(|error| Status::new(tonic::Code::Internal, format!("grpc: error unmarshalling request: {error}")))
+}

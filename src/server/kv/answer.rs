@@ -1,0 +1,245 @@
+//! Range answers put together from the bytes of records. A large run of the tree is written piece by piece, as the client
+//! takes it, so that it is never in memory as a whole.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use ::http::Response;
+use bytes::{BufMut, Bytes, BytesMut};
+use http_body::{Body as HttpBody, Frame};
+
+use crate::{
+    server::{
+        body::{Body, BodyError, success_trailers},
+        response,
+    },
+    store::{
+        KeyRange, Record, Tree, View,
+        range::{Records, Selection},
+        wire::{bytes_field_len, int_field_len, put_bytes_head, put_int_field},
+    },
+    upstream::grpc::{PREFIX, prefix},
+};
+
+/// A run above this many bytes is written piece by piece.
+const EAGER: u64 = 256 << 10;
+/// Bytes in one piece.
+const PIECE: usize = 128 << 10;
+
+const KVS: u8 = 2;
+const MORE: u8 = 3;
+const COUNT: u8 = 4;
+
+/// Whether an answer carries values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Values {
+    /// It does.
+    Sent,
+    /// It does not.
+    LeftOut,
+    /// It does not, and no lease either.
+    LeftOutWithLease,
+}
+
+/// Appends `record` as one of an answer's records.
+fn put_record(out: &mut impl BufMut, record: &Record, values: Values) {
+    if values == Values::Sent {
+        put_bytes_head(out, KVS, record.wire().len());
+        return out.put_slice(record.wire());
+    }
+    let (before, lease) = record.wire_without_value();
+    let lease = if values == Values::LeftOut { lease } else { &[] };
+    put_bytes_head(out, KVS, before.len() + lease.len());
+    out.put_slice(before);
+    out.put_slice(lease);
+}
+
+/// The fields after the records.
+fn tail(selection: &Selection) -> Vec<u8> {
+    let mut tail = Vec::with_capacity(16);
+    put_int_field(&mut tail, MORE, selection.more.into());
+    put_int_field(&mut tail, COUNT, selection.count as i64);
+    tail
+}
+
+/// The answer to a Range request.
+pub(super) fn range(view: &View, selection: Selection, values: Values) -> Response<Body> {
+    let tail = tail(&selection);
+    if let (Records::Run(_, _, sums), Values::Sent) = (&selection.records, values)
+        && sums.wire > EAGER
+    {
+        return piecewise(view, selection, &tail);
+    }
+    let expected = match values {
+        Values::Sent => selection.records.sums().wire as usize,
+        _ => selection.records.len() as usize * 96,
+    };
+    let mut out = BytesMut::with_capacity(PREFIX + 64 + expected);
+    out.put_slice(&[0; PREFIX]);
+    view.responder.put(&mut out, view.revision());
+    put_records(&mut out, &selection.records, values);
+    out.put_slice(&tail);
+    let length = out.len() - PREFIX;
+    out[..PREFIX].copy_from_slice(&prefix(length));
+    response::framed(out.freeze())
+}
+
+/// A `RangeResponse` as it stands inside a transaction's answer, whose header has only a revision.
+pub(super) fn nested_range(view: &View, selection: &Selection, values: Values) -> Vec<u8> {
+    let mut out = Vec::new();
+    put_bytes_head(&mut out, 1, int_field_len(view.revision().0));
+    put_int_field(&mut out, 3, view.revision().0);
+    put_records(&mut out, &selection.records, values);
+    out.extend_from_slice(&tail(selection));
+    out
+}
+
+pub(super) fn put_records(out: &mut impl BufMut, records: &Records, values: Values) {
+    match records {
+        Records::Run(tree, range, _) => tree.range(range).for_each(|record| put_record(out, record, values)),
+        Records::List(records) => records.iter().for_each(|record| put_record(out, record, values)),
+    }
+}
+
+fn piecewise(view: &View, selection: Selection, tail: &[u8]) -> Response<Body> {
+    let Records::Run(tree, range, sums) = selection.records else { return response::framed(Bytes::new()) };
+    let header = view.responder.field_len(view.revision());
+    let mut head = BytesMut::with_capacity(PREFIX + header + PIECE);
+    head.put_slice(&prefix(header + sums.wire as usize + tail.len()));
+    view.responder.put(&mut head, view.revision());
+    let body =
+        Piecewise { run: Some(Run { tree, range }), piece: head, tail: Bytes::copy_from_slice(tail), done: false };
+    response::streaming(Body::boxed(body))
+}
+
+/// What is left to write of a run.
+pub(super) struct Run {
+    pub(super) tree: Tree,
+    pub(super) range: KeyRange,
+}
+
+impl Run {
+    /// Writes records until `out` holds `until` bytes or `most` have been written. True when the run is at its end.
+    pub(super) fn write(&mut self, out: &mut BytesMut, until: usize, most: usize, values: Values) -> bool {
+        let mut next = None;
+        for (written, record) in self.tree.range(&self.range).enumerate() {
+            if out.len() >= until || written == most {
+                next = Some(Bytes::copy_from_slice(record.key()));
+                break;
+            }
+            put_record(out, record, values);
+        }
+        match next {
+            Some(next) => {
+                self.range.start = next;
+                false
+            }
+            None => true,
+        }
+    }
+}
+
+/// The body of a large answer: pieces of a run, then the tail, then the trailers.
+struct Piecewise {
+    run: Option<Run>,
+    piece: BytesMut,
+    tail: Bytes,
+    done: bool,
+}
+
+impl Piecewise {
+    fn next(&mut self) -> Option<Frame<Bytes>> {
+        let Some(run) = &mut self.run else {
+            return (!std::mem::replace(&mut self.done, true)).then(|| Frame::trailers(success_trailers()));
+        };
+        let mut piece = std::mem::take(&mut self.piece);
+        piece.reserve(PIECE);
+        if run.write(&mut piece, PIECE, usize::MAX, Values::Sent) {
+            self.run = None;
+            piece.put_slice(&self.tail);
+        }
+        Some(Frame::data(piece.freeze()))
+    }
+}
+
+impl HttpBody for Piecewise {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        Poll::Ready(self.get_mut().next().map(Ok))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.done
+    }
+}
+
+/// How long `RangeStreamResponse`s and their like are around an inner message of `length` bytes.
+pub(super) fn wrapped_len(length: usize) -> usize {
+    bytes_field_len(length)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use http_body_util::BodyExt;
+    use prost::Message;
+
+    use super::*;
+    use crate::{
+        proto::etcdserverpb::{RangeRequest, RangeResponse},
+        store::{Limits, Position, Responder, Revision, Store, range::select},
+    };
+
+    fn view(keys: u32, size: usize) -> Arc<View> {
+        let (store, mut writer) = Store::new(Limits { bytes: usize::MAX, age: u64::MAX });
+        let key = |number: u32| format!("k{number:05}").into_bytes();
+        let record = |number| Record::new(&key(number), &vec![b'v'; size], Revision(2), Revision(3), 1, 5);
+        writer.set_responder(Responder { cluster_id: 9, member_id: 8, raft_term: 7 });
+        writer.reset(Position { epoch: 1, revision: Revision(10) }, Some((0..keys).map(record).collect()));
+        writer.publish(0);
+        store.view_owned()
+    }
+
+    async fn answer(view: &View, request: &RangeRequest, values: Values) -> RangeResponse {
+        let response = range(view, select(view, request).unwrap(), values);
+        let body = response.into_body().collect().await.unwrap();
+        assert!(body.trailers().is_some());
+        let bytes = body.to_bytes();
+        assert_eq!(bytes[..PREFIX], prefix(bytes.len() - PREFIX));
+        RangeResponse::decode(bytes.slice(PREFIX..)).unwrap()
+    }
+
+    fn everything(limit: i64) -> RangeRequest {
+        let zero = Bytes::from_static(&[0]);
+        RangeRequest { key: zero.clone(), range_end: zero, limit, ..Default::default() }
+    }
+
+    #[tokio::test]
+    async fn answers_of_any_size_decode_to_what_was_selected() {
+        for (keys, size, limit) in [(0, 0, 0), (3, 10, 0), (5000, 300, 0), (5000, 300, 1234)] {
+            let view = view(keys, size);
+            let answer = answer(&view, &everything(limit), Values::Sent).await;
+            let expected = if limit > 0 { limit as u32 } else { keys };
+            assert_eq!((answer.kvs.len() as u32, answer.count as u32), (expected, keys));
+            assert_eq!(answer.more, expected < keys);
+            assert_eq!(answer.header.as_ref().map(|header| (header.revision, header.cluster_id)), Some((10, 9)));
+            assert!(
+                answer.kvs.iter().enumerate().all(|(n, kv)| kv.key == format!("k{n:05}") && kv.value.len() == size)
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn values_and_leases_are_left_out_where_they_must_be() {
+        let view = view(3, 10);
+        let bare = answer(&view, &everything(0), Values::LeftOutWithLease).await;
+        assert!(bare.kvs.iter().all(|kv| kv.value.is_empty() && kv.lease == 0 && kv.version == 1));
+        let leased = answer(&view, &everything(0), Values::LeftOut).await;
+        assert!(leased.kvs.iter().all(|kv| kv.value.is_empty() && kv.lease == 5));
+    }
+}

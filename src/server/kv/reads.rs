@@ -1,0 +1,110 @@
+//! Range: checked as etcd checks it, answered from the view, or relayed.
+
+use ::http::{HeaderValue, Response};
+
+use super::{Call, Consensus, Kv, answer, decode};
+use crate::{
+    proto::etcdserverpb::{
+        RangeRequest,
+        range_request::{SortOrder, SortTarget},
+    },
+    server::body::Body,
+    status::Status,
+    store::{
+        KeyRange, View,
+        range::{RangeError, Selection, select},
+    },
+    upstream::Version,
+};
+
+/// For how many milliseconds the upstream has been gone when an answer was given without it.
+const AGE: &str = "millpond-age-ms";
+/// From this version on, keys-only answers have no lease.
+const LEASELESS: Version = Version::new(3, 7, 0);
+
+/// Checks a Range request, in etcd's order.
+///
+/// # Errors
+/// `EMPTY_KEY` or `INVALID_SORT_OPTION`.
+pub(super) fn check(request: &RangeRequest) -> Result<(), Status> {
+    if request.key.is_empty() {
+        return Err(Status::EMPTY_KEY);
+    }
+    let known = SortOrder::try_from(request.sort_order).is_ok() && SortTarget::try_from(request.sort_target).is_ok();
+    if known { Ok(()) } else { Err(Status::INVALID_SORT_OPTION) }
+}
+
+/// The keys that a request asks for.
+pub(super) fn range_of(request: &RangeRequest) -> KeyRange {
+    KeyRange::from_request(request.key.clone(), request.range_end.clone())
+}
+
+impl Kv {
+    pub(super) async fn range(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
+        let request: RangeRequest = decode(&call.message)?;
+        check(&request)?;
+        let range = range_of(&request);
+        let unserved = match self.view(&range, request.serializable).await {
+            Ok(view) => match self.evaluate(&view, &request)? {
+                Some(selection) => {
+                    self.hot.inc();
+                    let keys_only = self.keys_only(&request);
+                    let mut response = answer::range(&view, selection, keys_only);
+                    self.tell_age(&range, &mut response);
+                    return Ok(response);
+                }
+                None => "revision_not_in_memory",
+            },
+            Err(unserved) => unserved.label(),
+        };
+        self.metrics.count("Range", unserved);
+        let consensus = if request.serializable { Consensus::Hearsay } else { Consensus::Proof };
+        Ok(self.relay(call, consensus).await)
+    }
+
+    /// What the request selects from the view. None: only the upstream can tell, be it because the revision is older than
+    /// our history, or because it seems to lie in the future.
+    pub(super) fn evaluate(&self, view: &View, request: &RangeRequest) -> Result<Option<Selection>, Status> {
+        match select(view, request) {
+            Ok(selection) => self.check_size(selection, request).map(Some),
+            Err(RangeError::Compacted) => Err(Status::COMPACTED),
+            Err(RangeError::Future | RangeError::NotInMemory) => Ok(None),
+        }
+    }
+
+    /// As Go's gRPC library words it for a server whose answers are limited.
+    fn check_size(&self, selection: Selection, request: &RangeRequest) -> Result<Selection, Status> {
+        let limit = self.settings.max_response_bytes;
+        if limit == u64::MAX || request.keys_only {
+            return Ok(selection);
+        }
+        let size = selection.records.sums().wire;
+        if size <= limit {
+            return Ok(selection);
+        }
+        let text = format!("grpc: trying to send message larger than max ({size} vs. {limit})");
+        Err(Status::new(tonic::Code::ResourceExhausted, text))
+    }
+
+    /// How the values are left out, if they are. As in etcd, sorting by value keeps the lease.
+    pub(super) fn keys_only(&self, request: &RangeRequest) -> answer::Values {
+        match request.keys_only {
+            false => answer::Values::Sent,
+            true if request.sort_target() == SortTarget::Value || self.cache.gate().lowest < LEASELESS => {
+                answer::Values::LeftOut
+            }
+            true => answer::Values::LeftOutWithLease,
+        }
+    }
+
+    /// Says how old the answer may be while the upstream is gone.
+    pub(super) fn tell_age(&self, range: &KeyRange, response: &mut Response<Body>) {
+        if let Some(age) = self.age(range) {
+            response.headers_mut().insert(AGE, HeaderValue::from(age.as_millis() as u64));
+        }
+    }
+
+    pub(super) fn count_unserved(&self, method: &str, reason: &str) {
+        self.metrics.count(method, reason);
+    }
+}

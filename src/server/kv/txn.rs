@@ -1,0 +1,239 @@
+//! Transactions made of nothing but compares and reads, evaluated on one view. All others, and all that etcd would refuse,
+//! are relayed.
+
+use std::cmp::Ordering;
+
+use ::http::Response;
+use bytes::{BufMut, BytesMut};
+
+use super::{
+    Call, Consensus, Kv, answer, decode,
+    reads::{check, range_of},
+};
+use crate::{
+    proto::etcdserverpb::{
+        Compare, RangeRequest, RequestOp, TxnRequest,
+        compare::{CompareResult, CompareTarget, TargetUnion},
+        request_op::Request as Operation,
+    },
+    server::{body::Body, response},
+    status::Status,
+    store::{
+        KeyRange, Record, Tree, View,
+        wire::{bytes_field_len, put_bytes_head, put_int_field},
+    },
+    upstream::grpc,
+};
+
+/// Etcd's default `--max-txn-ops`; a larger transaction is for the upstream to judge.
+const MOST_OPERATIONS: usize = 128;
+
+impl Kv {
+    pub(super) async fn txn(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
+        let request: TxnRequest = decode(&call.message)?;
+        let unserved = match Reads::of(&request) {
+            None => "writes",
+            Some(reads) => match self.answer_reads(&request, &reads).await {
+                Ok(response) => {
+                    self.count_unserved("Txn", "memory");
+                    return Ok(response);
+                }
+                Err(reason) => reason,
+            },
+        };
+        self.count_unserved("Txn", unserved);
+        let consensus = if goes_through_consensus(&request) { Consensus::Proof } else { Consensus::Hearsay };
+        Ok(self.relay(call, consensus).await)
+    }
+
+    async fn answer_reads(&self, request: &TxnRequest, reads: &Reads<'_>) -> Result<Response<Body>, &'static str> {
+        let range = reads.hull().ok_or("not_cached")?;
+        let view = self.view(&range, reads.serializable).await.map_err(|unserved| unserved.label())?;
+        let Some(tree) = &view.tree else { return Err("over_limit") };
+        let succeeded = request.compare.iter().all(|compare| holds(tree, compare));
+        let branch = if succeeded { &reads.success } else { &reads.failure };
+        let mut out = BytesMut::new();
+        out.put_slice(&[0; grpc::PREFIX]);
+        view.responder.put(&mut out, view.revision());
+        put_int_field(&mut out, 2, succeeded.into());
+        for range in branch {
+            self.put_read(&view, range, &mut out)?;
+        }
+        let length = out.len() - grpc::PREFIX;
+        out[..grpc::PREFIX].copy_from_slice(&grpc::prefix(length));
+        Ok(response::framed(out.freeze()))
+    }
+
+    /// Appends the answer to one read as a `ResponseOp`.
+    fn put_read(&self, view: &View, request: &RangeRequest, out: &mut BytesMut) -> Result<(), &'static str> {
+        let selection = self.evaluate(view, request).map_err(|_| "compacted")?.ok_or("revision_not_in_memory")?;
+        let inner = answer::nested_range(view, &selection, self.keys_only(request));
+        put_bytes_head(out, 3, bytes_field_len(inner.len()));
+        put_bytes_head(out, 1, inner.len());
+        out.put_slice(&inner);
+        Ok(())
+    }
+}
+
+/// A transaction that only reads, taken apart.
+struct Reads<'a> {
+    success: Vec<&'a RangeRequest>,
+    failure: Vec<&'a RangeRequest>,
+    compares: &'a [Compare],
+    /// Every read says that it is; then etcd asks no consensus for the compares either.
+    serializable: bool,
+}
+
+impl<'a> Reads<'a> {
+    /// None when the transaction does more than read, or is one that etcd would refuse.
+    fn of(request: &'a TxnRequest) -> Option<Self> {
+        let branch = |operations: &'a [RequestOp]| operations.iter().map(read_of).collect::<Option<Vec<_>>>();
+        let (success, failure) = (branch(&request.success)?, branch(&request.failure)?);
+        let longest = request.compare.len().max(success.len()).max(failure.len());
+        let comparable = |compare: &Compare| {
+            !compare.key.is_empty()
+                && CompareResult::try_from(compare.result).is_ok()
+                && CompareTarget::try_from(compare.target).is_ok()
+        };
+        let mut all = success.iter().chain(&failure);
+        let sound = longest <= MOST_OPERATIONS
+            && request.compare.iter().all(comparable)
+            && all.clone().all(|read| check(read).is_ok());
+        let serializable = all.all(|read| read.serializable);
+        sound.then_some(Self { success, failure, compares: &request.compare, serializable })
+    }
+
+    /// The smallest range that covers everything that is looked at; none when nothing is.
+    fn hull(&self) -> Option<KeyRange> {
+        let compared = |compare: &Compare| KeyRange::from_request(compare.key.clone(), compare.range_end.clone());
+        let reads = self.success.iter().chain(&self.failure).map(|read| range_of(read));
+        let ranges = self.compares.iter().map(compared).chain(reads);
+        ranges.reduce(|hull, range| KeyRange {
+            start: hull.start.min(range.start),
+            end: match (hull.end, range.end) {
+                (Some(hull), Some(end)) => Some(hull.max(end)),
+                _ => None,
+            },
+        })
+    }
+}
+
+fn read_of(operation: &RequestOp) -> Option<&RangeRequest> {
+    match &operation.request {
+        Some(Operation::RequestRange(range)) => Some(range),
+        _ => None,
+    }
+}
+
+/// Whether etcd puts the transaction through consensus: it writes, nests another one, or has a read that is not
+/// serializable. One without operations is answered by one member as it stands.
+fn goes_through_consensus(request: &TxnRequest) -> bool {
+    let mut operations = request.success.iter().chain(&request.failure);
+    operations.any(|operation| read_of(operation).is_none_or(|read| !read.serializable))
+}
+
+/// Whether a compare holds: for every key of its range, or for the key that is not there. A value that is not there equals
+/// nothing.
+fn holds(tree: &Tree, compare: &Compare) -> bool {
+    let range = KeyRange::from_request(compare.key.clone(), compare.range_end.clone());
+    let mut found = tree.range(&range).peekable();
+    if found.peek().is_none() {
+        return compare.target() != CompareTarget::Value && satisfies(compare, None);
+    }
+    found.all(|record| satisfies(compare, Some(record)))
+}
+
+fn satisfies(compare: &Compare, record: Option<&Record>) -> bool {
+    let given = |pick: fn(&TargetUnion) -> Option<i64>| compare.target_union.as_ref().and_then(pick).unwrap_or(0);
+    let ordering = match compare.target() {
+        CompareTarget::Version => record.map_or(0, Record::version).cmp(&given(|union| match union {
+            TargetUnion::Version(version) => Some(*version),
+            _ => None,
+        })),
+        CompareTarget::Create => {
+            record.map_or(0, |record| record.create_revision().0).cmp(&given(|union| match union {
+                TargetUnion::CreateRevision(revision) => Some(*revision),
+                _ => None,
+            }))
+        }
+        CompareTarget::Mod => record.map_or(0, |record| record.mod_revision().0).cmp(&given(|union| match union {
+            TargetUnion::ModRevision(revision) => Some(*revision),
+            _ => None,
+        })),
+        CompareTarget::Lease => record.map_or(0, Record::lease).cmp(&given(|union| match union {
+            TargetUnion::Lease(lease) => Some(*lease),
+            _ => None,
+        })),
+        CompareTarget::Value => {
+            let given = match &compare.target_union {
+                Some(TargetUnion::Value(value)) => &value[..],
+                _ => &[],
+            };
+            record.map_or(&[][..], Record::value).cmp(given)
+        }
+    };
+    match compare.result() {
+        CompareResult::Equal => ordering == Ordering::Equal,
+        CompareResult::NotEqual => ordering != Ordering::Equal,
+        CompareResult::Greater => ordering == Ordering::Greater,
+        CompareResult::Less => ordering == Ordering::Less,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::etcdserverpb::PutRequest;
+
+    fn read(key: &'static str, serializable: bool) -> RequestOp {
+        let range = RangeRequest { key: key.into(), serializable, ..Default::default() };
+        RequestOp { request: Some(Operation::RequestRange(range)) }
+    }
+
+    fn put() -> RequestOp {
+        RequestOp { request: Some(Operation::RequestPut(PutRequest::default())) }
+    }
+
+    #[test]
+    fn only_what_goes_through_consensus_is_proof() {
+        let txn = |success: Vec<RequestOp>, failure: Vec<RequestOp>| TxnRequest { compare: vec![], success, failure };
+        assert!(!goes_through_consensus(&txn(vec![], vec![])));
+        assert!(!goes_through_consensus(&txn(vec![read("a", true)], vec![])));
+        assert!(goes_through_consensus(&txn(vec![read("a", true)], vec![read("a", false)])));
+        assert!(goes_through_consensus(&txn(vec![], vec![put()])));
+        assert!(goes_through_consensus(&txn(vec![RequestOp { request: None }], vec![])));
+    }
+
+    #[test]
+    fn what_writes_or_would_be_refused_is_not_for_us() {
+        let txn = |success: Vec<RequestOp>| TxnRequest { success, ..Default::default() };
+        assert!(Reads::of(&txn(vec![read("a", true)])).is_some_and(|reads| reads.serializable));
+        assert!(Reads::of(&txn(vec![put()])).is_none());
+        assert!(Reads::of(&txn(vec![read("", true)])).is_none());
+        assert!(Reads::of(&txn(vec![read("a", true); 129])).is_none());
+    }
+
+    #[test]
+    fn compares_hold_as_in_etcd() {
+        use crate::store::Revision;
+        let tree: Tree = [Record::new(b"a", b"v", Revision(2), Revision(4), 3, 9)].into_iter().collect();
+        let compare = |key: &'static str, target, result: CompareResult, union| Compare {
+            key: key.into(),
+            target: target as i32,
+            result: result as i32,
+            target_union: union,
+            ..Default::default()
+        };
+        let value = |text: &'static str| Some(TargetUnion::Value(text.into()));
+        assert!(holds(&tree, &compare("a", CompareTarget::Value, CompareResult::Equal, value("v"))));
+        assert!(holds(&tree, &compare("a", CompareTarget::Value, CompareResult::Greater, value("u"))));
+        assert!(!holds(&tree, &compare("b", CompareTarget::Value, CompareResult::NotEqual, value("v"))));
+        assert!(holds(&tree, &compare("b", CompareTarget::Version, CompareResult::Equal, None)));
+        assert!(holds(&tree, &compare("a", CompareTarget::Lease, CompareResult::Less, Some(TargetUnion::Lease(10)))));
+        let from = Compare {
+            range_end: vec![0].into(),
+            ..compare("a", CompareTarget::Mod, CompareResult::Greater, Some(TargetUnion::ModRevision(3)))
+        };
+        assert!(holds(&tree, &from));
+    }
+}

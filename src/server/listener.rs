@@ -1,0 +1,307 @@
+//! Accepts connections and serves HTTP/2 and HTTP/1.1 on them, as etcd's client port does.
+//!
+//! Streams are not limited in number, as in etcd. A connection's receive window is many stream windows, so that a few
+//! requests that nobody reads do not block the others. h2's guards against reset floods stay on, at numbers that a client
+//! which cancels thousands of calls at once does not reach.
+//!
+//! A stop goes in steps: no more connections; every connection is told to go (GOAWAY), and calls under way go on; after the
+//! grace time the rest is closed.
+
+use std::{
+    future::Future,
+    io,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::{Arc, OnceLock},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use ::http::{Request, Response};
+use bytes::Bytes;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
+use prometheus::{IntCounter, IntGauge, Registry};
+use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::{sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::body::{Body, BodyError};
+use crate::{
+    socket::{Gather, detect_dead_peer},
+    upstream::EndpointId,
+};
+
+const STREAM_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 64 << 20;
+const MAX_FRAME: u32 = 64 << 10;
+const MAX_HEADERS: u32 = 64 << 10;
+const SEND_BUFFER: usize = 256 << 10;
+/// Streams that may be reset before they were looked at, and resets that we may have to send for protocol errors.
+const RESETS: usize = 10_000;
+/// For the head of an HTTP/1.1 request, once it has begun.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// How connections are watched and let go.
+#[derive(Copy, Clone, Debug)]
+pub struct Settings {
+    /// Silence after which a client is pinged; etcd's `--grpc-keepalive-interval`.
+    pub keepalive_interval: Duration,
+    /// How long an answer, or the acknowledgement of sent bytes, may take; etcd's `--grpc-keepalive-timeout`.
+    pub keepalive_timeout: Duration,
+    /// How long calls under way may go on after a stop.
+    pub grace: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            keepalive_interval: Duration::from_secs(2 * 3600),
+            keepalive_timeout: Duration::from_secs(20),
+            grace: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What the listener counts. Cheap to clone.
+#[derive(Clone)]
+pub struct Metrics {
+    connections: IntGauge,
+    accepted: IntCounter,
+    accept_errors: IntCounter,
+    streams: IntGauge,
+}
+
+impl Metrics {
+    /// Registers the listener's metrics.
+    ///
+    /// # Errors
+    /// When metrics of these names are registered already.
+    pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let metrics = Self {
+            connections: IntGauge::new("millpond_server_connections", "Open client connections.")?,
+            accepted: IntCounter::new("millpond_server_accepted_total", "Client connections accepted.")?,
+            accept_errors: IntCounter::new("millpond_server_accept_errors_total", "Connections not accepted.")?,
+            streams: IntGauge::new("millpond_server_streams", "Client calls and streams under way.")?,
+        };
+        registry.register(Box::new(metrics.connections.clone()))?;
+        registry.register(Box::new(metrics.accepted.clone()))?;
+        registry.register(Box::new(metrics.accept_errors.clone()))?;
+        registry.register(Box::new(metrics.streams.clone()))?;
+        Ok(metrics)
+    }
+}
+
+/// A client's connection.
+#[derive(Debug)]
+pub struct Connection {
+    /// The client's address.
+    pub peer: SocketAddr,
+    /// The member that this client's member-bound calls go to, once there was one.
+    pub member: OnceLock<EndpointId>,
+    leave: CancellationToken,
+}
+
+impl Connection {
+    /// A connection from `peer` that is asked to go when `leave` is cancelled.
+    pub fn new(peer: SocketAddr, leave: CancellationToken) -> Self {
+        Self { peer, member: OnceLock::new(), leave }
+    }
+
+    /// Asks the client to open another connection; calls under way go on.
+    pub fn retire(&self) {
+        self.leave.cancel();
+    }
+}
+
+/// Answers requests.
+pub trait Handler: Send + Sync + 'static {
+    /// Answers one request. Dropped when the client cancels before the answer begins.
+    fn call(
+        self: &Arc<Self>,
+        connection: &Arc<Connection>,
+        request: Request<Incoming>,
+    ) -> impl Future<Output = Response<Body>> + Send;
+}
+
+/// Raises the limit of open files to the highest allowed and logs it: each client connection is one. Returns the limit.
+///
+/// # Errors
+/// When the system refuses.
+pub fn raise_open_file_limit() -> io::Result<Option<u64>> {
+    let mut limit = getrlimit(Resource::Nofile);
+    let was = limit.current;
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit)?;
+    let current = getrlimit(Resource::Nofile).current;
+    tracing::info!(was, is = current, "open file limit");
+    Ok(current)
+}
+
+/// Serves until `stop` is cancelled, and then until every connection is gone or the grace time is over.
+pub async fn serve<H: Handler>(
+    listener: TcpListener,
+    handler: Arc<H>,
+    settings: Settings,
+    metrics: Metrics,
+    stop: CancellationToken,
+) {
+    let server =
+        Arc::new(Server { handler, settings, metrics, builder: builder(settings), close: CancellationToken::new() });
+    let connections = TaskTracker::new();
+    let accepting = accept_all(&server, &listener, &connections, &stop);
+    stop.run_until_cancelled(accepting).await;
+    drop(listener);
+    connections.close();
+    if timeout(settings.grace, connections.wait()).await.is_err() {
+        tracing::info!(connections = connections.len(), "grace time is over, closing what is left");
+        server.close.cancel();
+        connections.wait().await;
+    }
+}
+
+struct Server<H> {
+    handler: Arc<H>,
+    settings: Settings,
+    metrics: Metrics,
+    builder: auto::Builder<TokioExecutor>,
+    /// The end of the grace time.
+    close: CancellationToken,
+}
+
+async fn accept_all<H: Handler>(
+    server: &Arc<Server<H>>,
+    listener: &TcpListener,
+    connections: &TaskTracker,
+    stop: &CancellationToken,
+) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                pause = FIRST_PAUSE;
+                connections.spawn(server.clone().serve_connection(stream, peer, stop.child_token()));
+            }
+            Err(error) if concerns_one_connection(&error) => server.metrics.accept_errors.inc(),
+            Err(error) => {
+                server.metrics.accept_errors.inc();
+                tracing::warn!(%error, pause_ms = pause.as_millis(), "cannot accept connections");
+                sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+        }
+    }
+}
+
+/// Whether an error of accept(2) tells about the connection that was to be accepted, not about the listener.
+fn concerns_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{
+        ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, NetworkDown, NetworkUnreachable,
+    };
+    let kinds =
+        [ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, NetworkDown, NetworkUnreachable];
+    kinds.contains(&error.kind())
+}
+
+impl<H: Handler> Server<H> {
+    async fn serve_connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, leave: CancellationToken) {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%peer, %error, "connection is gone already");
+            return;
+        }
+        detect_dead_peer(&stream, self.settings.keepalive_timeout);
+        self.metrics.accepted.inc();
+        let _open = Counted::new(&self.metrics.connections);
+        let connection = Arc::new(Connection::new(peer, leave.clone()));
+        let service = service_fn(|request| {
+            let (server, connection) = (self.clone(), connection.clone());
+            async move { Ok::<_, std::convert::Infallible>(server.answer(&connection, request).await) }
+        });
+        let io = TokioIo::new(Gather::sniffing(stream));
+        let mut serving = pin!(self.builder.serve_connection(io, service));
+        let served = tokio::select! {
+            served = serving.as_mut() => Some(served),
+            () = leave.cancelled() => {
+                serving.as_mut().graceful_shutdown();
+                self.close.run_until_cancelled(serving).await
+            }
+        };
+        if let Some(Err(error)) = served {
+            tracing::debug!(%peer, %error, "connection ended");
+        }
+    }
+
+    async fn answer(&self, connection: &Arc<Connection>, request: Request<Incoming>) -> Response<CountedBody> {
+        let open = Counted::new(&self.metrics.streams);
+        let response = self.handler.call(connection, request).await;
+        response.map(|body| CountedBody { body, _open: open })
+    }
+}
+
+fn builder(settings: Settings) -> auto::Builder<TokioExecutor> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .auto_date_header(false)
+        .max_concurrent_streams(None)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
+        .max_header_list_size(MAX_HEADERS)
+        .max_send_buf_size(SEND_BUFFER)
+        .max_pending_accept_reset_streams(RESETS)
+        .max_local_error_reset_streams(RESETS)
+        .keep_alive_interval(settings.keepalive_interval)
+        .keep_alive_timeout(settings.keepalive_timeout);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).half_close(true);
+    builder
+}
+
+/// Counts as long as it lives.
+struct Counted(IntGauge);
+
+impl Counted {
+    fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// A body whose call counts as under way until it is dropped.
+struct CountedBody {
+    body: Body,
+    _open: Counted,
+}
+
+impl HttpBody for CountedBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,76 @@
+//! Answers made here, as opposed to relayed.
+
+use ::http::{
+    HeaderValue, Response, StatusCode,
+    header::{CONTENT_TYPE, HeaderMap},
+};
+use bytes::{BufMut, Bytes, BytesMut};
+
+use super::body::{Body, UnaryBody, write_status};
+use crate::{
+    status::Status,
+    upstream::grpc::{PREFIX, prefix},
+};
+
+const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
+
+/// A unary success with a message that has its five-byte prefix already.
+pub fn framed(message: Bytes) -> Response<Body> {
+    streaming(Body::Unary(UnaryBody::Message(message)))
+}
+
+/// A unary success. The message is copied behind its prefix; [`framed`] spares that.
+pub fn unary(message: &[u8]) -> Response<Body> {
+    let mut whole = BytesMut::with_capacity(PREFIX + message.len());
+    whole.put_slice(&prefix(message.len()));
+    whole.put_slice(message);
+    framed(whole.freeze())
+}
+
+/// A gRPC answer whose body ends with its own trailers.
+pub fn streaming(body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    response.headers_mut().insert(CONTENT_TYPE, GRPC);
+    response
+}
+
+/// A failure before any message.
+pub fn error(status: &Status) -> Response<Body> {
+    let mut response = Response::new(Body::Empty);
+    let mut headers = HeaderMap::with_capacity(3);
+    headers.insert(CONTENT_TYPE, GRPC);
+    write_status(&mut headers, status);
+    *response.headers_mut() = headers;
+    response
+}
+
+/// An answer over plain HTTP.
+pub fn plain(status: StatusCode, content_type: &'static str, text: impl Into<Bytes>) -> Response<Body> {
+    let mut response = Response::new(Body::Plain(Some(text.into())));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+
+    use super::*;
+    use crate::upstream::grpc;
+
+    #[tokio::test]
+    async fn a_unary_answer_is_one_framed_message_and_a_success() {
+        let body = unary(b"abc").into_body().collect().await.unwrap();
+        assert_eq!(body.trailers().and_then(grpc::outcome), Some(Ok(())));
+        assert_eq!(&body.to_bytes()[..], b"\0\0\0\0\x03abc");
+    }
+
+    #[test]
+    fn an_error_is_told_in_the_headers() {
+        let response = error(&Status::NO_LEADER);
+        assert_eq!(response.status(), StatusCode::OK);
+        assert_eq!(grpc::outcome(response.headers()), Some(Err(Status::NO_LEADER)));
+        assert!(http_body::Body::is_end_stream(response.body()));
+    }
+}

@@ -1,0 +1,89 @@
+//! Which room answers a request.
+
+use std::{sync::Arc, time::Duration};
+
+use ::http::{Request, Response, Version};
+use hyper::body::Incoming;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    body::Body,
+    forward::forward,
+    health::{self, HealthService, Readiness},
+    http,
+    kv::{self, Kv, gateway_observer},
+    listener::{Connection, Handler},
+    members::{MEMBER_LIST, Members},
+    watch::{PATH as WATCH, Watch},
+};
+use crate::{cache::Cache, feed::Phase};
+
+/// Answers every request of the client port.
+pub struct Router {
+    /// The cache, and the upstream behind it.
+    pub cache: Cache,
+    /// The KV service.
+    pub kv: Kv,
+    /// The Watch service.
+    pub watch: Watch,
+    /// MemberList.
+    pub members: Members,
+    /// The health service.
+    pub health: HealthService,
+}
+
+impl Handler for Router {
+    async fn call(self: &Arc<Self>, connection: &Arc<Connection>, request: Request<Incoming>) -> Response<Body> {
+        let upstream = self.cache.upstream();
+        if request.version() < Version::HTTP_2 {
+            let observer = Some(gateway_observer(&self.cache));
+            return http::call(upstream, connection, &self.health.readiness(), request, observer).await;
+        }
+        match request.uri().path() {
+            path if path.starts_with(kv::SERVICE) => self.kv.call(connection, request).await,
+            WATCH => self.watch.call(connection, request).await,
+            MEMBER_LIST => self.members.list(upstream, connection, request).await,
+            path if path.starts_with(health::SERVICE) => self.health.call(request).await,
+            _ => forward(upstream, connection, request, None).await,
+        }
+    }
+}
+
+/// How often readiness is looked at while nothing signals a change.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Keeps `readiness` true until `stop` is cancelled.
+pub async fn mind_readiness(cache: Cache, readiness: watch::Sender<Readiness>, stop: CancellationToken) {
+    let mut health = cache.upstream().health();
+    let mut phases: Vec<_> = cache.prefixes().iter().map(|prefix| prefix.phases()).collect();
+    loop {
+        let now = readiness_of(&cache);
+        readiness.send_if_modified(|before| std::mem::replace(before, now.clone()) != now);
+        let phase_changed = futures_util::future::select_all(phases.iter_mut().map(|phase| Box::pin(phase.changed())));
+        tokio::select! {
+            () = stop.cancelled() => return,
+            Ok(()) = health.changed() => {}
+            _ = phase_changed => {}
+            () = tokio::time::sleep(LOOK) => {}
+        }
+    }
+}
+
+fn readiness_of(cache: &Cache) -> Readiness {
+    let upstream_reachable = cache.upstream().health().borrow().reachable;
+    let cache_warm = cache.is_open() && cache.is_warm();
+    let phases: Vec<_> = cache.prefixes().iter().map(|prefix| name(prefix.phase())).collect();
+    let reason = if cache_warm { String::new() } else { format!("the cache is {}", phases.join(", ")) };
+    Readiness { cache_warm, upstream_reachable, reason }
+}
+
+fn name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Cold => "warming up",
+        Phase::Live => "live",
+        Phase::Lost(_) => "without its upstream",
+        Phase::Proving => "proving that its state is the upstream's",
+        Phase::Barred => "off while authentication is on",
+    }
+}

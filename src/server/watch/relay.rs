@@ -1,0 +1,221 @@
+//! Watchers that the history window cannot serve, relayed from the upstream one by one: those that begin before it, until
+//! they have reached it, and those of ranges that are not cached, for as long as they live.
+
+use std::{sync::Arc, time::Duration};
+
+use prost::Message;
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit, mpsc},
+    task::AbortHandle,
+    time::{Instant, sleep, sleep_until},
+};
+
+use super::Shared;
+use crate::{
+    fanout::{Hub, Relay},
+    proto::etcdserverpb::{
+        WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse, watch_create_request::FilterType,
+        watch_request::RequestUnion,
+    },
+    status::Status,
+    store::Revision,
+    upstream::{ConnectionClass, StreamReceiver, StreamSender},
+};
+
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// What a relay has to say to its stream.
+pub(super) enum Report {
+    /// Events, progress or a cancellation.
+    Response(u32, u64, Box<WatchResponse>),
+    /// The history window can take over.
+    Reached(u32, u64),
+    /// There is no room for another relay.
+    Refused,
+}
+
+/// A relay under way; it ends when this is dropped.
+pub(super) struct Handle {
+    /// The stream wants to know how far it has got.
+    pub(super) ask: Arc<Notify>,
+    task: AbortHandle,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Starts to relay a watcher.
+pub(super) fn start(shared: &Arc<Shared>, relay: Relay, reports: mpsc::Sender<Report>) -> Handle {
+    let ask = Arc::new(Notify::new());
+    let hub = relay.lane.and_then(|lane| shared.hubs.get(lane).cloned());
+    let task = Task { shared: shared.clone(), hub, next: relay.from, relay, reports, ask: ask.clone() };
+    Handle { ask, task: tokio::spawn(task.run()).abort_handle() }
+}
+
+struct Task {
+    shared: Arc<Shared>,
+    /// Who can take over.
+    hub: Option<Arc<Hub>>,
+    relay: Relay,
+    /// The first revision that has not been relayed.
+    next: Revision,
+    reports: mpsc::Sender<Report>,
+    ask: Arc<Notify>,
+}
+
+/// How one upstream watch ended.
+enum End {
+    /// The relay is over.
+    Over,
+    /// It is to be tried again.
+    Failed(Status),
+}
+
+impl Task {
+    async fn run(mut self) {
+        let Some(_permit) = self.permit().await else {
+            // A stream that has gone meanwhile needs no word.
+            let _ = self.reports.send(Report::Refused).await;
+            return;
+        };
+        self.shared.metrics.relays.inc();
+        let _counted = scopeguard(|metrics| metrics.relays.dec(), self.shared.metrics.clone());
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let before = self.next;
+            let status = match self.follow().await {
+                End::Over => return,
+                End::Failed(status) => status,
+            };
+            if self.next != before {
+                pause = FIRST_PAUSE;
+            }
+            tracing::debug!(%status, next = self.next.0, "a relayed watch is tried again");
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Room among the relays of its kind. Those that end by themselves queue for it; the others do not.
+    async fn permit(&self) -> Option<OwnedSemaphorePermit> {
+        if self.hub.is_some() {
+            self.shared.catch_up.clone().acquire_owned().await.ok()
+        } else {
+            self.shared.uncached.clone().try_acquire_owned().ok()
+        }
+    }
+
+    async fn follow(&mut self) -> End {
+        if self.has_arrived() {
+            return self.report(Report::Reached(self.relay.slot, self.relay.serial)).await;
+        }
+        let upstream = self.shared.cache.upstream().clone();
+        let Some(at) = upstream.preferred(&[]) else { return End::Failed(Status::unavailable("no endpoint")) };
+        let opened = upstream.open_stream(at, ConnectionClass::CatchUp, super::PATH, &[]).await;
+        let (sender, mut receiver) = match opened {
+            Ok(opened) => opened,
+            Err(status) => return End::Failed(status),
+        };
+        let create = WatchRequest { request_union: Some(RequestUnion::CreateRequest(self.create_request())) };
+        match sender.send(&create).await {
+            Ok(()) => self.pass_on(&sender, &mut receiver).await,
+            Err(status) => End::Failed(status),
+        }
+    }
+
+    fn create_request(&self) -> WatchCreateRequest {
+        let options = &self.relay.options;
+        let filters = [(options.no_put, FilterType::Noput), (options.no_delete, FilterType::Nodelete)];
+        WatchCreateRequest {
+            key: options.range.request_key(),
+            range_end: options.range.request_end(),
+            start_revision: self.next.0,
+            filters: filters.into_iter().filter(|(on, _)| *on).map(|(_, filter)| filter as i32).collect(),
+            prev_kv: options.prev_kv,
+            ..Default::default()
+        }
+    }
+
+    async fn pass_on(&mut self, sender: &StreamSender<WatchRequest>, receiver: &mut StreamReceiver) -> End {
+        let trusted = self.shared.cache.gate().progress_is_proof;
+        // One that ends by itself asks for progress by itself, for a quiet range has no events that show how far it is.
+        let mut pause = FIRST_PAUSE;
+        let mut ask = Instant::now() + pause;
+        loop {
+            let response = tokio::select! {
+                message = receiver.next() => match message.map(|message| message.map(WatchResponse::decode)) {
+                    Some(Ok(Ok(response))) => response,
+                    Some(Ok(Err(error))) => return End::Failed(Status::unavailable(error.to_string())),
+                    Some(Err(status)) => return End::Failed(status),
+                    None => return End::Failed(Status::unavailable("the upstream ended the watch")),
+                },
+                () = self.ask.notified() => {
+                    ask_for_progress(sender).await;
+                    continue;
+                }
+                () = sleep_until(ask), if self.hub.is_some() && trusted => {
+                    ask_for_progress(sender).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                    ask = Instant::now() + pause;
+                    continue;
+                }
+            };
+            if let Some(end) = self.take(response, trusted).await {
+                return end;
+            }
+        }
+    }
+
+    async fn take(&mut self, response: WatchResponse, trusted: bool) -> Option<End> {
+        let (slot, serial) = (self.relay.slot, self.relay.serial);
+        let revision = response.header.as_ref().map_or(0, |header| header.revision);
+        let last = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back();
+        if let Some(last) = last {
+            self.next = self.next.max(Revision(last.mod_revision).next());
+        } else if !response.canceled && (response.created || !trusted) {
+            return None;
+        } else if !response.canceled {
+            self.next = self.next.max(Revision(revision).next());
+        }
+        let canceled = response.canceled;
+        if self.reports.send(Report::Response(slot, serial, Box::new(response))).await.is_err() || canceled {
+            return Some(End::Over);
+        }
+        if self.has_arrived() { Some(self.report(Report::Reached(slot, serial)).await) } else { None }
+    }
+
+    /// Whether the history window holds everything that is still to come.
+    fn has_arrived(&self) -> bool {
+        self.hub.as_ref().is_some_and(|hub| {
+            let view = hub.store().view();
+            view.is_loaded() && view.window.start() <= self.next
+        })
+    }
+
+    async fn report(&self, report: Report) -> End {
+        // A stream that has gone meanwhile needs no word.
+        let _ = self.reports.send(report).await;
+        End::Over
+    }
+}
+
+async fn ask_for_progress(sender: &StreamSender<WatchRequest>) {
+    let union = RequestUnion::ProgressRequest(WatchProgressRequest {});
+    // A stream that has broken shows that at its receiving end.
+    let _ = sender.send(&WatchRequest { request_union: Some(union) }).await;
+}
+
+/// Runs `leave` on `value` at the end of the scope, however that comes.
+fn scopeguard<T>(leave: fn(&T), value: T) -> impl Drop {
+    struct Guard<T>(fn(&T), T);
+    impl<T> Drop for Guard<T> {
+        fn drop(&mut self) {
+            (self.0)(&self.1);
+        }
+    }
+    Guard(leave, value)
+}

@@ -1,0 +1,327 @@
+//! One Watch stream, as the body of its answer.
+
+use std::{
+    collections::HashMap,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Bytes, BytesMut};
+use http_body::{Body as HttpBody, Frame};
+use hyper::body::Incoming;
+use prost::Message;
+use rand::RngExt;
+use std::sync::Arc;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, Sleep, sleep},
+};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::Code;
+
+use super::{
+    Shared,
+    relay::{self, Report},
+};
+use crate::{
+    fanout::{Pumped, Refusal, Session, Start, WatchOptions, refuse},
+    proto::etcdserverpb::{WatchCreateRequest, WatchRequest, watch_request::RequestUnion},
+    server::body::{BodyError, failure_trailers},
+    status::Status,
+    store::{Responder, Revision},
+    upstream::grpc::Deframer,
+};
+
+/// Bytes that go out in one piece, if there is so much to say.
+const PIECE: usize = 64 << 10;
+/// Requests that are taken in before something is sent.
+const REQUESTS_PER_PIECE: usize = 64;
+/// Reports of relays that wait for the client to make room.
+const REPORTS: usize = 4;
+
+type Waiting = Pin<Box<dyn Future<Output = (Responder, Revision)> + Send>>;
+
+/// A Watch stream.
+pub(super) struct Stream {
+    shared: Arc<Shared>,
+    requests: Option<Incoming>,
+    deframer: Deframer,
+    session: Session,
+    out: BytesMut,
+    /// A create request that waits to be told what the present is.
+    opening: Option<Box<(WatchCreateRequest, Waiting)>>,
+    relays: Option<Box<Relays>>,
+    ticker: Option<Pin<Box<Sleep>>>,
+    /// Cancelled when the stream has to end.
+    end: Pin<Box<WaitForCancellationFutureOwned>>,
+    ended: Option<Status>,
+    finished: bool,
+}
+
+/// The relays of a stream.
+struct Relays {
+    sender: mpsc::Sender<Report>,
+    reports: mpsc::Receiver<Report>,
+    running: HashMap<(u32, u64), relay::Handle>,
+}
+
+impl Relays {
+    fn new() -> Self {
+        let (sender, reports) = mpsc::channel(REPORTS);
+        Self { sender, reports, running: HashMap::new() }
+    }
+}
+
+impl Stream {
+    pub(super) fn new(shared: Arc<Shared>, requests: Incoming, end: CancellationToken) -> Self {
+        shared.metrics.streams.inc();
+        Self {
+            session: Session::new(shared.hubs.clone(), shared.session_settings()),
+            shared,
+            requests: Some(requests),
+            deframer: Deframer::default(),
+            out: BytesMut::new(),
+            opening: None,
+            relays: None,
+            ticker: None,
+            end: Box::pin(end.cancelled_owned()),
+            ended: None,
+            finished: false,
+        }
+    }
+
+    /// Does everything that can be done at once. True when there is more to do at once.
+    fn work(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.end.as_mut().poll(cx).is_ready() {
+            let stopping = self.shared.stop.is_cancelled();
+            self.ended = Some(if stopping { Status::STOPPED } else { Status::NO_LEADER });
+            return false;
+        }
+        let before = self.session.len() as i64;
+        let mut more = self.take_requests(cx);
+        more |= self.take_reports(cx);
+        self.take_tick(cx);
+        match self.session.pump(&mut self.out, PIECE, cx.waker()) {
+            Pumped::Idle => {}
+            Pumped::Busy => more = true,
+            Pumped::Ended(status) => self.ended = Some(status),
+        }
+        self.shared.metrics.watchers.add(self.session.len() as i64 - before);
+        self.start_relays() || more
+    }
+
+    /// Takes requests in. True when there may be more of them.
+    fn take_requests(&mut self, cx: &mut Context<'_>) -> bool {
+        for _ in 0..REQUESTS_PER_PIECE {
+            if !self.take_opening(cx) || self.ended.is_some() {
+                return false;
+            }
+            match self.poll_request(cx) {
+                Poll::Ready(Some(Ok(request))) => self.take_request(request),
+                Poll::Ready(Some(Err(status))) => self.ended = Some(status),
+                Poll::Ready(None) | Poll::Pending => return false,
+            }
+        }
+        true
+    }
+
+    /// Finishes the create request that waits, if there is one. False while it still waits.
+    fn take_opening(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(opening) = &mut self.opening else { return true };
+        let Poll::Ready(now) = opening.1.as_mut().poll(cx) else { return false };
+        if let Some(opening) = self.opening.take() {
+            self.create(opening.0, now);
+        }
+        true
+    }
+
+    /// The next request; none after the client has closed its side, which does not end the stream.
+    fn poll_request(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<WatchRequest, Status>>> {
+        let limit = self.shared.settings.max_request_bytes + (512 << 10);
+        loop {
+            match self.deframer.next() {
+                Ok(Some(message)) => return Poll::Ready(Some(decode(message))),
+                Ok(None) => {}
+                Err(status) => return Poll::Ready(Some(Err(status))),
+            }
+            let Some(requests) = &mut self.requests else { return Poll::Ready(None) };
+            match ready!(Pin::new(requests).poll_frame(cx)) {
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        self.deframer.push(data);
+                    }
+                    if self.deframer.announced().is_some_and(|length| length > limit) {
+                        let text = format!("grpc: received message larger than max (more than {limit})");
+                        return Poll::Ready(Some(Err(Status::new(Code::ResourceExhausted, text))));
+                    }
+                }
+                Some(Err(_)) => {
+                    self.requests = None;
+                    return Poll::Ready(Some(Err(Status::fixed(Code::Cancelled, "context canceled"))));
+                }
+                None => self.requests = None,
+            }
+        }
+    }
+
+    fn take_request(&mut self, request: WatchRequest) {
+        match request.request_union {
+            Some(RequestUnion::CreateRequest(request)) => self.take_create(request),
+            Some(RequestUnion::CancelRequest(request)) => {
+                let now = self.now();
+                self.session.cancel(request.watch_id, now, &mut self.out);
+                if let Some(relays) = &mut self.relays {
+                    relays.running.retain(|(slot, serial), _| self.session.is_relayed(*slot, *serial));
+                }
+            }
+            Some(RequestUnion::ProgressRequest(_)) => {
+                let floor = self.shared.cache.floor();
+                self.shared.cache.prefixes().iter().for_each(|prefix| prefix.want(floor));
+                if self.session.request_progress() {
+                    self.ask_relays();
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// Creates a watcher at once if its range is cached and loaded; otherwise only the cluster knows what the present is.
+    fn take_create(&mut self, request: WatchCreateRequest) {
+        let options = WatchOptions::from_request(&request);
+        let loaded = self
+            .shared
+            .cache
+            .covering(&options.range)
+            .filter(|(_, prefix)| prefix.store().view().is_loaded())
+            .map(|(_, prefix)| self.shared.cache.present(prefix));
+        match loaded {
+            Some(now) => self.create(request, now),
+            None => {
+                let cache = self.shared.cache.clone();
+                let waiting = async move {
+                    let proof = cache.consensus().ask().await;
+                    (proof.responder, proof.revision)
+                };
+                self.opening = Some(Box::new((request, Box::pin(waiting))));
+            }
+        }
+    }
+
+    fn create(&mut self, request: WatchCreateRequest, now: (Responder, Revision)) {
+        if request.start_revision < 0 {
+            return refuse(Refusal::NegativeStart.to_string(), now, &mut self.out);
+        }
+        let options = WatchOptions::from_request(&request);
+        let lane = self.shared.cache.covering(&options.range).map(|(lane, _)| lane);
+        let start = match request.start_revision {
+            0 => Start::After(now.1),
+            revision => Start::At(Revision(revision)),
+        };
+        self.session.create(request.watch_id, options, start, lane, now, &mut self.out);
+    }
+
+    /// Who answers now, and at which revision, for answers that concern no prefix in particular.
+    fn now(&self) -> (Responder, Revision) {
+        let cache = &self.shared.cache;
+        let present = cache.prefixes().iter().map(|prefix| cache.present(prefix)).max_by_key(|(_, revision)| *revision);
+        present.unwrap_or_default()
+    }
+
+    fn take_reports(&mut self, cx: &mut Context<'_>) -> bool {
+        while self.out.len() < PIECE {
+            let Some(relays) = &mut self.relays else { return false };
+            let Poll::Ready(Some(report)) = relays.reports.poll_recv(cx) else { return false };
+            match report {
+                Report::Response(slot, serial, response) => {
+                    self.session.relayed(slot, serial, *response, &mut self.out);
+                }
+                Report::Reached(slot, serial) => {
+                    relays.running.remove(&(slot, serial));
+                    self.session.end_relay(slot, serial);
+                }
+                Report::Refused => {
+                    self.ended = Some(Status::unavailable("too many watches of ranges that are not cached"));
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Starts the relays that the session has come to need. True when there were such.
+    fn start_relays(&mut self) -> bool {
+        let wanted = self.session.take_relays();
+        let any = !wanted.is_empty();
+        for relay in wanted {
+            let relays = self.relays.get_or_insert_with(|| Box::new(Relays::new()));
+            let key = (relay.slot, relay.serial);
+            let handle = relay::start(&self.shared, relay, relays.sender.clone());
+            relays.running.insert(key, handle);
+        }
+        any
+    }
+
+    fn ask_relays(&self) {
+        self.relays.iter().flat_map(|relays| relays.running.values()).for_each(|handle| handle.ask.notify_one());
+    }
+
+    fn take_tick(&mut self, cx: &mut Context<'_>) {
+        let interval = self.shared.settings.progress_interval;
+        if self.ticker.is_none() && self.session.wants_ticks() {
+            // As in etcd, a little jitter keeps the streams from ticking all at once.
+            let jitter = rand::rng().random_range(0.0..0.1);
+            self.ticker = Some(Box::pin(sleep(interval.mul_f64(1.0 + jitter))));
+        }
+        let Some(ticker) = &mut self.ticker else { return };
+        if ticker.as_mut().poll(cx).is_ready() {
+            ticker.as_mut().reset(Instant::now() + interval);
+            // The new deadline is only seen when it is polled.
+            let _ = ticker.as_mut().poll(cx);
+            self.session.tick(&mut self.out);
+            if self.session.ask_relays() {
+                self.ask_relays();
+            }
+        }
+    }
+
+    fn piece(&mut self) -> Frame<Bytes> {
+        self.shared.metrics.bytes.inc_by(self.out.len() as u64);
+        Frame::data(std::mem::take(&mut self.out).freeze())
+    }
+}
+
+impl HttpBody for Stream {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let stream = self.get_mut();
+        if stream.finished {
+            return Poll::Ready(None);
+        }
+        let more = stream.ended.is_none() && stream.work(cx);
+        if !stream.out.is_empty() {
+            return Poll::Ready(Some(Ok(stream.piece())));
+        }
+        if let Some(status) = &stream.ended {
+            stream.finished = true;
+            return Poll::Ready(Some(Ok(Frame::trailers(failure_trailers(status)))));
+        }
+        if more {
+            cx.waker().wake_by_ref();
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.shared.metrics.streams.dec();
+        self.shared.metrics.watchers.sub(self.session.len() as i64);
+    }
+}
+
+fn decode(message: Bytes) -> Result<WatchRequest, Status> {
+    WatchRequest::decode(message)
+        .map_err(|error| Status::new(Code::Internal, format!("grpc: error unmarshalling request: {error}")))
+}
