@@ -12,7 +12,7 @@ use crate::{
     config::Config,
     server::{
         self,
-        admin::{self, Admin},
+        admin::{self, Admin, ConsistencyCheck},
         health::{HealthService, Readiness},
         kv::{self, Kv},
         leader::Leader,
@@ -109,10 +109,11 @@ pub async fn serve(config: Config, telemetry: Telemetry, shutdown: CancellationT
     }
     let (readiness, ready) = watch::channel(Readiness { reason: "starting".to_owned(), ..Readiness::default() });
     let registry = telemetry.registry.clone();
-    let admin = Admin { readiness: ready.clone(), registry: registry.clone(), check: None };
-    let admin = tokio::spawn(admin::serve(admin_listener, admin, shutdown.clone()));
     let upstream = Upstream::start(upstream_settings(&config)?, &registry)?;
     let cache = Cache::start(upstream.clone(), cache_settings(&config), &registry)?;
+    let check = Some(Arc::new(cache.clone()) as Arc<dyn ConsistencyCheck>);
+    let admin = Admin { readiness: ready.clone(), registry: registry.clone(), check };
+    let admin = tokio::spawn(admin::serve(admin_listener, admin, shutdown.clone()));
     let minding = tokio::spawn(mind_readiness(cache.clone(), readiness, shutdown.clone()));
     let router = Arc::new(router(&config, cache, ready, &registry, &shutdown)?);
     let metrics = listener::Metrics::register(&registry)?;
@@ -174,6 +175,7 @@ fn cache_settings(config: &Config) -> cache::Settings {
         floor_patience: Duration::from_millis(100),
         view_patience: Duration::from_secs(3),
         consensus_patience: config.read_timeout,
+        check_interval: config.check_interval,
     }
 }
 
