@@ -1,1 +1,35 @@
 //! An etcd v3 server over SQL; SQLite is the embedded default.
+//!
+//! - [`Engine`]: a store opened from a data directory, and its gRPC face.
+//! - [`backend`]: what the engine asks of a database; [`sqlite`] is the one that exists.
+//! - `writer`, `transaction`: one thread that commits groups of writes; how each write is evaluated.
+//! - `range`: how reads are evaluated. `history`, `watch`: how events reach watchers.
+//! - `leases`, `compaction`, `quota`, `clock`: what happens by the passing of time.
+//! - `service`: the gRPC services.
+
+pub mod backend;
+mod clock;
+mod compaction;
+mod engine;
+mod error;
+mod hash;
+mod history;
+mod key;
+mod leases;
+mod metrics;
+mod options;
+mod quota;
+mod range;
+mod service;
+mod snapshot;
+pub mod sqlite;
+mod transaction;
+mod validate;
+mod watch;
+mod writer;
+
+pub use engine::Engine;
+pub use error::{SqlError, Trouble};
+pub use metrics::Metrics;
+pub use options::{AutoCompaction, Options};
+pub use snapshot::restore;
