@@ -1,0 +1,101 @@
+//! The Millpond binary as a child process in front of real etcds.
+
+use std::{process::Command, time::Duration};
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use super::{
+    client::{Client, PATIENCE, eventually, http_get},
+    ports,
+    process::Process,
+};
+
+/// A running `millpond serve`, killed on drop.
+pub struct Millpond {
+    pub process: Process,
+    /// `host:port` for clients.
+    pub endpoint: String,
+    /// `host:port` of metrics and health.
+    pub admin: String,
+    flags: Vec<String>,
+    home: TempDir,
+}
+
+impl Millpond {
+    /// Starts it in front of `endpoints` with further flags (`--name=value`), and waits until it is ready.
+    pub async fn start(endpoints: &[String], flags: &[&str]) -> Self {
+        let mut millpond = Self::launch(endpoints, flags);
+        millpond.ready().await;
+        millpond
+    }
+
+    /// Starts it without waiting, as for an upstream that is down.
+    pub fn launch(endpoints: &[String], flags: &[&str]) -> Self {
+        let endpoint = format!("127.0.0.1:{}", ports::free());
+        let admin = format!("127.0.0.1:{}", ports::free());
+        let home = TempDir::with_prefix("millpond-").unwrap();
+        let mut all = vec![format!("--listen={endpoint}"), format!("--admin-listen={admin}")];
+        if !endpoints.is_empty() {
+            all.push(format!("--endpoints={}", endpoints.join(",")));
+        }
+        all.extend(flags.iter().map(|flag| (*flag).to_owned()));
+        let process = serve(&all, &home);
+        Self { process, endpoint, admin, flags: all, home }
+    }
+
+    /// A client of it.
+    pub fn client(&self) -> Client {
+        Client::new(&self.endpoint)
+    }
+
+    /// SIGKILL, then a start with the same flags and ports; waits until it is ready.
+    pub async fn restart(&mut self) {
+        self.process.kill();
+        self.process = serve(&self.flags, &self.home);
+        self.ready().await;
+    }
+
+    /// Waits until the admin port says ready.
+    pub async fn ready(&mut self) {
+        let (admin, process) = (&self.admin, &mut self.process);
+        eventually("a Millpond that is ready", async || {
+            assert!(process.exited().is_none(), "millpond ended at its start:\n{}", process.log_tail());
+            http_get(admin, "/readyz").await.ok().filter(|(status, _)| *status == 200)
+        })
+        .await;
+    }
+
+    /// The value of a metric, summed over its labels.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let (status, text) = http_get(&self.admin, "/metrics").await.unwrap();
+        assert_eq!(status, 200, "/metrics answers");
+        let of_name =
+            |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{') || rest.starts_with(' '));
+        text.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
+    /// Asks it to stop and waits for the end: the exit code.
+    pub async fn terminate(&mut self) -> Option<i32> {
+        self.process.signal(Signal::TERM);
+        self.process.wait(PATIENCE).await
+    }
+
+    /// Fails the test when it has ended, or has panicked anywhere.
+    pub fn assert_well(&mut self) {
+        assert!(self.process.exited().is_none(), "millpond ended:\n{}", self.process.log_tail());
+        let log = self.process.log();
+        assert!(!log.contains("panicked at"), "millpond panicked:\n{}", self.process.log_tail());
+    }
+}
+
+/// A moment for things that must *not* happen to happen.
+pub async fn breathe(millis: u64) {
+    tokio::time::sleep(Duration::from_millis(millis)).await;
+}
+
+fn serve(flags: &[String], home: &TempDir) -> Process {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_millpond"));
+    command.arg("serve").args(flags).current_dir(home.path());
+    Process::start(command, &home.path().join("millpond.log"))
+}

@@ -1,0 +1,26 @@
+//! What the integration tests share: real etcds, the Millpond binary, faults between them, clients, and a comparison of
+//! two servers' answers.
+//!
+//! - [`toolchain`]: gets the etcds, etcdctl and etcdutl that the tests need, and keeps them under `target/etcd`.
+//! - [`etcd`]: clusters of one or three real members.
+//! - [`millpond`]: the Millpond binary as a child process.
+//! - [`subject`]: the server under test, and a plain etcd beside it that must answer the same.
+//! - [`fault`]: a TCP proxy that breaks connections in chosen ways.
+//! - [`client`]: stubs and small calls.
+//! - [`operation`], [`random`], [`compare`], [`watching`], [`script`]: random requests, and the comparison of what comes back.
+
+#![allow(dead_code, reason = "each test binary uses a part of this")]
+
+pub mod client;
+pub mod compare;
+pub mod etcd;
+pub mod fault;
+pub mod millpond;
+pub mod operation;
+pub mod ports;
+pub mod process;
+pub mod random;
+pub mod script;
+pub mod subject;
+pub mod toolchain;
+pub mod watching;

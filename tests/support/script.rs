@@ -1,0 +1,362 @@
+//! A random script of watches and writes, played in step on two servers.
+//!
+//! A recording watch gives the history that was written, and a small model says from it how many events each watcher is
+//! due, so that every step waits for exactly what must come and what comes beyond that is noticed.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use millpond::proto::{
+    etcdserverpb::{self as pb, WatchCreateRequest},
+    mvccpb::Event,
+};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use tokio::time::{Duration, Instant, sleep, sleep_until};
+
+use super::{
+    client::{Client, eventually},
+    compare::outcomes,
+    operation::{Operation, execute},
+    random::{Bounds, Generator},
+    subject::Twins,
+    watching::{Item, WatchStream, by_watcher, create, revision_of},
+};
+
+/// What a stream's requests lead to, as far as the script must know it to pace itself.
+struct Watcher {
+    request: WatchCreateRequest,
+    /// The first revision that it is to be told.
+    from: i64,
+    /// Cancelled by the server because of a compaction; its id stays taken.
+    compacted: bool,
+}
+
+/// One of the two servers, with the stream under test on it.
+struct Side {
+    client: Client,
+    stream: WatchStream,
+}
+
+pub struct Script {
+    reference: Side,
+    subject: Side,
+    /// Watches everything on the reference from the beginning.
+    recorder: WatchStream,
+    generator: Generator,
+    rng: StdRng,
+    bounds: Bounds,
+    watchers: BTreeMap<i64, Watcher>,
+    next_id: i64,
+    /// Responses other than events that are due by now.
+    controls: usize,
+    /// When a watcher was last created with a start in the past.
+    last_behind: Instant,
+    /// Events due to watchers that are gone.
+    settled_events: usize,
+    steps: Vec<String>,
+}
+
+impl Script {
+    pub async fn new(twins: &Twins, seed: u64) -> Self {
+        let (reference, subject) = (twins.reference.client(0), twins.subject.client());
+        let recorder = WatchStream::open(&reference).await;
+        recorder.create(WatchCreateRequest { prev_kv: true, ..create("\0", "\0", 1) });
+        let mut script = Self {
+            recorder,
+            reference: Side { stream: WatchStream::open(&reference).await, client: reference },
+            subject: Side { stream: WatchStream::open(&subject).await, client: subject },
+            generator: Generator::new(seed),
+            rng: StdRng::seed_from_u64(seed ^ 1),
+            bounds: Bounds::default(),
+            watchers: BTreeMap::new(),
+            next_id: 0,
+            controls: 0,
+            last_behind: Instant::now(),
+            settled_events: 0,
+            steps: Vec::new(),
+        };
+        script.generator.unknown_enums = false;
+        for _ in 0..40 {
+            script.write().await;
+        }
+        script
+    }
+
+    /// Plays `count` random steps, then compares everything that both streams were sent.
+    pub async fn play(&mut self, count: usize) {
+        for _ in 0..count {
+            match self.rng.random_range(0..20) {
+                0..5 => self.create().await,
+                5 | 6 => self.cancel().await,
+                7 => self.progress().await,
+                8 => self.compact().await,
+                9 => self.nonsense(),
+                _ => self.write().await,
+            }
+        }
+        sleep(Duration::from_millis(300)).await;
+        self.compare();
+    }
+
+    /// How much was compared: watch responses and events.
+    pub fn volume(&self) -> (usize, usize) {
+        (self.reference.stream.responses().len(), self.reference.stream.events().len())
+    }
+
+    async fn write(&mut self) {
+        let operation = match self.rng.random_range(0..10) {
+            0..6 => Operation::Put(self.generator.put()),
+            6 | 7 => Operation::Delete(self.generator.delete()),
+            _ => Operation::Txn(self.generator.txn(self.bounds, 1)),
+        };
+        self.steps.push(format!("{operation:?}"));
+        self.execute(&operation).await;
+        self.settle().await;
+    }
+
+    async fn execute(&mut self, operation: &Operation) -> bool {
+        let (expected, found) =
+            tokio::join!(execute(&self.reference.client, operation), execute(&self.subject.client, operation));
+        outcomes(operation, &expected, &found).unwrap_or_else(|difference| panic!("{difference}\n{operation:?}"));
+        if let Ok(answer) = &expected {
+            let header = answer.header().expect("every answer has a header");
+            self.bounds.current = self.bounds.current.max(header.revision);
+        }
+        expected.is_ok()
+    }
+
+    async fn compact(&mut self) {
+        let revision = self.rng.random_range(self.bounds.compacted..=self.bounds.current);
+        if self.bounds.current - revision < 10 {
+            return;
+        }
+        // A watcher that starts in the past is behind for a tenth of a second even when it is due nothing, and a compaction
+        // in that time cancels it.
+        sleep_until(self.last_behind + Duration::from_millis(500)).await;
+        self.steps.push(format!("compact {revision}"));
+        if self.execute(&Operation::Compact(pb::CompactionRequest { revision, physical: true })).await {
+            self.bounds.compacted = revision;
+        }
+    }
+
+    async fn create(&mut self) {
+        let request = self.create_request();
+        self.steps.push(format!("{request:?}"));
+        self.expect_created(&request);
+        self.reference.stream.create(request.clone());
+        self.subject.stream.create(request);
+        self.settle().await;
+    }
+
+    fn create_request(&mut self) -> WatchCreateRequest {
+        let (key, range_end) = self.span();
+        let start_revision = if self.generator.chance(2) { 0 } else { self.generator.revision(self.bounds).max(-5) };
+        let filters = match self.rng.random_range(0..8) {
+            0 => vec![0],
+            1 => vec![1],
+            2 => vec![0, 1],
+            _ => vec![],
+        };
+        let ids: Vec<i64> = self.watchers.keys().copied().collect();
+        let watch_id = match self.rng.random_range(0..8) {
+            0 => self.generator.pick(&[1, 2, 7, 100, -1, -9, i64::MAX, i64::MIN]),
+            1 if !ids.is_empty() => self.generator.pick(&ids),
+            _ => 0,
+        };
+        let (prev_kv, fragment) = (self.generator.chance(2), self.generator.chance(2));
+        WatchCreateRequest {
+            key,
+            range_end,
+            start_revision,
+            progress_notify: false,
+            filters,
+            prev_kv,
+            watch_id,
+            fragment,
+        }
+    }
+
+    /// What to watch: every other time something wide, so that there are events.
+    fn span(&mut self) -> (Bytes, Bytes) {
+        const WIDE: [(&[u8], &[u8]); 6] =
+            [(b"a/", b"a0"), (b"b/", b"b0"), (b"b/1/", b"b/10"), (b"\0", b"\0"), (b"", b"\0"), (b"a", b"\0")];
+        if self.generator.chance(2) {
+            return self.generator.span();
+        }
+        let (key, end) = self.generator.pick(&WIDE);
+        (Bytes::from_static(key), Bytes::from_static(end))
+    }
+
+    /// Follows etcd's checks, to know what is due.
+    fn expect_created(&mut self, request: &WatchCreateRequest) {
+        self.controls += 1;
+        let (key, end) = span_of(request);
+        let is_empty = !end.is_empty() && end != b"\0" && key >= end;
+        if request.start_revision < 0 || is_empty {
+            return;
+        }
+        let id = match request.watch_id {
+            0 => self.pick_id(),
+            id if self.watchers.contains_key(&id) => return,
+            id => id,
+        };
+        let is_live = request.start_revision == 0 || request.start_revision > self.bounds.current;
+        let from = if request.start_revision == 0 { self.bounds.current + 1 } else { request.start_revision };
+        if !is_live {
+            self.last_behind = Instant::now();
+        }
+        let compacted = !is_live && from < self.bounds.compacted;
+        self.controls += usize::from(compacted);
+        self.watchers.insert(id, Watcher { request: request.clone(), from, compacted });
+    }
+
+    fn pick_id(&mut self) -> i64 {
+        while self.watchers.contains_key(&self.next_id) {
+            self.next_id += 1;
+        }
+        self.next_id += 1;
+        self.next_id - 1
+    }
+
+    async fn cancel(&mut self) {
+        let ids: Vec<i64> = self.watchers.keys().copied().collect();
+        let id = if ids.is_empty() || self.generator.chance(6) { 4242 } else { self.generator.pick(&ids) };
+        self.steps.push(format!("cancel {id}"));
+        if let Some(watcher) = self.watchers.remove(&id) {
+            self.controls += 1;
+            self.settled_events += self.due(&watcher);
+        }
+        self.reference.stream.cancel(id);
+        self.subject.stream.cancel(id);
+        self.settle().await;
+    }
+
+    /// Asks for progress. A stream whose watchers are all told everything answers; any other is silent.
+    async fn progress(&mut self) {
+        let current = self.bounds.current;
+        let is_silent = self.watchers.is_empty()
+            || self.watchers.values().any(|watcher| watcher.compacted || watcher.request.start_revision > current);
+        self.steps.push(format!("progress, silent: {is_silent}"));
+        if is_silent {
+            self.reference.stream.ask_progress();
+            self.subject.stream.ask_progress();
+            return sleep(Duration::from_millis(150)).await;
+        }
+        for (name, side) in [("reference", &self.reference), ("subject", &self.subject)] {
+            let before = progress_count(&side.stream);
+            let what = format!("the {name}'s answer to a progress request after\n{}", self.last_steps());
+            eventually(&what, async || {
+                side.stream.ask_progress();
+                sleep(Duration::from_millis(100)).await;
+                (progress_count(&side.stream) > before).then_some(())
+            })
+            .await;
+        }
+    }
+
+    /// Requests without content are ignored.
+    fn nonsense(&mut self) {
+        self.steps.push("an empty request".to_owned());
+        for side in [&self.reference, &self.subject] {
+            side.stream.send_raw(pb::WatchRequest { request_union: None });
+        }
+    }
+
+    /// Waits until both streams were sent everything that is due.
+    async fn settle(&mut self) {
+        let current = self.bounds.current;
+        if current > 1 {
+            let what = format!("the recorder at revision {current}");
+            self.recorder.until(&what, |responses| last_revision(responses) >= current).await;
+        }
+        let events = self.settled_events + self.watchers.values().map(|watcher| self.due(watcher)).sum::<usize>();
+        let controls = self.controls;
+        for (name, side) in [("reference", &self.reference), ("subject", &self.subject)] {
+            let counted = eventually_counted(side, controls, events).await;
+            assert!(
+                counted == (controls, events),
+                "the {name} was due {controls} answers and {events} events, not {counted:?}, after\n{}",
+                self.last_steps()
+            );
+        }
+    }
+
+    /// How many events a watcher is due by now.
+    fn due(&self, watcher: &Watcher) -> usize {
+        if watcher.compacted {
+            return 0;
+        }
+        let history = self.recorder.events();
+        history.iter().filter(|event| revision_of(event) >= watcher.from && sees(&watcher.request, event)).count()
+    }
+
+    fn compare(&self) {
+        let (expected, found) = (self.reference.items(), self.subject.items());
+        let ids = |watchers: &BTreeMap<i64, Vec<Item>>| watchers.keys().copied().collect::<Vec<_>>();
+        assert_eq!(ids(&expected), ids(&found), "watch ids, after\n{}", self.last_steps());
+        for (id, expected) in &expected {
+            let found = &found[id];
+            let differs = expected.iter().zip(found).position(|(expected, found)| !expected.agrees_with(found));
+            if let Some(at) = differs {
+                panic!("watcher {id}, item {at}\nexpected: {:?}\n   found: {:?}", expected[at], found[at]);
+            }
+            assert_eq!(expected.len(), found.len(), "number of items of watcher {id}");
+        }
+    }
+
+    fn last_steps(&self) -> String {
+        self.steps[self.steps.len().saturating_sub(12)..].join("\n")
+    }
+}
+
+impl Side {
+    /// What each watcher was told, with repeated answers to repeated progress requests told once.
+    fn items(&self) -> BTreeMap<i64, Vec<Item>> {
+        let mut watchers = by_watcher(&self.stream.responses());
+        for items in watchers.values_mut() {
+            items.dedup_by(|later, earlier| later.is_progress() && later == earlier);
+        }
+        watchers
+    }
+}
+
+/// Waits for this many responses without events, progress aside, and events; the answer is what there was.
+async fn eventually_counted(side: &Side, controls: usize, events: usize) -> (usize, usize) {
+    let mut counted = (0, 0);
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(10) {
+        let responses = side.stream.responses();
+        let control = responses.iter().filter(|response| response.created || response.canceled).count();
+        counted = (control, responses.iter().map(|response| response.events.len()).sum());
+        if counted.0 >= controls && counted.1 >= events {
+            break;
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
+    counted
+}
+
+fn progress_count(stream: &WatchStream) -> usize {
+    let responses = stream.responses();
+    responses.iter().filter(|response| !response.created && !response.canceled && response.events.is_empty()).count()
+}
+
+fn last_revision(responses: &[pb::WatchResponse]) -> i64 {
+    responses.iter().rev().find_map(|response| response.events.last()).map_or(0, revision_of)
+}
+
+fn span_of(request: &WatchCreateRequest) -> (&[u8], &[u8]) {
+    let key = if request.key.is_empty() { b"\0" } else { &request.key[..] };
+    (key, &request.range_end)
+}
+
+fn sees(request: &WatchCreateRequest, event: &Event) -> bool {
+    let (key, end) = span_of(request);
+    let changed = &event.kv.as_ref().expect("every event has a record").key[..];
+    let is_inside = match end {
+        b"" => changed == key,
+        b"\0" => changed >= key,
+        end => changed >= key && changed < end,
+    };
+    is_inside && !request.filters.contains(&event.r#type)
+}
