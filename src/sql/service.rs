@@ -2,10 +2,13 @@
 
 mod auth;
 mod cluster;
+mod election;
 mod kv;
 mod lease;
 mod limits;
+mod lock;
 mod maintenance;
+mod session;
 mod watch;
 
 use std::{future::Future, io};
@@ -17,9 +20,13 @@ use tonic::{
 };
 
 use super::Engine;
-use crate::proto::etcdserverpb::{
-    auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer, lease_server::LeaseServer,
-    maintenance_server::MaintenanceServer, watch_server::WatchServer,
+use crate::proto::{
+    etcdserverpb::{
+        auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer, lease_server::LeaseServer,
+        maintenance_server::MaintenanceServer, watch_server::WatchServer,
+    },
+    v3electionpb::election_server::ElectionServer,
+    v3lockpb::lock_server::LockServer,
 };
 
 /// Bytes that a pipe within the process holds before its writer waits.
@@ -81,6 +88,8 @@ impl Engine {
             .add_service(LeaseServer::new(services.clone()).max_decoding_message_size(limit))
             .add_service(ClusterServer::new(services.clone()).max_decoding_message_size(limit))
             .add_service(MaintenanceServer::new(services.clone()).max_decoding_message_size(limit))
+            .add_service(LockServer::new(services.clone()).max_decoding_message_size(limit))
+            .add_service(ElectionServer::new(services.clone()).max_decoding_message_size(limit))
             .add_service(AuthServer::new(services).max_decoding_message_size(limit));
         limits::in_etcds_words(routes)
     }

@@ -17,6 +17,7 @@ use tokio::{
 };
 use tonic::Streaming;
 
+pub use self::events::next_chunk;
 use self::{events::Chunk, watcher::Watcher};
 use super::{Engine, key::KeyRange};
 use crate::{

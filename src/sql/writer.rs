@@ -24,8 +24,11 @@ pub enum Job {
     /// A write, which may share a commit with others.
     Write(Box<dyn Work>),
     /// Something that needs the database alone and outside a transaction.
-    Alone(Box<dyn FnOnce(&mut dyn Writer) + Send>),
+    Alone(Alone),
 }
+
+/// Something to run on the writer's connection.
+pub type Alone = Box<dyn FnOnce(&mut dyn Writer) + Send>;
 
 /// A write under way.
 pub trait Work: Send {
