@@ -84,10 +84,10 @@ async fn campaign(engine: &Engine, request: CampaignRequest) -> Result<CampaignR
     let lease = session::lease_or_new(engine, request.lease).await?;
     let prefix = session::prefix_of(&request.name);
     let key = session::key_of(&prefix, lease);
-    let (mut header, place, existing) = session::enter(engine, key.clone(), request.value.clone(), lease).await?;
+    let (header, place, existing) = session::enter(engine, key.clone(), request.value.clone(), lease).await?;
     let leave = Leave::new(engine, &place);
     if existing.is_some_and(|value| value != request.value) {
-        header = proclaim(engine, &place, request.value, lease).await?;
+        proclaim(engine, &place, request.value, lease).await?;
     }
     session::wait_for_turn(engine, &prefix, &place).await?;
     leave.stay();
