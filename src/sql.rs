@@ -5,9 +5,10 @@
 //! - `writer`, `transaction`: one thread that commits groups of writes; how each write is evaluated.
 //! - `range`: how reads are evaluated. `history`, `watch`: how events reach watchers.
 //! - `leases`, `compaction`, `quota`, `clock`: what happens by the passing of time.
-//! - `service`: the gRPC services.
+//! - `service`: the gRPC services. `snapshot`, `transfer`, `check`: whole stores.
 
 pub mod backend;
+mod check;
 mod clock;
 mod compaction;
 mod engine;
@@ -24,12 +25,15 @@ mod service;
 mod snapshot;
 pub mod sqlite;
 mod transaction;
+mod transfer;
 mod validate;
 mod watch;
 mod writer;
 
+pub use check::{Report, check};
 pub use engine::Engine;
 pub use error::{SqlError, Trouble};
 pub use metrics::Metrics;
 pub use options::{AutoCompaction, Options};
 pub use snapshot::restore;
+pub use transfer::{Progress, export, import};

@@ -44,6 +44,9 @@ pub enum SqlError {
         /// The database's own error.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The store refused an operation of an import or export.
+    #[error(transparent)]
+    Refused(Status),
     /// Talking to the other end of an import or export failed.
     #[error("{context}: {source}")]
     Transfer {

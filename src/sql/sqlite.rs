@@ -83,6 +83,43 @@ impl Sqlite {
     }
 }
 
+/// Ways in which the tables can disagree, each with the query that counts the cases.
+const DISAGREEMENTS: [(&str, &str); 4] = [
+    (
+        "events are in the log and not in the index",
+        "SELECT count(*) FROM log WHERE NOT EXISTS
+             (SELECT 1 FROM versions WHERE versions.key = log.key AND versions.id = log.id)",
+    ),
+    (
+        "events are in the index and not in the log",
+        "SELECT count(*) FROM versions WHERE NOT EXISTS (SELECT 1 FROM log WHERE log.id = versions.id)",
+    ),
+    (
+        "keys hang on a lease that does not exist",
+        "SELECT count(*) FROM lease_keys WHERE NOT EXISTS (SELECT 1 FROM leases WHERE leases.id = lease_keys.lease)",
+    ),
+    (
+        "keys are said to hang on another lease than they do",
+        "SELECT count(*) FROM lease_keys WHERE lease IS NOT
+             (SELECT lease FROM versions WHERE versions.key = lease_keys.key ORDER BY id DESC LIMIT 1)",
+    ),
+];
+
+impl Sqlite {
+    /// In how many places the tables disagree with each other; nothing if they agree.
+    pub fn index_problems(&self) -> Result<Vec<String>, SqlError> {
+        let mut problems = Vec::new();
+        for (what, query) in DISAGREEMENTS {
+            let count = self.connection.query_row(query, [], |row| row.get::<_, i64>(0));
+            let count = count.map_err(doing("comparing the index with the log"))?;
+            if count > 0 {
+                problems.push(format!("{count} {what}"));
+            }
+        }
+        Ok(problems)
+    }
+}
+
 /// Makes a copied database a store of its own: upgrades its layout as needed and gives it new ids.
 pub fn adopt(file: &Path) -> Result<(), SqlError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
