@@ -155,3 +155,22 @@ async fn a_damaged_snapshot_is_refused() -> Result {
     }
     Ok(())
 }
+
+#[tokio::test]
+async fn a_sound_store_has_no_problems_and_a_tampered_one_is_found_out() -> Result {
+    let store = Store::open().await?;
+    store.grant(5, 600).await?;
+    for round in 0..50 {
+        store.put_with(PutRequest { lease: 5, ..put(&format!("k{}", round % 7), "v") }).await?;
+    }
+    store.compact(20).await?;
+    let report = millpond::sql::check(store.dir())?;
+    assert_eq!((report.problems, report.revision, report.compacted), (Vec::new(), 51, 20));
+    store.engine.close().await;
+    let database = rusqlite::Connection::open(store.dir().join(millpond::sql::sqlite::FILE))?;
+    database.execute("DELETE FROM log WHERE id = (SELECT max(id) FROM log)", [])?;
+    let problems = millpond::sql::check(store.dir())?.problems;
+    assert_eq!(problems, ["1 events are in the index and not in the log"]);
+    assert!(millpond::sql::check(&store.dir().join("nowhere")).is_err());
+    Ok(())
+}
