@@ -2,7 +2,7 @@
 //!
 //! - [`Engine`]: a store opened from a data directory, and its gRPC face.
 //! - [`backend`]: what the engine asks of a database; [`sqlite`] is the one that exists.
-//! - `writer`, `transaction`: one thread that commits groups of writes; how each write is evaluated.
+//! - `state`: what is known of an open store without reading it. `writer`, `transaction`: one thread that commits groups of writes; how each write is evaluated.
 //! - `range`: how reads are evaluated. `history`, `watch`: how events reach watchers.
 //! - `leases`, `compaction`, `quota`, `clock`: what happens by the passing of time.
 //! - `service`: the gRPC services. `snapshot`, `transfer`, `check`: whole stores.
@@ -24,6 +24,7 @@ mod range;
 mod service;
 mod snapshot;
 pub mod sqlite;
+mod state;
 mod transaction;
 mod transfer;
 mod validate;

@@ -3,12 +3,8 @@
 use std::{
     fs::{File, OpenOptions},
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicI64, Ordering},
-    },
+    sync::Arc,
     thread,
-    time::Instant,
 };
 
 use parking_lot::Mutex;
@@ -18,19 +14,18 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     SqlError,
-    backend::{Meta, Reader, Writer},
+    backend::{Reader, Writer},
     clock,
     compaction::Compaction,
     error::Fault,
-    history::History,
-    leases::Leases,
     options::Options,
     range::Position,
     sqlite::Sqlite,
+    state::{State, load},
     transaction::Transaction,
     writer::{Job, Write, WriterThread},
 };
-use crate::{proto::etcdserverpb::ResponseHeader, status::Status};
+use crate::status::Status;
 
 /// The file in the data directory that one process holds locked.
 const LOCK: &str = "lock";
@@ -40,110 +35,6 @@ const QUEUE: usize = 8192;
 
 /// KiB of requests that may wait for the writer.
 const QUEUE_KIB: usize = 128 << 10;
-
-/// Who the store is. The ids stay for the life of the data directory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Identity {
-    /// The cluster's id.
-    pub cluster_id: u64,
-    /// The id of its one member.
-    pub member_id: u64,
-    /// The Raft term; it rises with every start.
-    pub term: u64,
-}
-
-/// What is known of the store without reading it.
-pub struct State {
-    /// Who it is.
-    pub identity: Identity,
-    /// How it was opened.
-    pub options: Options,
-    /// The leases.
-    pub leases: Mutex<Leases>,
-    /// The latest events.
-    pub history: History,
-    revision: watch::Sender<i64>,
-    compacted: watch::Sender<i64>,
-    compaction_done: watch::Sender<i64>,
-    alarms: AtomicI64,
-    size: AtomicI64,
-}
-
-impl State {
-    /// The latest revision and the compacted one.
-    pub fn position(&self) -> Position {
-        Position { current: *self.revision.borrow(), compacted: *self.compacted.borrow() }
-    }
-
-    /// Makes a new position known: the compacted revision first, since whatever is read after it must not be read below it.
-    pub fn set_position(&self, at: Position) {
-        self.options.metrics.revision.set(at.current);
-        self.options.metrics.compacted_revision.set(at.compacted);
-        let raise = |sender: &watch::Sender<i64>, to: i64| {
-            sender.send_if_modified(|value| to > std::mem::replace(value, to));
-        };
-        raise(&self.compacted, at.compacted);
-        raise(&self.revision, at.current);
-    }
-
-    /// Tells when the latest revision has moved.
-    pub fn revisions(&self) -> watch::Receiver<i64> {
-        self.revision.subscribe()
-    }
-
-    /// Tells when the compacted revision has moved.
-    pub fn compactions(&self) -> watch::Receiver<i64> {
-        self.compacted.subscribe()
-    }
-
-    /// The alarms that are on, a bit for each of etcd's alarm types.
-    pub fn alarms(&self) -> i64 {
-        self.alarms.load(Ordering::Acquire)
-    }
-
-    /// Makes the alarms known.
-    pub fn set_alarms(&self, alarms: i64) {
-        self.alarms.store(alarms, Ordering::Release);
-    }
-
-    /// The last revision for which compaction has removed everything that it can.
-    pub fn compaction_done(&self) -> watch::Receiver<i64> {
-        self.compaction_done.subscribe()
-    }
-
-    /// Makes it known that compaction has finished for `revision`.
-    pub fn set_compaction_done(&self, revision: i64) {
-        self.compaction_done.send_if_modified(|done| revision > std::mem::replace(done, revision));
-    }
-
-    /// Bytes of the database as of the last commit.
-    pub fn size(&self) -> i64 {
-        self.size.load(Ordering::Relaxed)
-    }
-
-    /// Makes the size known.
-    pub fn set_size(&self, bytes: i64) {
-        self.options.metrics.size_bytes.set(bytes);
-        self.size.store(bytes, Ordering::Relaxed);
-    }
-
-    /// The header of an answer at `revision`.
-    pub fn header_at(&self, revision: i64) -> ResponseHeader {
-        let Identity { cluster_id, member_id, term } = self.identity;
-        ResponseHeader { cluster_id, member_id, revision, raft_term: term }
-    }
-
-    /// The header of an answer at the latest revision.
-    pub fn header(&self) -> ResponseHeader {
-        self.header_at(self.position().current)
-    }
-
-    /// Completes a header that has at most a revision.
-    pub fn fill(&self, header: &mut Option<ResponseHeader>) {
-        let revision = header.as_ref().map_or(0, |header| header.revision);
-        *header = Some(if revision == 0 { self.header() } else { self.header_at(revision) });
-    }
-}
 
 /// An open store that speaks the etcd API. Clones are cheap and share it; it stays open until the last one (and every
 /// connection) is gone, or until [`Engine::close`].
@@ -176,12 +67,17 @@ impl Engine {
     /// When another process has it open, the directory cannot be used, the layout is too new, or the database fails.
     pub fn open(dir: &Path, options: Options) -> Result<Self, SqlError> {
         let lock = lock(dir)?;
-        let mut store = Sqlite::open_writer(dir, options.cache_bytes / 2)?;
-        let state = Arc::new(load(&mut store, options)?);
-        let compaction = Compaction::open(&mut store)?;
+        let store = Sqlite::open_writer(dir, options.cache_bytes / 2)?;
+        Self::start(dir, lock, Box::new(store), options)
+    }
+
+    /// Starts on an open database, whose directory is locked by `lock`.
+    fn start(dir: &Path, lock: File, mut store: Box<dyn Writer>, options: Options) -> Result<Self, SqlError> {
+        let state = Arc::new(load(&mut *store, options)?);
+        let compaction = Compaction::open(&mut *store)?;
         let (jobs, queue) = mpsc::channel(QUEUE);
         let (gone, writer_gone) = watch::channel(false);
-        let writer = WriterThread::new(Box::new(store), queue, state.clone(), compaction);
+        let writer = WriterThread::new(store, queue, state.clone(), compaction);
         let run = move || {
             writer.run();
             drop(lock);
@@ -375,32 +271,5 @@ pub fn lock(dir: &Path) -> Result<File, SqlError> {
     Ok(file)
 }
 
-/// Reads what is kept in memory, and begins a new term.
-fn load(store: &mut dyn Writer, options: Options) -> Result<State, SqlError> {
-    let term = store.meta(Meta::Term)?.unwrap_or(0).saturating_add(1);
-    store.begin_write()?;
-    store.set_meta(Meta::Term, term)?;
-    store.commit()?;
-    let bits = |value: Option<i64>| value.unwrap_or(1).cast_unsigned();
-    let identity = Identity {
-        cluster_id: bits(store.meta(Meta::ClusterId)?),
-        member_id: bits(store.meta(Meta::MemberId)?),
-        term: term.cast_unsigned(),
-    };
-    let compacted = store.meta(Meta::Compacted)?.unwrap_or(-1);
-    let last = store.last_event()?.map_or(1, |event| event.revision());
-    let at = Position { current: last.max(compacted).max(1), compacted };
-    let state = State {
-        identity,
-        leases: Mutex::new(Leases::recover(store.leases()?, Instant::now())),
-        history: History::new(options.history_bytes),
-        revision: watch::Sender::new(at.current),
-        compacted: watch::Sender::new(compacted),
-        compaction_done: watch::Sender::new(store.meta(Meta::CompactionDone)?.unwrap_or(-1)),
-        size: AtomicI64::new(store.size()?.total),
-        alarms: AtomicI64::new(store.meta(Meta::Alarms)?.unwrap_or(0)),
-        options,
-    };
-    state.set_position(at);
-    Ok(state)
-}
+#[cfg(test)]
+mod tests;

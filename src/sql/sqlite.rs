@@ -83,6 +83,14 @@ impl Sqlite {
     }
 }
 
+#[cfg(test)]
+impl Sqlite {
+    /// Makes the disk as good as full beyond this many pages.
+    pub fn limit_pages(&self, pages: i64) -> Result<(), SqlError> {
+        self.connection.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(())).map_err(doing("testing"))
+    }
+}
+
 /// Ways in which the tables can disagree, each with the query that counts the cases.
 const DISAGREEMENTS: [(&str, &str); 4] = [
     (

@@ -7,8 +7,8 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use super::{
     backend::Writer,
     compaction::Compaction,
-    engine::State,
     error::{Fault, SqlError, Trouble},
+    state::State,
     transaction::{Changes, Transaction},
 };
 use crate::status::Status;
