@@ -2,6 +2,7 @@
 //!
 //! - [`Engine`]: a store opened from a data directory, and its gRPC face.
 //! - [`backend`]: what the engine asks of a database; [`sqlite`] is the one that exists.
+//! - `checkpoint`: keeps SQLite's own log short.
 //! - `state`: what is known of an open store without reading it. `writer`, `transaction`: one thread that commits groups of writes; how each write is evaluated.
 //! - `range`: how reads are evaluated. `history`, `watch`: how events reach watchers.
 //! - `leases`, `compaction`, `quota`, `clock`: what happens by the passing of time.
@@ -9,6 +10,7 @@
 
 pub mod backend;
 mod check;
+mod checkpoint;
 mod clock;
 mod compaction;
 mod engine;

@@ -159,6 +159,15 @@ pub struct Size {
     pub used: i64,
 }
 
+/// The database's own log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogPages {
+    /// Pages in it.
+    pub total: u64,
+    /// Pages of it that have been copied to where they stay.
+    pub copied: u64,
+}
+
 /// Called for each index entry of a scan, with the key; breaks to end the scan.
 pub type VisitVersion<'a> = dyn FnMut(&[u8], Version) -> ControlFlow<()> + 'a;
 
@@ -221,7 +230,9 @@ pub trait Writer: Reader {
     fn attach(&mut self, lease: i64, key: &[u8]) -> Result<(), SqlError>;
     /// Takes a key off a lease.
     fn detach(&mut self, lease: i64, key: &[u8]) -> Result<(), SqlError>;
-    /// Moves what was committed to where it stays, so that the next writes start afresh. Outside a transaction.
+    /// Pages that commits have appended to the database's log since it last started over.
+    fn log_pages(&mut self) -> Result<LogPages, SqlError>;
+    /// Copies the pages of the log to where they stay, as far as no reader needs them where they are. Outside a transaction.
     fn checkpoint(&mut self) -> Result<(), SqlError>;
     /// Gives free room back to the file system. Outside a transaction.
     fn defragment(&mut self) -> Result<(), SqlError>;

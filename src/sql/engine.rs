@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     SqlError,
     backend::{Reader, Writer},
+    checkpoint::Checkpoints,
     clock,
     compaction::Compaction,
     error::Fault,
@@ -77,7 +78,8 @@ impl Engine {
         let compaction = Compaction::open(&mut *store)?;
         let (jobs, queue) = mpsc::channel(QUEUE);
         let (gone, writer_gone) = watch::channel(false);
-        let writer = WriterThread::new(store, queue, state.clone(), compaction);
+        let checkpoints = Checkpoints::start(Box::new(Sqlite::open_checkpointer(dir)?), dir)?;
+        let writer = WriterThread::new(store, queue, state.clone(), compaction, checkpoints);
         let run = move || {
             writer.run();
             drop(lock);

@@ -38,6 +38,14 @@ impl Sqlite {
         Ok(sqlite)
     }
 
+    /// Opens the database of `dir`, which has a writer already, for checkpoints.
+    pub fn open_checkpointer(dir: &Path) -> Result<Self, SqlError> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let mut sqlite = Self::open(&dir.join(FILE), flags, 1 << 20)?;
+        sqlite.configure().map_err(doing("setting up the database"))?;
+        Ok(sqlite)
+    }
+
     /// Opens the database of `dir`, which must exist, for reading.
     pub fn open_reader(dir: &Path, cache_bytes: usize) -> Result<Self, SqlError> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;

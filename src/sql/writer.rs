@@ -6,6 +6,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::{
     backend::Writer,
+    checkpoint::Checkpoints,
     compaction::Compaction,
     error::{Fault, SqlError, Trouble},
     state::State,
@@ -98,14 +99,21 @@ pub struct WriterThread {
     jobs: mpsc::Receiver<Job>,
     state: Arc<State>,
     compaction: Compaction,
+    checkpoints: Checkpoints,
     /// Set once the disk's content is unknown: every write is refused with it until a restart.
     poisoned: Option<Status>,
 }
 
 impl WriterThread {
     /// A writer on `store` that takes `jobs` until all senders are gone.
-    pub fn new(store: Box<dyn Writer>, jobs: mpsc::Receiver<Job>, state: Arc<State>, compaction: Compaction) -> Self {
-        Self { store, jobs, state, compaction, poisoned: None }
+    pub fn new(
+        store: Box<dyn Writer>,
+        jobs: mpsc::Receiver<Job>,
+        state: Arc<State>,
+        compaction: Compaction,
+        checkpoints: Checkpoints,
+    ) -> Self {
+        Self { store, jobs, state, compaction, checkpoints, poisoned: None }
     }
 
     /// Works until the queue is closed and empty.
@@ -156,6 +164,9 @@ impl WriterThread {
         }
         for work in group {
             work.finish(failure.as_ref());
+        }
+        if let Err(error) = self.checkpoints.after_commit(&mut *self.store) {
+            tracing::warn!(%error, "a checkpoint failed; the log goes on growing");
         }
         left
     }

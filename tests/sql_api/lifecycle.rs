@@ -87,3 +87,28 @@ async fn a_compaction_cut_short_is_finished_after_a_restart() -> Result {
     assert_eq!((rows("log")?, rows("versions")?), (10, 10));
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_is_emptied_while_writes_go_on() -> Result {
+    let store = Store::open().await?;
+    let mut writes = tokio::task::JoinSet::new();
+    for writer in 0..16 {
+        let mut kv = store.kv();
+        writes.spawn(async move {
+            for round in 0..40 {
+                kv.put(crate::store::put(&format!("k{writer}/{round}"), &"v".repeat(200_000))).await?;
+            }
+            Ok::<_, tonic::Status>(())
+        });
+    }
+    while let Some(result) = writes.join_next().await {
+        result??;
+    }
+    let log = std::fs::metadata(store.dir().join(format!("{}-wal", millpond::sql::sqlite::FILE)))?.len();
+    assert!(log < 100 << 20, "128 MB were written and the log has {log} bytes");
+    assert_eq!(
+        store.range(millpond::proto::etcdserverpb::RangeRequest { count_only: true, ..everything() }).await?.count,
+        640
+    );
+    Ok(())
+}

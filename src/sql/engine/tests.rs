@@ -15,7 +15,7 @@ use super::*;
 use crate::{
     proto::etcdserverpb::PutRequest,
     sql::{
-        backend::{EventId, Meta, Record, Size, StoredLease, Version, VisitRecord, VisitVersion},
+        backend::{EventId, LogPages, Meta, Record, Size, StoredLease, Version, VisitRecord, VisitVersion},
         error::Trouble,
         key::KeyRange,
     },
@@ -124,6 +124,9 @@ impl Writer for Faulty {
     }
     fn detach(&mut self, lease: i64, key: &[u8]) -> Result<(), SqlError> {
         self.inner.detach(lease, key)
+    }
+    fn log_pages(&mut self) -> Result<LogPages, SqlError> {
+        self.inner.log_pages()
     }
     fn checkpoint(&mut self) -> Result<(), SqlError> {
         self.inner.checkpoint()

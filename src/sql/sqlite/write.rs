@@ -4,7 +4,7 @@ use rusqlite::{Params, params};
 
 use super::{Sqlite, doing};
 use crate::sql::{
-    backend::{EventId, Meta, Record, StoredLease, Writer},
+    backend::{EventId, LogPages, Meta, Record, StoredLease, Writer},
     error::SqlError,
 };
 
@@ -81,6 +81,16 @@ impl Writer for Sqlite {
     fn detach(&mut self, lease: i64, key: &[u8]) -> Result<(), SqlError> {
         self.run("DELETE FROM lease_keys WHERE lease = ?1 AND key = ?2", params![lease, key])
             .map_err(doing("detaching a key from a lease"))
+    }
+
+    fn log_pages(&mut self) -> Result<LogPages, SqlError> {
+        let pages = || {
+            let mut statement = self.connection.prepare_cached("PRAGMA wal_checkpoint(NOOP)")?;
+            statement.query_row([], |row| Ok((row.get::<_, i64>(1)?, row.get::<_, i64>(2)?)))
+        };
+        let (total, copied) = pages().map_err(doing("measuring the log"))?;
+        // SQLite says -1 where there is no log.
+        Ok(LogPages { total: u64::try_from(total).unwrap_or(0), copied: u64::try_from(copied).unwrap_or(0) })
     }
 
     fn checkpoint(&mut self) -> Result<(), SqlError> {
