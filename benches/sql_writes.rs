@@ -140,7 +140,8 @@ where
     for (_, client) in (0..in_flight).zip(clients.iter().cycle()) {
         let (client, numbers) = (client.clone(), numbers.clone());
         tasks.spawn(async move {
-            let mut latencies = Histogram::<u64>::new(3).map_err(|error| Status::internal(error.to_string()))?;
+            let mut latencies =
+                Histogram::<u64>::new_with_max(60_000_000, 3).map_err(|error| Status::internal(error.to_string()))?;
             while start.elapsed() < end {
                 let sent = Instant::now();
                 let number = numbers.fetch_add(1, Ordering::Relaxed);
@@ -150,7 +151,7 @@ where
             Ok::<_, Status>(latencies)
         });
     }
-    let mut all = Histogram::<u64>::new(3)?;
+    let mut all = Histogram::<u64>::new_with_max(60_000_000, 3)?;
     while let Some(latencies) = tasks.join_next().await {
         all.add(latencies??)?;
     }

@@ -148,12 +148,11 @@ async fn first_created(
 
 /// Waits until no key of the prefix is older than `place`.
 pub async fn wait_for_turn(engine: &Engine, prefix: &Bytes, place: &Place) -> Result<(), Status> {
-    while place.revision > 1 {
+    loop {
         let (header, before) = first_created(engine, prefix, SortOrder::Descend, place.revision - 1).await?;
         let Some(before) = before else { return Ok(()) };
         wait_for_deletion(engine, &before.key, header.revision).await?;
     }
-    Ok(())
 }
 
 /// Waits until a key is deleted at `from` or later. May return early when history has been compacted past the point: look
