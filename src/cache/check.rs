@@ -6,7 +6,7 @@ use std::{
 };
 
 use rand::RngExt;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 use tracing::{error, info, warn};
 
@@ -29,7 +29,7 @@ const NAMED: usize = 10;
 const TRIES: usize = 3;
 
 /// What a consistency check found.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckReport {
     /// The revision at which both sides were compared; of the last prefix, if there are several.
     pub revision: i64,
@@ -129,7 +129,9 @@ impl Cache {
             // As long a rest as the page took, so that a check costs the upstream half its time at most.
             sleep(began.elapsed()).await;
         }
-        ours.for_each(|extra| drop(name(extra.key(), &mut differing)));
+        for extra in ours {
+            name(extra.key(), &mut differing);
+        }
         Ok((differing, keys))
     }
 
