@@ -4,7 +4,7 @@ use std::{fmt::Write, fs};
 
 use millpond::cli::bench::report::Report;
 
-use super::{plot::Series, servers::System, toolchain::Release};
+use super::{Outcome, plot::Series, servers::System, toolchain::Release};
 
 /// What Millpond is to reach.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +53,20 @@ impl Row {
         if let Some(deliveries) = report.deliveries.filter(|deliveries| deliveries.seen < deliveries.expected) {
             let late = format!("{}: {} of {} events in time", system.name(), deliveries.seen, deliveries.expected);
             self.remarks.push(late);
+        }
+    }
+
+    /// Adds a measurement that may have failed, which becomes a remark: one server's failure must not end the run.
+    pub fn attempt(&mut self, system: System, measured: Outcome<Report>) -> Option<Report> {
+        match measured {
+            Ok(report) => {
+                self.add(system, &report);
+                Some(report)
+            }
+            Err(error) => {
+                self.remarks.push(format!("{} failed: {error}", system.name()));
+                None
+            }
         }
     }
 

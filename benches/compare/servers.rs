@@ -134,6 +134,15 @@ impl Server {
         Ok(started.elapsed())
     }
 
+    /// Whether its process has ended by itself, which is told with its last words.
+    pub fn is_gone(&mut self) -> bool {
+        let gone = self.process.exited();
+        if let Some(status) = gone {
+            eprintln!("{} ended ({status}):\n{}", self.system.name(), self.process.log_tail());
+        }
+        gone.is_some()
+    }
+
     /// Whether Millpond's cache answers.
     pub fn is_warm(&self) -> bool {
         self.get("/health").is_ok_and(|body| body.contains("\"cache_warm\":true"))

@@ -74,18 +74,18 @@ impl World {
         Ok(keys)
     }
 
-    /// A server that does everything. None: it could not be started.
+    /// A server that does everything, started again if it has ended. None: it could not be started.
     pub fn server(&mut self, system: System) -> Outcome<Option<&Server>> {
         match system {
             System::Etcd => Ok(Some(&self.etcd)),
             System::GrpcProxy => {
-                if self.proxy.is_none() {
+                if self.proxy.as_mut().is_none_or(Server::is_gone) {
                     self.proxy = Some(Server::grpc_proxy(&self.etcd.endpoint)?);
                 }
                 Ok(self.proxy.as_ref())
             }
             System::Millpond => {
-                if self.millpond.is_none() {
+                if self.millpond.as_mut().is_none_or(|tried| tried.as_mut().is_some_and(Server::is_gone)) {
                     self.millpond = Some(warm_millpond(&self.etcd.endpoint));
                 }
                 Ok(self.millpond.as_ref().and_then(Option::as_ref))

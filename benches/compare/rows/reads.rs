@@ -32,18 +32,18 @@ pub const CALM: Loading = Loading { connections: 4, in_flight: 1 };
 /// Measures the requests on every system, the floor included.
 fn measure(world: &mut World, mut row: Row, requests: &[RangeRequest], loading: Loading) -> Outcome<Row> {
     for system in System::ALL {
-        let report = match system {
+        let measured = match system {
             Bare => {
                 let Some(first) = requests.first() else { continue };
                 let bare = world.bare(first)?;
-                ranges(&bare, requests, loading)?
+                ranges(&bare, requests, loading)
             }
             real => match world.server(real)? {
-                Some(server) => ranges(server, requests, loading)?,
+                Some(server) => ranges(server, requests, loading),
                 None => continue,
             },
         };
-        row.add(system, &report);
+        row.attempt(system, measured);
     }
     Ok(row)
 }
@@ -60,8 +60,7 @@ pub fn one_key_linearizable(world: &mut World, kind: &RowKind) -> Outcome<Row> {
     for system in System::REAL {
         let before = questions(world)?;
         let Some(server) = world.server(system)? else { continue };
-        let report = ranges(server, &requests, BUSY)?;
-        row.add(system, &report);
+        let Some(report) = row.attempt(system, ranges(server, &requests, BUSY)) else { continue };
         if system != Etcd {
             let asked = questions(world)? - before;
             // The warm-up asks too, at the same rate as the window that is counted.

@@ -4,10 +4,9 @@ use std::time::Duration;
 
 use millpond::cli::bench::{report::Report, watchers::Fleet};
 
-use super::RowKind;
+use super::{RowKind, sweeps::sweep};
 use crate::{
     Outcome,
-    plot::Series,
     report::{Aim, Row, amount},
     servers::{
         Server,
@@ -16,26 +15,28 @@ use crate::{
     world::{WINDOW, World, fleet, nothing, watchers},
 };
 
-/// Writes per second at which no server keeps up with a thousand watchers or more.
-const FLOOD: f64 = 4000.0;
+/// Writes per second at which the search for the saturating rate begins and ends.
+const LOWEST: f64 = 50.0;
+const HIGHEST: f64 = 6400.0;
 
-/// Time under flood.
-const FLOOD_WINDOW: Duration = Duration::from_secs(2);
+/// Time at each of these rates.
+const PROBE: Duration = Duration::from_millis(1200);
+
+/// Share of the deliveries due in time below which a server does not keep up.
+const KEEPS_UP: f64 = 0.95;
 
 /// Measures a fleet on one of the three servers that do everything. None: it could not be started.
-pub fn on(world: &mut World, system: System, fleet: Fleet, rate: f64, window: Duration) -> Outcome<Option<Report>> {
+pub fn on(world: &mut World, system: System, fleet: Fleet, rate: f64, window: Duration) -> Option<Outcome<Report>> {
     let write_endpoint = world.etcd().endpoint.clone();
-    match world.server(system)? {
-        Some(server) => watchers(server, &write_endpoint, fleet, rate, window).map(Some),
-        None => Ok(None),
-    }
+    let measured = |server: &Server| watchers(server, &write_endpoint, fleet, rate, window);
+    world.server(system).map(|server| server.map(measured)).unwrap_or_else(|error| Some(Err(error)))
 }
 
 fn measure(world: &mut World, kind: &RowKind, fleet: &Fleet, rate: f64, aims: &[Aim]) -> Outcome<Row> {
     let mut row = Row::new(kind.id, kind.work, "µs", aims);
     for system in System::REAL {
-        if let Some(report) = on(world, system, fleet.clone(), rate, WINDOW)? {
-            row.add(system, &report);
+        if let Some(measured) = on(world, system, fleet.clone(), rate, WINDOW) {
+            row.attempt(system, measured);
         }
     }
     Ok(row)
@@ -49,7 +50,7 @@ pub fn streams(world: &mut World, kind: &RowKind) -> Outcome<Row> {
     let fleet = fleet(10, 100, 1);
     let mut row = measure(world, kind, &fleet, 100.0, &[Aim::Better(Etcd, 9.0), Aim::Better(GrpcProxy, 6.0)])?;
     let bare = Server::bare(&nothing())?;
-    row.add(Bare, &watchers(&bare, &bare.endpoint, fleet, 100.0, WINDOW)?);
+    row.attempt(Bare, watchers(&bare, &bare.endpoint, fleet, 100.0, WINDOW));
     Ok(row)
 }
 
@@ -67,29 +68,21 @@ pub fn many_connections(world: &mut World, kind: &RowKind) -> Outcome<Row> {
 
 /// Watchers with a key each: what counts is that the cost does not follow their number.
 pub fn distinct(world: &mut World, kind: &RowKind) -> Outcome<Row> {
-    const SIZES: [usize; 3] = [10, 100, 1000];
-    let mut row = Row::new(kind.id, kind.work, "µs", &[]);
-    let mut lines = Vec::new();
-    for system in System::REAL {
-        let mut line = Vec::new();
-        for size in SIZES {
-            let fleet = Fleet { distinct: true, ..fleet(10, 10, size) };
-            let total = fleet.total() as f64;
-            let Some(report) = on(world, system, fleet, 1000.0, WINDOW)? else { continue };
-            line.push((total, report.server_cpu_micros.unwrap_or(f64::NAN)));
-            if Some(&size) == SIZES.last() {
-                row.add(system, &report);
-            }
-        }
-        if let (Some(first), Some(last)) = (line.first(), line.last()) {
-            let growth = amount(last.1 / first.1);
-            row.remarks.push(format!("{}: {growth}x the cost at {} watchers", system.name(), first.0));
-        }
-        lines.push((system, line));
-    }
+    const SIZES: [usize; 3] = [1000, 10_000, 100_000];
+    let title = "CPU per delivery, watchers of one key each, 1,000 events/s";
+    let mut row = sweep(world, kind, (title, "watchers"), &SIZES, |world, system, size| {
+        on(world, system, Fleet { distinct: true, ..fleet(10, 10, size / 100) }, 1000.0, WINDOW)
+    });
+    let ends = |line: &[(f64, f64)]| Some((*line.first()?, *line.last()?));
+    let lines = row.plots.iter().flat_map(|plot| &plot.lines);
+    let growth: Vec<String> = lines
+        .filter_map(|(system, line)| {
+            let ((fewest, least), (_, most)) = ends(line)?;
+            Some(format!("{}: {}x the cost at {fewest} watchers", system.name(), amount(most / least)))
+        })
+        .collect();
+    row.remarks.extend(growth);
     row.remarks.push("etcd's figure holds the writes too, one for each delivery".into());
-    let title = "CPU per delivery, watchers of one key each, 1,000 events/s".to_owned();
-    row.plots.push(Series { title, x: "watchers", y: "µs", lines });
     Ok(row)
 }
 
@@ -101,16 +94,39 @@ pub fn latency_shared(world: &mut World, kind: &RowKind) -> Outcome<Row> {
     latency(world, kind, &fleet(10, 1, 1000))
 }
 
-/// Floods each server to see what it can deliver at most, then measures at half of that.
+/// Finds what each server can deliver at most, then measures at half of that.
 fn latency(world: &mut World, kind: &RowKind, fleet: &Fleet) -> Outcome<Row> {
     let mut row = Row::new(kind.id, kind.work, "ms", &[Aim::AtMost(5.0)]);
     for system in [Etcd, GrpcProxy, Millpond] {
-        let Some(flooded) = on(world, system, fleet.clone(), FLOOD, FLOOD_WINDOW)? else { continue };
-        let half = flooded.rate / fleet.total() as f64 / 2.0;
-        let Some(report) = on(world, system, fleet.clone(), half, WINDOW)? else { continue };
-        row.generator_cores = row.generator_cores.max(report.own_cores);
-        row.cells.push((system, report.latency_micros.p99 as f64 / 1000.0));
-        row.remarks.push(format!("{}: measured at {} writes/s", system.name(), amount(half)));
+        match at_half(world, system, fleet) {
+            Some(Ok((half, report))) => {
+                row.generator_cores = row.generator_cores.max(report.own_cores);
+                row.cells.push((system, report.latency_micros.p99 as f64 / 1000.0));
+                row.remarks.push(format!("{}: measured at {} writes/s", system.name(), amount(half)));
+            }
+            Some(Err(error)) => row.remarks.push(format!("{} failed: {error}", system.name())),
+            None => {}
+        }
     }
     Ok(row)
+}
+
+/// Writes per second at half of what saturates the server, and the measurement at that.
+fn at_half(world: &mut World, system: System, fleet: &Fleet) -> Option<Outcome<(f64, Report)>> {
+    let watchers = fleet.total() as f64;
+    let mut most = 0.0f64;
+    let mut rate = LOWEST;
+    while rate <= HIGHEST {
+        let delivered = match on(world, system, fleet.clone(), rate, PROBE)? {
+            Ok(report) => report.rate / watchers,
+            Err(error) => return Some(Err(error)),
+        };
+        most = most.max(delivered);
+        if delivered < rate * KEEPS_UP {
+            break;
+        }
+        rate *= 2.0;
+    }
+    let measured = on(world, system, fleet.clone(), most / 2.0, WINDOW)?;
+    Some(measured.map(|report| (most / 2.0, report)))
 }
