@@ -3,29 +3,18 @@
 //!
 //! - `endpoint`: where an etcd is and how a byte stream to it is opened;
 //! - `connection`, `pool`: HTTP connections, by class of traffic;
-//! - `health`, `probe`, `version`: which endpoints may be used, which cluster they are, whether authentication is on;
+//! - `health`, `roster`, `probe`, `version`: which endpoints may be used, which cluster they are, whether authentication is on;
 //! - `call`, `grpc`, `body`: our own calls;
 //! - `forward`, `limits`: clients' calls, moved as they are.
 //!
 //! A call that may have been applied is never repeated here. A forwarded call moves to another endpoint only while nothing
 //! of it was handed to a live connection.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{Request, Response, uri::Authority};
-use hyper::body::Incoming;
-use parking_lot::Mutex;
 use prost::Message;
-use tokio::{
-    sync::{Notify, watch},
-    task::AbortHandle,
-    time::timeout,
-};
-use tonic::Code;
+use tokio::{sync::watch, task::AbortHandle};
 
 mod body;
 mod call;
@@ -38,6 +27,8 @@ mod limits;
 mod metrics;
 mod pool;
 mod probe;
+mod roster;
+mod shared;
 mod version;
 
 pub use self::{
@@ -50,16 +41,11 @@ pub use self::{
     version::{Gate, Version},
 };
 use self::{
-    connection::{Class, Tuning},
-    health::Roster,
-    limits::Limit,
+    connection::Class,
     metrics::Metrics,
-    pool::{Pool, Slot},
+    shared::{Shared, decode},
 };
 use crate::status::Status;
-
-/// How often a request that a closing connection gave back is handed to another one.
-const HANDOVERS: usize = 3;
 
 /// Why an upstream cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -95,6 +81,8 @@ pub struct Settings {
     pub forward_limit: usize,
     /// Clients' streams and blocking calls under way at once.
     pub stream_limit: usize,
+    /// How long a client may leave a unary answer unread before the call is given up.
+    pub stall_limit: Duration,
     /// Between two probes of an endpoint.
     pub auth_probe_interval: Duration,
 }
@@ -109,6 +97,7 @@ impl Settings {
             keepalive_timeout: Duration::from_secs(5),
             forward_limit: 1024,
             stream_limit: 10_000,
+            stall_limit: Duration::from_secs(60),
             auth_probe_interval: Duration::from_secs(1),
         }
     }
@@ -136,24 +125,6 @@ impl Drop for Handle {
     fn drop(&mut self) {
         self.probers.iter().for_each(AbortHandle::abort);
     }
-}
-
-struct Shared {
-    settings: Settings,
-    members: Vec<MemberLink>,
-    roster: Mutex<Roster>,
-    health: watch::Receiver<Health>,
-    auth: watch::Receiver<AuthState>,
-    unary_limit: Limit,
-    stream_limit: Limit,
-}
-
-/// The way to one endpoint.
-struct MemberLink {
-    pool: Pool,
-    authority: Authority,
-    /// Wakes its prober early.
-    kick: Notify,
 }
 
 impl Upstream {
@@ -214,19 +185,7 @@ impl Upstream {
             ConnectionClass::Feed => Class::Feed,
             ConnectionClass::CatchUp => Class::CatchUp,
         };
-        let shared = self.shared().clone();
-        let member = shared.member(at)?;
-        let slot = member.pool.slot(class).await.inspect_err(|_| shared.suspect(at))?;
-        let (sender, body) = StreamSender::new();
-        let request = call::request(&member.authority, path, metadata, None, body)?;
-        let answered = slot.sender().send_request(request);
-        let receiver = StreamReceiver::new(async move {
-            match answered.await {
-                Ok(response) => Ok((response, slot)),
-                Err(error) => Err(shared.failed(at, &error)),
-            }
-        });
-        Ok((sender, receiver))
+        self.shared().open_stream(at, class, path, metadata).await
     }
 
     /// The endpoint to use now: the first usable one in configured order, those with a leader and a vote first, without
@@ -292,146 +251,5 @@ impl Drop for AuthHold {
     fn drop(&mut self) {
         self.0.roster.lock().release();
         self.0.members.iter().for_each(|member| member.kick.notify_one());
-    }
-}
-
-fn decode<A: Message + Default>(path: &str, message: Bytes) -> Result<A, Status> {
-    A::decode(message).map_err(|error| Status::new(Code::Internal, format!("unreadable answer to {path}: {error}")))
-}
-
-impl Shared {
-    fn new(settings: Settings, metrics: Metrics) -> Result<Self, UpstreamError> {
-        if settings.endpoints.is_empty() {
-            return Err(UpstreamError::NoEndpoints);
-        }
-        let members: Result<Vec<MemberLink>, UpstreamError> =
-            settings.endpoints.iter().map(|endpoint| MemberLink::new(endpoint, &settings, &metrics)).collect();
-        let members = members?;
-        let names = members.iter().map(|member| member.pool.name().to_owned()).collect();
-        let roster = Roster::new(names, metrics.clone());
-        Ok(Self {
-            members,
-            health: roster.health(),
-            auth: roster.auth(),
-            roster: Mutex::new(roster),
-            unary_limit: Limit::new(ForwardClass::Unary, settings.forward_limit, &metrics),
-            stream_limit: Limit::new(ForwardClass::Stream, settings.stream_limit, &metrics),
-            settings,
-        })
-    }
-
-    fn member(&self, at: EndpointId) -> Result<&MemberLink, Status> {
-        self.members.get(at.0).ok_or(Status::fixed(Code::Internal, "no such endpoint"))
-    }
-
-    async fn unary(
-        &self,
-        at: EndpointId,
-        class: Class,
-        path: &'static str,
-        metadata: &[(&'static str, &'static str)],
-        message: Bytes,
-        deadline: Duration,
-    ) -> Result<Bytes, Status> {
-        let request =
-            call::request(&self.member(at)?.authority, path, metadata, Some(deadline), RequestBody::full(message))?;
-        let answer = timeout(deadline, async {
-            let answer = self.send(at, class, request).await.map_err(|unsent| unsent.status)?;
-            call::unary_message(answer.response).await
-        });
-        answer.await.unwrap_or(Err(call::DEADLINE))
-    }
-
-    /// Sends a request, dialling if need be.
-    async fn send(&self, at: EndpointId, class: Class, mut request: Request<RequestBody>) -> Result<Answer, Unsent> {
-        let Ok(member) = self.member(at) else { return Err(Unsent::lost(NO_CONNECTION)) };
-        for _ in 0..HANDOVERS {
-            let slot = match member.pool.slot(class).await {
-                Ok(slot) => slot,
-                Err(status) => {
-                    self.suspect(at);
-                    return Err(Unsent { status, request: Some(request) });
-                }
-            };
-            let sent = Instant::now();
-            match slot.sender().try_send_request(request).await {
-                Ok(response) => return Ok(Answer { response, slot, sent }),
-                Err(mut error) => match error.take_message() {
-                    Some(given_back) => request = given_back,
-                    None => return Err(Unsent::lost(self.failed(at, error.error()))),
-                },
-            }
-        }
-        self.suspect(at);
-        Err(Unsent { status: NO_CONNECTION, request: Some(request) })
-    }
-
-    /// The status of a call that a transport error ended. An error of the whole connection makes the endpoint suspect.
-    fn failed(&self, at: EndpointId, error: &hyper::Error) -> Status {
-        if grpc::remote_reset(error).is_none() && !error.is_canceled() {
-            self.suspect(at);
-        }
-        grpc::from_transport(error)
-    }
-
-    fn suspect(&self, at: EndpointId) {
-        if self.roster.lock().suspect(at)
-            && let Some(member) = self.members.get(at.0)
-        {
-            member.kick.notify_one();
-        }
-    }
-
-    async fn await_preferred(&self, avoid: &[EndpointId], patience: Duration) -> Option<EndpointId> {
-        let decided = |health: &Health| health.preferred(avoid).is_some() || !health.undecided(avoid);
-        if !decided(&self.health.borrow()) {
-            // Whether it was decided or patience ended, what is known now is the answer.
-            let _ = timeout(patience, self.health.clone().wait_for(decided)).await;
-        }
-        self.health.borrow().preferred(avoid)
-    }
-
-    fn reap(&self, at: EndpointId) {
-        if let Some(member) = self.members.get(at.0) {
-            member.pool.reap(Instant::now());
-        }
-    }
-}
-
-impl MemberLink {
-    fn new(endpoint: &Endpoint, settings: &Settings, metrics: &Metrics) -> Result<Self, UpstreamError> {
-        let name = endpoint.name().to_owned();
-        let tuning = Tuning {
-            connect_timeout: settings.connect_timeout,
-            keepalive_interval: settings.keepalive_interval,
-            keepalive_timeout: settings.keepalive_timeout,
-        };
-        let dialer = endpoint.dialer(settings.keepalive_interval + settings.keepalive_timeout);
-        let authority = name.parse();
-        let authority =
-            authority.map_err(|_| UpstreamError::Endpoint { endpoint: name.clone(), reason: "it is not host:port" })?;
-        Ok(Self { authority, pool: Pool::new(name, dialer, tuning, metrics.clone()), kick: Notify::new() })
-    }
-}
-
-/// What the Go client's interceptor takes, with Unavailable, as proof that not even a write was sent: it tries again.
-const NO_CONNECTION: Status = Status::fixed(Code::Unavailable, "there is no connection available");
-
-/// An answer from its headers on; the slot is to be kept until its end.
-struct Answer {
-    response: Response<Incoming>,
-    slot: Slot,
-    sent: Instant,
-}
-
-/// A request that was not answered; `request` is there if nothing of it was handed to a live connection.
-struct Unsent {
-    status: Status,
-    request: Option<Request<RequestBody>>,
-}
-
-impl Unsent {
-    fn lost(status: Status) -> Self {
-        Self { status, request: None }
     }
 }

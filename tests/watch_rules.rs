@@ -207,12 +207,12 @@ async fn fragments_split_what_is_too_large_and_only_when_asked() {
 /// A fragment is no larger than the limit unless it holds a single event, and a last one follows.
 fn check_fragments(responses: &[WatchResponse]) {
     const LIMIT: usize = 2 * 1024 * 1024;
-    let of_fragmenting = responses.iter().filter(|response| response.watch_id == 0);
+    let mut of_fragmenting = responses.iter().filter(|response| response.watch_id == 0);
     for response in of_fragmenting.clone() {
         let size = prost::Message::encoded_len(response);
         assert!(size <= LIMIT || response.events.len() == 1, "{size} bytes with {} events", response.events.len());
     }
-    assert!(of_fragmenting.last().is_some_and(|last| !last.fragment), "the last part says so");
+    assert!(of_fragmenting.next_back().is_some_and(|last| !last.fragment), "the last part says so");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -139,7 +139,7 @@ pub async fn read_message(mut body: Incoming, limit: usize) -> Result<Bytes, Sta
         if let Ok(data) = frame.into_data() {
             deframer.push(data);
             check_size(&deframer, limit)?;
-            if let Some(message) = deframer.next()? {
+            if let Some(message) = deframer.pop()? {
                 return Ok(message);
             }
         }

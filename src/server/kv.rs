@@ -153,8 +153,8 @@ impl Kv {
     }
 }
 
-/// An observer for KV answers that come through the JSON gateway: nothing older is served from then on.
-pub fn gateway_observer(cache: &Cache) -> Arc<dyn AnswerObserver> {
+/// An observer for relayed answers of other services, and of the JSON gateway: nothing older is served from then on.
+pub fn relayed_observer(cache: &Cache) -> Arc<dyn AnswerObserver> {
     Arc::new(Observer { cache: cache.clone(), sent: None, compaction: None })
 }
 

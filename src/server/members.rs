@@ -79,7 +79,7 @@ async fn rewritten(answer: Response<Body>, url: &str) -> Result<Response<Body>, 
     }
     let mut deframer = Deframer::default();
     deframer.push(collected.to_bytes());
-    let message = deframer.next()?.ok_or(UNREADABLE)?;
+    let message = deframer.pop()?.ok_or(UNREADABLE)?;
     let message = replace_in_list(&message, url).ok_or(UNREADABLE)?;
     let mut answer = response::unary(&message);
     *answer.headers_mut() = head.headers;

@@ -12,7 +12,7 @@ use super::{
     forward::forward,
     health::{self, HealthService, Readiness},
     http,
-    kv::{self, Kv, gateway_observer},
+    kv::{self, Kv, relayed_observer},
     listener::{Connection, Handler},
     members::{MEMBER_LIST, Members},
     watch::{PATH as WATCH, Watch},
@@ -37,7 +37,7 @@ impl Handler for Router {
     async fn call(self: &Arc<Self>, connection: &Arc<Connection>, request: Request<Incoming>) -> Response<Body> {
         let upstream = self.cache.upstream();
         if request.version() < Version::HTTP_2 {
-            let observer = Some(gateway_observer(&self.cache));
+            let observer = Some(relayed_observer(&self.cache));
             return http::call(upstream, connection, &self.health.readiness(), request, observer).await;
         }
         match request.uri().path() {
@@ -45,9 +45,19 @@ impl Handler for Router {
             WATCH => self.watch.call(connection, request).await,
             MEMBER_LIST => self.members.list(upstream, connection, request).await,
             path if path.starts_with(health::SERVICE) => self.health.call(request).await,
-            _ => forward(upstream, connection, request, None).await,
+            path => {
+                let observer = moves_the_revision(path).then(|| relayed_observer(&self.cache));
+                forward(upstream, connection, request, observer).await
+            }
         }
     }
+}
+
+/// Whether a call outside the KV service may write keys: then its client must find them, as after a Put.
+fn moves_the_revision(path: &str) -> bool {
+    ["/etcdserverpb.Lease/", "/v3lockpb.Lock/", "/v3electionpb.Election/"]
+        .iter()
+        .any(|service| path.starts_with(service))
 }
 
 /// How often readiness is looked at while nothing signals a change.

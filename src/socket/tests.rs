@@ -174,6 +174,69 @@ async fn a_closed_peer_is_an_error_and_not_a_loop() {
     assert!(result.await.is_err());
 }
 
+/// Counts the writes that reach the socket.
+struct Counting<S>(S, Arc<Mutex<usize>>);
+
+impl<S: AsyncRead + Unpin> AsyncRead for Counting<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Counting<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        *self.1.lock().unwrap() += 1;
+        Pin::new(&mut self.0).poll_write(cx, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+/// Without the wrapper, each of these responses is a write of its own.
+#[tokio::test]
+async fn two_hundred_responses_on_one_connection_leave_in_few_writes() {
+    use http::{Request, Response};
+    use http_body_util::{BodyExt, Full};
+    use hyper::{body::Incoming, service::service_fn};
+    use hyper_util::rt::{TokioExecutor, TokioIo};
+
+    const CALLS: usize = 200;
+    let writes = Arc::new(Mutex::new(0));
+    let all_here = Arc::new(tokio::sync::Barrier::new(CALLS));
+    let (near, far) = tokio::io::duplex(1 << 20);
+    let service = service_fn(move |_: Request<Incoming>| {
+        let all_here = all_here.clone();
+        async move {
+            all_here.wait().await;
+            Ok::<_, io::Error>(Response::new(Full::new(bytes::Bytes::from(vec![7; 1024]))))
+        }
+    });
+    let socket = TokioIo::new(Gather::new(Counting(far, writes.clone())));
+    let mut server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+    tokio::spawn(server.max_concurrent_streams(None).serve_connection(socket, service));
+    let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(near));
+    let (sender, connection) = handshake.await.unwrap();
+    tokio::spawn(connection);
+    let calls = (0..CALLS).map(|_| {
+        let mut sender = sender.clone();
+        async move {
+            let request = Request::post("http://a/").body(Full::new(bytes::Bytes::new())).unwrap();
+            sender.send_request(request).await.unwrap().into_body().collect().await.unwrap().to_bytes()
+        }
+    });
+    for body in futures_util::future::join_all(calls).await {
+        assert_eq!(body, vec![7; 1024]);
+    }
+    let writes = *writes.lock().unwrap();
+    assert!(writes <= CALLS / 8, "{writes} writes");
+}
+
 proptest! {
     /// Whatever the socket takes at a time, and however large and small writes, flushes and polls mix: all bytes, in order.
     #[test]

@@ -13,8 +13,8 @@ use tokio::sync::mpsc;
 
 /// Why a body broke off. Wraps the cause, so that a stream reset is passed on with its reason.
 #[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub struct BodyError(#[from] pub Box<dyn Error + Send + Sync>);
+#[error("{0}")]
+pub struct BodyError(#[source] pub Box<dyn Error + Send + Sync>);
 
 /// The body of a request to etcd.
 pub enum RequestBody {

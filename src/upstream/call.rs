@@ -98,7 +98,7 @@ impl Reading {
 
     async fn next(&mut self) -> Option<Result<Bytes, Status>> {
         loop {
-            match self.deframer.next() {
+            match self.deframer.pop() {
                 Ok(Some(message)) => return Some(Ok(message)),
                 Ok(None) if self.ended => return None,
                 Ok(None) => {}

@@ -2,19 +2,29 @@
 
 use std::{
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     task::{Context, Poll, ready},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use http::{Request, Response, Uri, uri};
 use http_body::{Body, Frame, SizeHint};
 use hyper::{body::Incoming, client::conn::http1::SendRequest};
+use parking_lot::Mutex;
+use tokio::time::sleep;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    Answer, BodyError, EndpointId, ForwardClass, MemberLink, NO_CONNECTION, RequestBody, Shared, Upstream,
-    connection::Class, grpc, limits::Permit, pool::Slot,
+    BodyError, EndpointId, ForwardClass, RequestBody, Upstream,
+    connection::Class,
+    grpc,
+    limits::{Limit, Permit},
+    pool::Slot,
+    shared::{Answer, MemberLink, NO_CONNECTION, Shared},
 };
 use crate::status::Status;
 
@@ -38,13 +48,40 @@ pub struct Forwarded {
 }
 
 /// The body of a forwarded answer. Holds the call's place on the connection and its permit until it ends.
+///
+/// A unary answer that its client stops reading is given up after [`Settings::stall_limit`](super::Settings), so that
+/// clients which never read cannot keep all permits.
 pub struct ForwardedBody {
-    incoming: Incoming,
+    call: Arc<Call>,
     shared: Arc<Shared>,
     at: EndpointId,
+    passed: usize,
+    watchdog: Option<AbortOnDropHandle<()>>,
+}
+
+/// What a forwarded call holds; taken away when its client stalls.
+struct Call {
+    live: Mutex<Option<Live>>,
+    /// Frames that were asked for and came.
+    frames: AtomicU64,
+    /// Whether the next frame was asked for: then etcd is the one who is slow.
+    asked: AtomicBool,
+}
+
+struct Live {
+    incoming: Incoming,
+    /// Whether the client has to keep reading.
+    impatient: bool,
     _slot: Option<Slot>,
     _permit: Permit,
 }
+
+/// Bytes after which a client can be stalled at all: its smallest window.
+const SMALLEST_WINDOW: usize = 48 << 10;
+
+#[derive(Debug, thiserror::Error)]
+#[error("the client stopped reading")]
+struct Stalled;
 
 impl Upstream {
     /// Forwards a request, whatever scheme and authority its URI has. Waits for a
@@ -72,8 +109,10 @@ impl Upstream {
             request = aim(request, member)?;
             match shared.send(at, connections, request).await {
                 Ok(Answer { response, slot, sent }) => {
-                    let wrap = |incoming| ForwardedBody::new(incoming, shared, at, Some(slot), permit);
-                    return Ok(Forwarded { at, sent, response: response.map(wrap) });
+                    let impatient = class == ForwardClass::Unary;
+                    let live = |incoming| Live { incoming, impatient, _slot: Some(slot), _permit: permit };
+                    let response = response.map(|incoming| ForwardedBody::new(live(incoming), shared, at));
+                    return Ok(Forwarded { at, sent, response });
                 }
                 Err(unsent) => match (unsent.request, route) {
                     (Some(given_back), Route::Preferred) => request = given_back,
@@ -94,7 +133,8 @@ impl Upstream {
         let (at, mut connection) = shared.connect_http1(route).await?;
         let sent = Instant::now();
         let response = connection.send_request(request).await.map_err(|error| shared.failed(at, &error))?;
-        let response = response.map(|incoming| ForwardedBody::new(incoming, shared, at, None, permit));
+        let live = |incoming| Live { incoming, impatient: false, _slot: None, _permit: permit };
+        let response = response.map(|incoming| ForwardedBody::new(live(incoming), shared, at));
         Ok(Forwarded { at, sent, response })
     }
 }
@@ -110,7 +150,7 @@ fn aim(mut request: Request<RequestBody>, member: &MemberLink) -> Result<Request
 }
 
 impl Shared {
-    fn limit(&self, class: ForwardClass) -> &super::Limit {
+    fn limit(&self, class: ForwardClass) -> &Limit {
         match class {
             ForwardClass::Unary => &self.unary_limit,
             ForwardClass::Stream => &self.stream_limit,
@@ -145,8 +185,31 @@ impl Shared {
 }
 
 impl ForwardedBody {
-    fn new(incoming: Incoming, shared: &Arc<Shared>, at: EndpointId, slot: Option<Slot>, permit: Permit) -> Self {
-        Self { incoming, shared: shared.clone(), at, _slot: slot, _permit: permit }
+    fn new(live: Live, shared: &Arc<Shared>, at: EndpointId) -> Self {
+        let call = Call { live: Mutex::new(Some(live)), frames: AtomicU64::new(0), asked: AtomicBool::new(false) };
+        Self { call: Arc::new(call), shared: shared.clone(), at, passed: 0, watchdog: None }
+    }
+
+    fn count(&mut self, bytes: usize) {
+        self.passed = self.passed.saturating_add(bytes);
+        if self.watchdog.is_none() && self.passed >= SMALLEST_WINDOW {
+            let watching = watch(Arc::downgrade(&self.call), self.shared.settings.stall_limit);
+            self.watchdog = Some(AbortOnDropHandle::new(tokio::spawn(watching)));
+        }
+    }
+}
+
+/// Gives a call up when its client has not asked for more for `limit`.
+async fn watch(call: Weak<Call>, limit: Duration) {
+    let mut seen = None;
+    loop {
+        sleep(limit).await;
+        let Some(call) = call.upgrade() else { return };
+        let frames = call.frames.load(Ordering::Acquire);
+        if seen.replace(frames) == Some(frames) && !call.asked.load(Ordering::Acquire) {
+            *call.live.lock() = None;
+            return;
+        }
     }
 }
 
@@ -155,20 +218,29 @@ impl Body for ForwardedBody {
     type Error = BodyError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let frame = ready!(Pin::new(&mut self.incoming).poll_frame(cx));
-        if let Some(Err(error)) = &frame
-            && grpc::remote_reset(error).is_none()
-        {
-            self.shared.suspect(self.at);
+        let me = &mut *self;
+        let (frame, impatient) = match me.call.live.lock().as_mut() {
+            None => return Poll::Ready(Some(Err(BodyError(Box::new(Stalled))))),
+            Some(live) => {
+                let frame = Pin::new(&mut live.incoming).poll_frame(cx);
+                me.call.asked.store(frame.is_pending(), Ordering::Release);
+                (ready!(frame), live.impatient)
+            }
+        };
+        me.call.frames.fetch_add(1, Ordering::AcqRel);
+        match &frame {
+            Some(Ok(frame)) if impatient => me.count(frame.data_ref().map_or(0, Bytes::len)),
+            Some(Err(error)) if grpc::remote_reset(error).is_none() => me.shared.suspect(me.at),
+            _ => {}
         }
         Poll::Ready(frame.map(|frame| frame.map_err(|error| BodyError(error.into()))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.incoming.is_end_stream()
+        self.call.live.lock().as_ref().is_some_and(|live| live.incoming.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.incoming.size_hint()
+        self.call.live.lock().as_ref().map(|live| live.incoming.size_hint()).unwrap_or_default()
     }
 }

@@ -162,7 +162,7 @@ impl Deframer {
     ///
     /// # Errors
     /// Internal for a compressed message: we never ask for compression.
-    pub fn next(&mut self) -> Result<Option<Bytes>, Status> {
+    pub fn pop(&mut self) -> Result<Option<Bytes>, Status> {
         let at_hand = self.at_hand();
         let Some(prefix) = at_hand.first_chunk::<PREFIX>() else { return Ok(None) };
         let [flag, a, b, c, d] = *prefix;
@@ -230,7 +230,7 @@ mod tests {
             let mut seen = Vec::new();
             for cut in stream.chunks(size) {
                 deframer.push(Bytes::copy_from_slice(cut));
-                while let Some(message) = deframer.next().unwrap() {
+                while let Some(message) = deframer.pop().unwrap() {
                     seen.push(message);
                 }
             }
@@ -244,6 +244,6 @@ mod tests {
     fn a_compressed_message_is_refused() {
         let mut deframer = Deframer::default();
         deframer.push(Bytes::from_static(&[1, 0, 0, 0, 0]));
-        assert!(deframer.next().is_err());
+        assert!(deframer.pop().is_err());
     }
 }

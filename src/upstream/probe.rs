@@ -2,8 +2,9 @@
 //!
 //! Two questions go out together. Maintenance.Status tells version, leader, cluster and term. A serializable Range of one
 //! key without a token tells whether authentication is on, since it then fails; it costs etcd next to nothing, where
-//! AuthStatus would go through consensus. Since 3.5.33 and 3.6 Status itself needs a token when authentication is on; then
-//! `GET /version` gives the version, and a MemberList that is not linearizable, which needs no token, gives the rest.
+//! AuthStatus would go through consensus. Newer versions (3.6, and late 3.5) answer Status and MemberList to nobody without
+//! a token when authentication is on. Then `GET /version` gives the version, and the rest is in the header with which a
+//! watch is refused; the watch is one that every version refuses.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,24 +12,29 @@ use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header::HOST};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
-use prost::Message;
 use tokio::{
     join,
     time::{sleep, timeout},
 };
 use tonic::Code;
 
-use super::{AuthState, EndpointId, Report, RequestBody, Shared, Version, connection::Class, decode, grpc};
+use super::{
+    AuthState, EndpointId, Report, RequestBody, Version,
+    connection::Class,
+    grpc,
+    shared::{Shared, decode},
+};
 use crate::{
     proto::etcdserverpb::{
-        MemberListRequest, MemberListResponse, RangeRequest, ResponseHeader, StatusRequest, StatusResponse,
+        RangeRequest, ResponseHeader, StatusRequest, StatusResponse, WatchCreateRequest, WatchRequest, WatchResponse,
+        watch_request::RequestUnion,
     },
     status::Status,
 };
 
 const STATUS: &str = "/etcdserverpb.Maintenance/Status";
 const RANGE: &str = "/etcdserverpb.KV/Range";
-const MEMBER_LIST: &str = "/etcdserverpb.Cluster/MemberList";
+const WATCH: &str = "/etcdserverpb.Watch/Watch";
 /// An answer to `GET /version` has about 70 bytes.
 const VERSION_LIMIT: usize = 4096;
 
@@ -53,9 +59,8 @@ pub(super) async fn run(shared: Arc<Shared>, at: EndpointId) {
 /// Keeps a storm of failures from becoming a storm of probes.
 const KICK_SPACING: Duration = Duration::from_millis(10);
 
-async fn probe(shared: &Shared, at: EndpointId) -> Result<Report, Status> {
-    let question = StatusRequest::default();
-    let (status, auth) = join!(ask::<_, StatusResponse>(shared, at, STATUS, &[], &question), auth(shared, at));
+async fn probe(shared: &Arc<Shared>, at: EndpointId) -> Result<Report, Status> {
+    let (status, auth) = join!(status(shared, at), auth(shared, at));
     match status {
         Ok(status) => Ok(from_status(status, auth)),
         Err(refused) if refuses_strangers(&refused) => probe_secured(shared, at).await,
@@ -86,23 +91,32 @@ fn from_header(header: &ResponseHeader, auth: AuthState) -> Report {
 }
 
 /// For a member that answers strangers no Status.
-async fn probe_secured(shared: &Shared, at: EndpointId) -> Result<Report, Status> {
-    let list = MemberListRequest { linearizable: false };
-    let with_leader = async {
-        match ask::<_, MemberListResponse>(shared, at, MEMBER_LIST, &[("hasleader", "true")], &list).await {
-            Err(status) if status == Status::NO_LEADER => {
-                ask(shared, at, MEMBER_LIST, &[], &list).await.map(|members| (members, false))
-            }
-            answer => answer.map(|members| (members, true)),
+async fn probe_secured(shared: &Arc<Shared>, at: EndpointId) -> Result<Report, Status> {
+    let header = async {
+        match refused_watch(shared, at, &[("hasleader", "true")]).await {
+            Err(status) if status == Status::NO_LEADER => Ok((refused_watch(shared, at, &[]).await?, false)),
+            answer => answer.map(|header| (header, true)),
         }
     };
-    let (members, version) = join!(with_leader, version(shared, at));
-    let (members, has_leader) = members?;
-    let header = members.header.unwrap_or_default();
-    let me = members.members.iter().find(|member| member.id == header.member_id);
-    let is_learner = me.is_some_and(|member| member.is_learner);
-    Ok(Report { version: version?, has_leader, is_learner, ..from_header(&header, AuthState::On) })
+    let (header, version) = join!(header, version(shared, at));
+    let (header, has_leader) = header?;
+    Ok(Report { version: version?, has_leader, ..from_header(&header, AuthState::On) })
 }
+
+/// The header of the refusal of a watch from a negative revision.
+async fn refused_watch(
+    shared: &Arc<Shared>,
+    at: EndpointId,
+    metadata: &[(&'static str, &'static str)],
+) -> Result<ResponseHeader, Status> {
+    let (sender, mut receiver) = shared.open_stream(at, Class::Probe, WATCH, metadata).await?;
+    let create = WatchCreateRequest { key: Bytes::from_static(b"\0"), start_revision: -1, ..Default::default() };
+    sender.send(&WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }).await?;
+    let refusal = receiver.next().await.unwrap_or(Err(UNTOLD))?;
+    decode::<WatchResponse>(WATCH, refusal)?.header.ok_or(UNTOLD)
+}
+
+const UNTOLD: Status = Status::fixed(Code::Internal, "a refused watch told no header");
 
 /// Whether permissions are checked.
 async fn auth(shared: &Shared, at: EndpointId) -> AuthState {
@@ -126,16 +140,11 @@ fn refuses_strangers(status: &Status) -> bool {
     *status == Status::USER_EMPTY || matches!(status.code, Code::Unauthenticated | Code::PermissionDenied)
 }
 
-async fn ask<Q: Message, A: Message + Default>(
-    shared: &Shared,
-    at: EndpointId,
-    path: &'static str,
-    metadata: &[(&'static str, &'static str)],
-    question: &Q,
-) -> Result<A, Status> {
+async fn status(shared: &Shared, at: EndpointId) -> Result<StatusResponse, Status> {
     let deadline = shared.settings.connect_timeout;
-    let answer = shared.unary(at, Class::Probe, path, metadata, grpc::frame(question), deadline).await?;
-    decode(path, answer)
+    let question = grpc::frame(&StatusRequest::default());
+    let answer = shared.unary(at, Class::Probe, STATUS, &[], question, deadline).await?;
+    decode(STATUS, answer)
 }
 
 /// The version that the server tells everyone; `None` when it does not read like one.

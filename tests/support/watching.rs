@@ -10,8 +10,11 @@ use millpond::proto::{
     etcdserverpb::{self as pb, watch_request::RequestUnion},
     mvccpb::Event,
 };
-use tokio::{sync::mpsc, task::JoinHandle};
-use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio::{
+    sync::mpsc::{self, error::TrySendError},
+    task::JoinHandle,
+};
+use tokio_stream::wrappers::ReceiverStream;
 
 use super::client::{Client, eventually};
 
@@ -25,7 +28,7 @@ struct Received {
 
 /// An open Watch stream whose responses are collected.
 pub struct WatchStream {
-    requests: Option<mpsc::UnboundedSender<pb::WatchRequest>>,
+    requests: Option<mpsc::Sender<pb::WatchRequest>>,
     received: Arc<Mutex<Received>>,
     reading: JoinHandle<()>,
 }
@@ -37,8 +40,8 @@ impl WatchStream {
 
     /// Opens a stream with request metadata, such as `hasleader` or `token`.
     pub async fn open_with(client: &Client, metadata: &[(&'static str, &str)]) -> Self {
-        let (requests, outgoing) = mpsc::unbounded_channel();
-        let mut request = tonic::Request::new(UnboundedReceiverStream::new(outgoing));
+        let (requests, outgoing) = mpsc::channel(4096);
+        let mut request = tonic::Request::new(ReceiverStream::new(outgoing));
         for (name, value) in metadata {
             request.metadata_mut().insert(*name, value.parse().unwrap());
         }
@@ -54,8 +57,9 @@ impl WatchStream {
 
     /// Sends a request as it is, an empty one too.
     pub fn send_raw(&self, request: pb::WatchRequest) {
+        let sent = self.requests.as_ref().expect("requests are not finished").try_send(request);
         // A stream that the server has ended shows it in `end`.
-        let _ = self.requests.as_ref().expect("requests are not finished").send(request);
+        assert!(!matches!(sent, Err(TrySendError::Full(_))), "the server takes no more requests");
     }
 
     pub fn create(&self, request: pb::WatchCreateRequest) {
@@ -123,7 +127,7 @@ impl Drop for WatchStream {
 
 async fn read(
     mut client: Client,
-    request: tonic::Request<UnboundedReceiverStream<pb::WatchRequest>>,
+    request: tonic::Request<ReceiverStream<pb::WatchRequest>>,
     received: Arc<Mutex<Received>>,
 ) {
     let end = async {

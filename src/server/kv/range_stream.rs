@@ -52,8 +52,7 @@ impl Kv {
             Ok(view) => match self.evaluate(&view, &request)? {
                 Some(selection) => {
                     self.count_unserved("RangeStream", "memory");
-                    // Chunks have no lease where values are left out, whatever the upstream's version: only 3.7 has chunks.
-                    let values = if request.keys_only { Values::LeftOutWithLease } else { Values::Sent };
+                    let values = self.keys_only(&request);
                     let mut response = response::streaming(Body::boxed(Chunks::new(&view, selection, values)));
                     self.tell_age(&range, &mut response);
                     return Ok(response);

@@ -85,7 +85,8 @@ struct Reads<'a> {
 }
 
 impl<'a> Reads<'a> {
-    /// None when the transaction does more than read, or is one that etcd would refuse.
+    /// None when the transaction does more than read, or is one that etcd would refuse. It judges revisions in a
+    /// transaction by rules of its own, so those are left to it.
     fn of(request: &'a TxnRequest) -> Option<Self> {
         let branch = |operations: &'a [RequestOp]| operations.iter().map(read_of).collect::<Option<Vec<_>>>();
         let (success, failure) = (branch(&request.success)?, branch(&request.failure)?);
@@ -98,7 +99,7 @@ impl<'a> Reads<'a> {
         let mut all = success.iter().chain(&failure);
         let sound = longest <= MOST_OPERATIONS
             && request.compare.iter().all(comparable)
-            && all.clone().all(|read| check(read).is_ok());
+            && all.clone().all(|read| check(read).is_ok() && read.revision == 0);
         let serializable = all.all(|read| read.serializable);
         sound.then_some(Self { success, failure, compares: &request.compare, serializable })
     }

@@ -139,7 +139,7 @@ impl Stream {
     fn poll_request(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<WatchRequest, Status>>> {
         let limit = self.shared.settings.max_request_bytes + (512 << 10);
         loop {
-            match self.deframer.next() {
+            match self.deframer.pop() {
                 Ok(Some(message)) => return Poll::Ready(Some(decode(message))),
                 Ok(None) => {}
                 Err(status) => return Poll::Ready(Some(Err(status))),

@@ -1,6 +1,7 @@
 //! The roster's rules: clusters, standing, authentication.
 
 use super::*;
+use crate::upstream::Version;
 
 const A: EndpointId = EndpointId(0);
 const B: EndpointId = EndpointId(1);

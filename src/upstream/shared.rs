@@ -1,0 +1,218 @@
+//! What the handle, the probers and the calls under way share: the way to each endpoint, and what is known of it.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http::{Request, Response, uri::Authority};
+use hyper::body::Incoming;
+use parking_lot::Mutex;
+use prost::Message;
+use tokio::{
+    sync::{Notify, watch},
+    time::timeout,
+};
+use tonic::Code;
+
+use super::{
+    AuthState, Endpoint, EndpointId, ForwardClass, Health, RequestBody, Settings, StreamReceiver, StreamSender,
+    UpstreamError, call,
+    connection::{Class, Tuning},
+    grpc,
+    limits::Limit,
+    metrics::Metrics,
+    pool::{Pool, Slot},
+    roster::Roster,
+};
+use crate::status::Status;
+
+/// How often a request that a closing connection gave back is handed to another one.
+const HANDOVERS: usize = 3;
+
+pub(super) struct Shared {
+    pub(super) settings: Settings,
+    pub(super) members: Vec<MemberLink>,
+    pub(super) roster: Mutex<Roster>,
+    pub(super) health: watch::Receiver<Health>,
+    pub(super) auth: watch::Receiver<AuthState>,
+    pub(super) unary_limit: Limit,
+    pub(super) stream_limit: Limit,
+}
+
+/// The way to one endpoint.
+pub(super) struct MemberLink {
+    pub(super) pool: Pool,
+    pub(super) authority: Authority,
+    /// Wakes its prober early.
+    pub(super) kick: Notify,
+}
+
+pub(super) fn decode<A: Message + Default>(path: &str, message: Bytes) -> Result<A, Status> {
+    A::decode(message).map_err(|error| Status::new(Code::Internal, format!("unreadable answer to {path}: {error}")))
+}
+
+impl Shared {
+    pub(super) fn new(settings: Settings, metrics: Metrics) -> Result<Self, UpstreamError> {
+        if settings.endpoints.is_empty() {
+            return Err(UpstreamError::NoEndpoints);
+        }
+        let members: Result<Vec<MemberLink>, UpstreamError> =
+            settings.endpoints.iter().map(|endpoint| MemberLink::new(endpoint, &settings, &metrics)).collect();
+        let members = members?;
+        let names = members.iter().map(|member| member.pool.name().to_owned()).collect();
+        let roster = Roster::new(names, metrics.clone());
+        Ok(Self {
+            members,
+            health: roster.health(),
+            auth: roster.auth(),
+            roster: Mutex::new(roster),
+            unary_limit: Limit::new(ForwardClass::Unary, settings.forward_limit, &metrics),
+            stream_limit: Limit::new(ForwardClass::Stream, settings.stream_limit, &metrics),
+            settings,
+        })
+    }
+
+    pub(super) fn member(&self, at: EndpointId) -> Result<&MemberLink, Status> {
+        self.members.get(at.0).ok_or(Status::fixed(Code::Internal, "no such endpoint"))
+    }
+
+    pub(super) async fn unary(
+        &self,
+        at: EndpointId,
+        class: Class,
+        path: &'static str,
+        metadata: &[(&'static str, &'static str)],
+        message: Bytes,
+        deadline: Duration,
+    ) -> Result<Bytes, Status> {
+        let request =
+            call::request(&self.member(at)?.authority, path, metadata, Some(deadline), RequestBody::full(message))?;
+        let answer = timeout(deadline, async {
+            let answer = self.send(at, class, request).await.map_err(|unsent| unsent.status)?;
+            call::unary_message(answer.response).await
+        });
+        answer.await.unwrap_or(Err(call::DEADLINE))
+    }
+
+    pub(super) async fn open_stream<Q: Message>(
+        self: &Arc<Self>,
+        at: EndpointId,
+        class: Class,
+        path: &'static str,
+        metadata: &[(&'static str, &'static str)],
+    ) -> Result<(StreamSender<Q>, StreamReceiver), Status> {
+        let shared = self.clone();
+        let member = self.member(at)?;
+        let slot = member.pool.slot(class).await.inspect_err(|_| self.suspect(at))?;
+        let (sender, body) = StreamSender::new();
+        let request = call::request(&member.authority, path, metadata, None, body)?;
+        let answered = slot.sender().send_request(request);
+        let receiver = StreamReceiver::new(async move {
+            match answered.await {
+                Ok(response) => Ok((response, slot)),
+                Err(error) => Err(shared.failed(at, &error)),
+            }
+        });
+        Ok((sender, receiver))
+    }
+
+    /// Sends a request, dialling if need be.
+    pub(super) async fn send(
+        &self,
+        at: EndpointId,
+        class: Class,
+        mut request: Request<RequestBody>,
+    ) -> Result<Answer, Unsent> {
+        let Ok(member) = self.member(at) else { return Err(Unsent::lost(NO_CONNECTION)) };
+        for _ in 0..HANDOVERS {
+            let slot = match member.pool.slot(class).await {
+                Ok(slot) => slot,
+                Err(status) => {
+                    self.suspect(at);
+                    return Err(Unsent { status, request: Some(request) });
+                }
+            };
+            let sent = Instant::now();
+            match slot.sender().try_send_request(request).await {
+                Ok(response) => return Ok(Answer { response, slot, sent }),
+                Err(mut error) => match error.take_message() {
+                    Some(given_back) => request = given_back,
+                    None => return Err(Unsent::lost(self.failed(at, error.error()))),
+                },
+            }
+        }
+        self.suspect(at);
+        Err(Unsent { status: NO_CONNECTION, request: Some(request) })
+    }
+
+    /// The status of a call that a transport error ended. An error of the whole connection makes the endpoint suspect.
+    pub(super) fn failed(&self, at: EndpointId, error: &hyper::Error) -> Status {
+        if grpc::remote_reset(error).is_none() && !error.is_canceled() {
+            self.suspect(at);
+        }
+        grpc::from_transport(error)
+    }
+
+    pub(super) fn suspect(&self, at: EndpointId) {
+        if self.roster.lock().suspect(at)
+            && let Some(member) = self.members.get(at.0)
+        {
+            member.kick.notify_one();
+        }
+    }
+
+    pub(super) async fn await_preferred(&self, avoid: &[EndpointId], patience: Duration) -> Option<EndpointId> {
+        let decided = |health: &Health| health.preferred(avoid).is_some() || !health.undecided(avoid);
+        if !decided(&self.health.borrow()) {
+            // Whether it was decided or patience ended, what is known now is the answer.
+            let _ = timeout(patience, self.health.clone().wait_for(decided)).await;
+        }
+        self.health.borrow().preferred(avoid)
+    }
+
+    pub(super) fn reap(&self, at: EndpointId) {
+        if let Some(member) = self.members.get(at.0) {
+            member.pool.reap(Instant::now());
+        }
+    }
+}
+
+impl MemberLink {
+    pub(super) fn new(endpoint: &Endpoint, settings: &Settings, metrics: &Metrics) -> Result<Self, UpstreamError> {
+        let name = endpoint.name().to_owned();
+        let tuning = Tuning {
+            connect_timeout: settings.connect_timeout,
+            keepalive_interval: settings.keepalive_interval,
+            keepalive_timeout: settings.keepalive_timeout,
+        };
+        let dialer = endpoint.dialer(settings.keepalive_interval + settings.keepalive_timeout);
+        let authority = name.parse();
+        let authority =
+            authority.map_err(|_| UpstreamError::Endpoint { endpoint: name.clone(), reason: "it is not host:port" })?;
+        Ok(Self { authority, pool: Pool::new(name, dialer, tuning, metrics.clone()), kick: Notify::new() })
+    }
+}
+
+/// What the Go client's interceptor takes, with Unavailable, as proof that not even a write was sent: it tries again.
+pub(super) const NO_CONNECTION: Status = Status::fixed(Code::Unavailable, "there is no connection available");
+
+/// An answer from its headers on; the slot is to be kept until its end.
+pub(super) struct Answer {
+    pub(super) response: Response<Incoming>,
+    pub(super) slot: Slot,
+    pub(super) sent: Instant,
+}
+
+/// A request that was not answered; `request` is there if nothing of it was handed to a live connection.
+pub(super) struct Unsent {
+    pub(super) status: Status,
+    pub(super) request: Option<Request<RequestBody>>,
+}
+
+impl Unsent {
+    pub(super) fn lost(status: Status) -> Self {
+        Self { status, request: None }
+    }
+}

@@ -1,0 +1,222 @@
+//! Many connections and streams: those that nobody reads, that are cancelled in masses, that wait, and the listener's end.
+
+mod proxy;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::{Body as _, Frame};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use millpond::{
+    proto::etcdserverpb::{PutResponse, WatchRequest},
+    server::{body::Body, response},
+    upstream::{ConnectionClass, Endpoint, ForwardClass, Route, Settings, Upstream, grpc},
+};
+use prometheus::Registry;
+use proxy::{
+    Options, PATIENCE, Proxy,
+    fake::{AT, FUTURE, PUT, WATCH, client, fake, post, put, put_ok, raw_client},
+    probe_answer,
+};
+use tokio::{
+    io::AsyncReadExt,
+    net::TcpStream,
+    sync::{Notify, mpsc},
+    time::timeout,
+};
+
+/// Answers with more than any window, without end.
+fn flood() -> Response<Body> {
+    let block = Bytes::from(vec![0; 1 << 20]);
+    let frames = std::iter::repeat_with(move || Ok(Frame::data(block.clone())));
+    response::streaming(Body::boxed(StreamBody::new(tokio_stream::iter(frames))))
+}
+
+#[tokio::test]
+async fn streams_that_nobody_reads_stall_no_other_call() {
+    let upstream = fake(|request: Request<Incoming>| async move {
+        if request.uri().path() == PUT { put_ok(request).await } else { flood() }
+    })
+    .await;
+    let proxy = Proxy::before(&[&upstream.address]).await;
+    let mut sender = raw_client(proxy.address()).await;
+    let mut stalled = Vec::new();
+    for _ in 0..150 {
+        let request = post(proxy.address(), FUTURE).body(Bytes::new().into()).unwrap();
+        stalled.push(sender.send_request(request).await.unwrap());
+    }
+    let answer = put(&client(&proxy)).await;
+    assert_eq!(answer, Ok(PutResponse::default()));
+    // Another stream of the same class shares a connection upstream with the stalled ones.
+    let request = post(proxy.address(), FUTURE).body(Bytes::new().into()).unwrap();
+    let answer = raw_client(proxy.address()).await.send_request(request).await.unwrap();
+    let first = timeout(PATIENCE, answer.into_body().frame()).await.unwrap().unwrap().unwrap();
+    assert!(first.is_data());
+}
+
+#[tokio::test]
+async fn a_client_may_cancel_thousands_of_streams_at_once() {
+    let upstream = fake(|request: Request<Incoming>| async move {
+        if request.uri().path() == PUT { put_ok(request).await } else { std::future::pending().await }
+    })
+    .await;
+    let mut options = Options::new(&[&upstream.address]);
+    options.settings.stream_limit = 4000;
+    let proxy = options.start().await;
+    proxy.until_preferred(0).await;
+    let sender = raw_client(proxy.address()).await;
+    for _ in 0..2 {
+        let mut calls = tokio::task::JoinSet::new();
+        for _ in 0..3000 {
+            let mut sender = sender.clone();
+            let request = post(proxy.address(), FUTURE).body(Bytes::new().into()).unwrap();
+            calls.spawn(async move { sender.send_request(request).await.map(drop) });
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        calls.shutdown().await;
+    }
+    let request = post(proxy.address(), PUT).body(Bytes::from_static(&[0; 5]).into()).unwrap();
+    let answer = sender.clone().send_request(request).await.expect("the connection lives");
+    let body = answer.into_body().collect().await.unwrap();
+    assert_eq!(body.trailers().and_then(grpc::outcome), Some(Ok(())));
+    assert!(!sender.is_closed());
+}
+
+#[tokio::test]
+async fn a_stop_lets_calls_finish_refuses_new_connections_and_ends_in_time() {
+    let finish = Arc::new(Notify::new());
+    let entered = Arc::new(Notify::new());
+    let upstream = {
+        let (finish, entered) = (finish.clone(), entered.clone());
+        fake(move |request| {
+            let (finish, entered) = (finish.clone(), entered.clone());
+            async move {
+                entered.notify_one();
+                finish.notified().await;
+                put_ok(request).await
+            }
+        })
+        .await
+    };
+    let mut options = Options::new(&[&upstream.address]);
+    options.listener.grace = Duration::from_millis(500);
+    let Proxy { served, .. } = options.start().await;
+    let endpoint: Endpoint = served.address.parse().unwrap();
+    let client = Upstream::start(Settings::new(vec![endpoint]), &Registry::new()).unwrap();
+    let watching = client.open_stream::<WatchRequest>(AT, ConnectionClass::Feed, WATCH, &[]).await.unwrap();
+    entered.notified().await;
+    let answer = put(&client);
+    let (answer, ()) = tokio::join!(answer, async {
+        entered.notified().await;
+        served.stop.cancel();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(TcpStream::connect(&served.address).await.is_err(), "nobody listens any more");
+        finish.notify_waiters();
+    });
+    assert_eq!(answer, Ok(PutResponse::default()));
+    timeout(PATIENCE, served.done).await.expect("the grace time is an end").unwrap();
+    drop(watching);
+}
+
+#[tokio::test]
+async fn what_is_no_http_ends_the_connection_and_nothing_else() {
+    let upstream = fake(put_ok).await;
+    let proxy = Proxy::before(&[&upstream.address]).await;
+    let mut broken_preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    broken_preface.extend_from_slice(&[0xff; 64]);
+    for garbage in [&b"\x16\x03\x01\x02\x00\x01\x00"[..], b"PRI * nonsense\r\n\r\n", &broken_preface, &[0; 300]] {
+        let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut stream, garbage).await.unwrap();
+        let mut answer = Vec::new();
+        let ended = timeout(PATIENCE, stream.read_to_end(&mut answer)).await;
+        assert!(ended.is_ok(), "{garbage:?} is hung on to");
+    }
+    let answer = put(&client(&proxy)).await;
+    assert_eq!(answer, Ok(PutResponse::default()));
+}
+
+#[tokio::test]
+async fn an_upstream_in_this_process_is_reached_through_a_pipe() {
+    let (pipes, mut accept) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Some(pipe) = accept.recv().await {
+            let service = hyper::service::service_fn(|request: Request<Incoming>| async move {
+                let probe = probe_answer(request.uri().path());
+                Ok::<_, std::convert::Infallible>(match probe {
+                    Some(response) => response,
+                    None => put_ok(request).await,
+                })
+            });
+            let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+            tokio::spawn(server.serve_connection(TokioIo::new(pipe), service));
+        }
+    });
+    let dial = move || {
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        pipes.send(far).map_err(|_| std::io::ErrorKind::BrokenPipe)?;
+        Ok(near)
+    };
+    let upstream = Upstream::start(Settings::new(vec![Endpoint::InProcess(Arc::new(dial))]), &Registry::new()).unwrap();
+    assert_eq!(upstream.await_preferred(&[], PATIENCE).await, Some(AT));
+    assert_eq!(upstream.name(AT), "embedded");
+    let request = Request::post(FUTURE).body(Bytes::from_static(&[0; 5]).into()).unwrap();
+    let forwarded = upstream.forward(Route::Preferred, ForwardClass::Unary, request).await.unwrap();
+    assert!(forwarded.response.status().is_success() && !forwarded.response.body().is_end_stream());
+    let answer = put(&upstream).await;
+    assert_eq!(answer, Ok(PutResponse::default()));
+}
+
+#[tokio::test]
+async fn calls_over_the_limit_wait_and_are_answered() {
+    let most = Arc::new(AtomicUsize::new(0));
+    let now = Arc::new(AtomicUsize::new(0));
+    let upstream = {
+        let (most, now) = (most.clone(), now.clone());
+        fake(move |request| {
+            let (most, now) = (most.clone(), now.clone());
+            async move {
+                most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                now.fetch_sub(1, Ordering::SeqCst);
+                put_ok(request).await
+            }
+        })
+        .await
+    };
+    let mut options = Options::new(&[&upstream.address]);
+    options.settings.forward_limit = 4;
+    let proxy = options.start().await;
+    let client = client(&proxy);
+    let calls = (0..60).map(|_| async { put(&client).await });
+    for answer in futures_util::future::join_all(calls).await {
+        assert_eq!(answer, Ok(PutResponse::default()));
+    }
+    assert!(most.load(Ordering::SeqCst) <= 4);
+}
+
+#[tokio::test]
+async fn a_client_that_never_reads_gives_its_permit_back() {
+    let upstream = fake(|request: Request<Incoming>| async move {
+        if request.uri().path() == PUT { put_ok(request).await } else { flood() }
+    })
+    .await;
+    let mut options = Options::new(&[&upstream.address]);
+    options.settings.forward_limit = 1;
+    options.settings.stall_limit = Duration::from_millis(50);
+    let proxy = options.start().await;
+    let request = post(proxy.address(), "/etcdserverpb.KV/Txn").body(Bytes::new().into()).unwrap();
+    let unread = raw_client(proxy.address()).await.send_request(request).await.unwrap();
+    assert!(unread.status().is_success());
+    assert_eq!(put(&client(&proxy)).await, Ok(PutResponse::default()), "the only permit is free again");
+    let end = unread.into_body().collect().await.unwrap();
+    assert_eq!(end.trailers().and_then(grpc::outcome).unwrap().unwrap_err().code, tonic::Code::Unavailable);
+}
