@@ -110,7 +110,7 @@ async fn rows(server: &str, address: &str) -> Result {
         let endpoint = Endpoint::from_shared(format!("http://{address}"))?;
         clients.push(KvClient::new(connected(&endpoint).await?));
     }
-    for in_flight in [1, 100] {
+    for in_flight in [100, 1] {
         measure(server, "put", in_flight, &clients, put).await?;
     }
     measure(server, "guarded update", 100, &clients, update).await

@@ -20,6 +20,13 @@ const GROUP_LIMIT: usize = 1024;
 /// The most bytes of requests that share a commit, so that nobody waits long for others' bulk.
 const GROUP_BYTES: usize = 8 << 20;
 
+/// Bytes after which the database is measured again.
+const MEASURE_EVERY: usize = 256 << 10;
+
+/// About what a write and a commit take besides the request's bytes.
+const WRITE_OVERHEAD: usize = 512;
+const COMMIT_OVERHEAD: usize = 4096;
+
 /// Something for the writer to do.
 pub enum Job {
     /// A write, which may share a commit with others.
@@ -100,6 +107,8 @@ pub struct WriterThread {
     state: Arc<State>,
     compaction: Compaction,
     checkpoints: Checkpoints,
+    /// Bytes written since the database was last measured, about.
+    unmeasured: usize,
     /// Set once the disk's content is unknown: every write is refused with it until a restart.
     poisoned: Option<Status>,
 }
@@ -113,7 +122,7 @@ impl WriterThread {
         compaction: Compaction,
         checkpoints: Checkpoints,
     ) -> Self {
-        Self { store, jobs, state, compaction, checkpoints, poisoned: None }
+        Self { store, jobs, state, compaction, checkpoints, unmeasured: 0, poisoned: None }
     }
 
     /// Works until the queue is closed and empty.
@@ -156,6 +165,8 @@ impl WriterThread {
             }
             None => self.evaluate_and_commit(first, &mut group, &mut left).map_err(|error| self.failed(&error)),
         };
+        let written =
+            group.iter().map(|work| work.cost().saturating_add(WRITE_OVERHEAD)).sum::<usize>() + COMMIT_OVERHEAD;
         let metrics = &self.state.options.metrics;
         metrics.writes.inc_by(group.len() as u64);
         let failure = outcome.err();
@@ -165,8 +176,9 @@ impl WriterThread {
         for work in group {
             work.finish(failure.as_ref());
         }
-        if let Err(error) = self.checkpoints.after_commit(&mut *self.store) {
-            tracing::warn!(%error, "a checkpoint failed; the log goes on growing");
+        self.unmeasured += written;
+        if self.unmeasured >= MEASURE_EVERY {
+            self.measure();
         }
         left
     }
@@ -204,10 +216,8 @@ impl WriterThread {
         if !changes.wrote && !compacting {
             return self.store.rollback();
         }
-        let size = self.store.size()?;
         let started = Instant::now();
         self.store.commit()?;
-        self.state.set_size(size.total);
         self.record_commit(group.len(), removed, started);
         self.compaction.committed();
         self.state.publish(changes);
@@ -222,6 +232,18 @@ impl WriterThread {
         metrics.removed.inc_by(removed);
         if writes > 0 {
             metrics.group_size.observe(writes as f64);
+        }
+    }
+
+    /// Measures the database, and looks after its log.
+    fn measure(&mut self) {
+        self.unmeasured = 0;
+        let measured = self.store.size().and_then(|size| {
+            self.state.set_size(size.total);
+            self.checkpoints.after_commit(&mut *self.store)
+        });
+        if let Err(error) = measured {
+            tracing::warn!(%error, "the database could not be measured, or its log not emptied");
         }
     }
 
