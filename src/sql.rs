@@ -39,4 +39,5 @@ pub use error::{SqlError, Trouble};
 pub use metrics::Metrics;
 pub use options::{AutoCompaction, Options};
 pub use snapshot::restore;
+pub use transaction::Transaction;
 pub use transfer::{Progress, export, import};
