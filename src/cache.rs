@@ -7,6 +7,7 @@
 //!
 //! What cannot be shown is not guessed: the read is [`Unserved`], and the caller forwards it.
 
+mod check;
 mod consensus;
 mod floor;
 mod metrics;
@@ -16,6 +17,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::watch, time::timeout};
 
+pub use check::{CheckError, CheckReport};
 pub use consensus::{Consensus, Proof, Stamp};
 pub use metrics::Metrics;
 pub use prefix::Prefix;
@@ -44,6 +46,8 @@ pub struct Settings {
     pub view_patience: Duration,
     /// How long a linearizable read waits for the cluster to answer. Etcd gives up after 7 seconds itself.
     pub consensus_patience: Duration,
+    /// Between two comparisons of the cache with the upstream; zero: none.
+    pub check_interval: Duration,
 }
 
 /// Why the cache does not answer. The upstream may.
@@ -106,6 +110,7 @@ struct Shared {
     consensus: Consensus,
     floor: Arc<Floor>,
     auth: watch::Receiver<AuthState>,
+    metrics: Metrics,
 }
 
 impl Cache {
@@ -122,9 +127,14 @@ impl Cache {
         let started =
             settings.prefixes.iter().map(|range| Prefix::start(range, &upstream, &settings, &floor, registry));
         let prefixes = started.collect::<Result<_, _>>()?;
-        let consensus = Consensus::start(upstream.clone(), Metrics::register(registry)?);
-        let auth = upstream.auth();
-        Ok(Self(Arc::new(Shared { upstream, settings, prefixes, consensus, floor, auth })))
+        let metrics = Metrics::register(registry)?;
+        let consensus = Consensus::start(upstream.clone(), metrics.clone());
+        let (auth, interval) = (upstream.auth(), settings.check_interval);
+        let cache = Self(Arc::new(Shared { upstream, settings, prefixes, consensus, floor, auth, metrics }));
+        if !interval.is_zero() {
+            tokio::spawn(check::keep_checking(Arc::downgrade(&cache.0), interval));
+        }
+        Ok(cache)
     }
 
     /// The cached prefixes.

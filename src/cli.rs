@@ -1,6 +1,8 @@
 //! The commands: what the program does for each set of arguments, and its exit status.
 //!
 //! - [`bench`]: a load generator.
+//! - [`check`]: comparisons of endpoints, of a cache with its upstream, and of a data directory with itself.
+//! - [`transfer`]: import, export and restore of embedded stores.
 //! - [`flags`]: one flag per setting.
 //! - [`usage`]: arguments that cannot be used, told on one line.
 //! - [`serve`]: the proxy.
@@ -14,9 +16,11 @@ use clap_complete::Shell;
 use crate::config::{ConfigError, Loaded, show};
 
 pub mod bench;
+pub mod check;
 pub mod flags;
 pub mod serve;
 pub mod signals;
+pub mod transfer;
 mod usage;
 
 /// Exit status for arguments and settings that cannot be used (EX_USAGE of sysexits.h).
@@ -54,6 +58,18 @@ enum Command {
     /// Load an etcd endpoint and measure what it costs
     #[command(next_line_help = true, after_help = bench::EXAMPLES, arg_required_else_help = true)]
     Bench(bench::Bench),
+    /// Compare a cache with its upstream, two endpoints with each other, or a data directory with itself
+    #[command(next_line_help = true, after_help = check::EXAMPLES)]
+    Check(check::Check),
+    /// Copy all keys and leases of an etcd into a new data directory
+    #[command(next_line_help = true, after_help = transfer::REVISIONS)]
+    Import(transfer::Import),
+    /// Copy all keys and leases of a data directory into an etcd
+    #[command(next_line_help = true, after_help = transfer::REVISIONS)]
+    Export(transfer::Export),
+    /// Make a new data directory from a snapshot of an embedded store
+    #[command(next_line_help = true, after_help = transfer::SNAPSHOT)]
+    Restore(transfer::Restore),
     /// Print a completion script for a shell
     #[command(after_help = "Example for bash: millpond completions bash > /etc/bash_completion.d/millpond")]
     Completions {
@@ -77,6 +93,12 @@ pub enum CommandError {
     /// The load could not be run.
     #[error(transparent)]
     Bench(#[from] bench::BenchError),
+    /// A comparison could not be made, or found differences.
+    #[error(transparent)]
+    Check(#[from] check::CheckError),
+    /// A store could not be copied.
+    #[error(transparent)]
+    Transfer(#[from] transfer::TransferError),
     /// Standard output is closed or full.
     #[error("standard output: {0}")]
     Output(#[from] io::Error),
@@ -112,6 +134,10 @@ fn execute(command: Command) -> Result<(), CommandError> {
             print(show::to_toml(&loaded)?.as_bytes())
         }
         Command::Bench(bench) => print(bench::run(&bench)?.as_bytes()),
+        Command::Check(check) => print(check::run(&check)?.as_bytes()),
+        Command::Import(import) => print(transfer::import(&import)?.as_bytes()),
+        Command::Export(export) => print(transfer::export(&export)?.as_bytes()),
+        Command::Restore(restore) => print(transfer::restore(&restore)?.as_bytes()),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "millpond", &mut script);

@@ -14,7 +14,6 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    check::AutoCompaction,
     error::ConfigError,
     sources::{Loaded, Origin, Sources},
     values::LogFormat,
@@ -176,7 +175,7 @@ impl Config {
     }
 
     /// The embedded store's automatic compaction, with the meanings of etcd's flags. None: off.
-    pub fn auto_compaction(&self) -> Option<AutoCompaction> {
+    pub fn auto_compaction(&self) -> Option<crate::sql::AutoCompaction> {
         check::auto_compaction(self).ok().flatten()
     }
 }

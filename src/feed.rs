@@ -70,6 +70,8 @@ pub struct Demand {
     pub compacted: Revision,
     /// Grows when an answer contradicted the view: continuity is to be proven anew.
     pub doubts: u64,
+    /// Grows when the state was found to differ from the upstream's: it is to be thrown away.
+    pub rebuilds: u64,
 }
 
 /// Why an attempt ended.
@@ -112,6 +114,8 @@ pub struct Feed {
     started: Instant,
     /// When to try again to build an index that was too large, and how long to wait if it still is.
     retry_index: Option<(Instant, Duration)>,
+    /// How many demands to rebuild have been met.
+    rebuilt: u64,
 }
 
 /// Between two attempts while nothing works.
@@ -131,7 +135,7 @@ impl Feed {
     ) -> (Self, watch::Receiver<Phase>) {
         let (phase, phases) = watch::channel(Phase::Cold);
         let started = Instant::now();
-        (Self { upstream, settings, writer, demand, phase, metrics, started, retry_index: None }, phases)
+        (Self { upstream, settings, writer, demand, phase, metrics, started, retry_index: None, rebuilt: 0 }, phases)
     }
 
     /// Follows the upstream for ever.
@@ -222,7 +226,12 @@ impl Feed {
             self.enter(Phase::Proving);
         }
         let header = self.examine(at).await?;
-        match self.continuity(at, &header).await? {
+        let rebuilds = self.demand.borrow().rebuilds;
+        let continuity = match rebuilds == self.rebuilt {
+            true => self.continuity(at, &header).await?,
+            false => Continuity::Broken("the state was found to differ"),
+        };
+        match continuity {
             Continuity::Proven => self.retry_index(at).await?,
             Continuity::Nothing => self.load(at, &header).await?,
             Continuity::Doubtful => self.reload(at, &header).await?,
@@ -231,6 +240,7 @@ impl Feed {
                 self.load(at, &header).await?;
             }
         }
+        self.rebuilt = rebuilds;
         self.note_responder(&header);
         self.follow(at).await
     }

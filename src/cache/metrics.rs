@@ -2,7 +2,7 @@
 
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry};
 
-/// Counters of consistent reads.
+/// Counters of consistent reads and of consistency checks.
 #[derive(Clone, Debug)]
 pub struct Metrics {
     /// Readers that waited for proof of how far the cluster has got.
@@ -11,6 +11,8 @@ pub struct Metrics {
     pub(super) questions: IntCounterVec,
     /// How long a question took.
     pub(super) seconds: Histogram,
+    /// Consistency checks, by result.
+    pub(super) checks: IntCounterVec,
 }
 
 impl Metrics {
@@ -31,9 +33,14 @@ impl Metrics {
             HistogramOpts::new("millpond_cache_consensus_seconds", "How long such a question took.")
                 .buckets(prometheus::exponential_buckets(0.0001, 2.0, 16)?),
         )?;
+        let checks = IntCounterVec::new(
+            Opts::new("millpond_cache_checks_total", "Comparisons of the cache with the upstream, by result."),
+            &["result"],
+        )?;
+        registry.register(Box::new(checks.clone()))?;
         registry.register(Box::new(readers.clone()))?;
         registry.register(Box::new(questions.clone()))?;
         registry.register(Box::new(seconds.clone()))?;
-        Ok(Self { readers, questions, seconds })
+        Ok(Self { readers, questions, seconds, checks })
     }
 }

@@ -102,6 +102,13 @@ impl Prefix {
         }
     }
 
+    /// Lets the feed throw the state of `seen`'s history away, for it differs from the upstream's.
+    pub(super) fn rebuild(&self, seen: Position) {
+        if self.store.view().position.epoch == seen.epoch {
+            self.demand.send_modify(|demand| demand.rebuilds += 1);
+        }
+    }
+
     pub(super) fn note_compacted(&self, revision: Revision) {
         self.demand.send_if_modified(|demand| {
             let higher = demand.compacted < revision;

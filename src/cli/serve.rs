@@ -9,10 +9,10 @@ use tokio_util::sync::CancellationToken;
 use super::signals;
 use crate::{
     cache::{self, Cache},
-    config::Config,
+    config::{Config, DEFAULT_DATA_DIR},
     server::{
         self,
-        admin::{self, Admin},
+        admin::{self, Admin, ConsistencyCheck},
         health::{HealthService, Readiness},
         kv::{self, Kv},
         leader::Leader,
@@ -21,9 +21,10 @@ use crate::{
         router::{Router, mind_readiness},
         watch::Watch,
     },
+    sql::{self, Engine, SqlError},
     store::{KeyRange, Limits},
     telemetry::{Telemetry, TelemetryError},
-    upstream::{self, Upstream, UpstreamError},
+    upstream::{self, Endpoint, Upstream, UpstreamError},
 };
 
 /// Shown below the help of `serve`.
@@ -52,6 +53,9 @@ pub enum ServeError {
     /// The upstream cannot be set up.
     #[error(transparent)]
     Upstream(#[from] UpstreamError),
+    /// The embedded store cannot be opened.
+    #[error("data-dir: {0}")]
+    Store(#[from] SqlError),
     /// Two parts want metrics of the same name.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
@@ -109,17 +113,45 @@ pub async fn serve(config: Config, telemetry: Telemetry, shutdown: CancellationT
     }
     let (readiness, ready) = watch::channel(Readiness { reason: "starting".to_owned(), ..Readiness::default() });
     let registry = telemetry.registry.clone();
-    let admin = Admin { readiness: ready.clone(), registry: registry.clone(), check: None };
-    let admin = tokio::spawn(admin::serve(admin_listener, admin, shutdown.clone()));
-    let upstream = Upstream::start(upstream_settings(&config)?, &registry)?;
+    let embedded = embedded_store(&config, listener.local_addr().ok(), &registry)?;
+    let upstream = Upstream::start(upstream_settings(&config, embedded.as_ref())?, &registry)?;
     let cache = Cache::start(upstream.clone(), cache_settings(&config), &registry)?;
+    let check = Some(Arc::new(cache.clone()) as Arc<dyn ConsistencyCheck>);
+    let admin = Admin { readiness: ready.clone(), registry: registry.clone(), check };
+    let admin = tokio::spawn(admin::serve(admin_listener, admin, shutdown.clone()));
     let minding = tokio::spawn(mind_readiness(cache.clone(), readiness, shutdown.clone()));
     let router = Arc::new(router(&config, cache, ready, &registry, &shutdown)?);
     let metrics = listener::Metrics::register(&registry)?;
     listener::serve(listener, router, listener_settings(&config), metrics, shutdown).await;
     // Both end with the same token.
     let _ = tokio::join!(admin, minding);
+    if let Some(embedded) = embedded {
+        embedded.close().await;
+    }
     Ok(())
+}
+
+/// The store within the process, when no endpoints are given.
+fn embedded_store(
+    config: &Config,
+    listening: Option<SocketAddr>,
+    registry: &Registry,
+) -> Result<Option<Engine>, ServeError> {
+    if !config.endpoints.is_empty() {
+        return Ok(None);
+    }
+    let dir = config.data_dir.clone().unwrap_or_else(|| DEFAULT_DATA_DIR.into());
+    let listening = listening.map(|address| format!("http://{address}"));
+    let options = sql::Options {
+        quota_bytes: config.quota_backend_bytes.map_or(sql::Options::default().quota_bytes, |bytes| bytes as i64),
+        max_request_bytes: config.max_request_bytes as usize,
+        progress_interval: config.progress_interval,
+        auto_compaction: config.auto_compaction(),
+        client_urls: config.advertise_client_url.clone().or(listening).into_iter().collect(),
+        metrics: sql::Metrics::register(registry)?,
+        ..sql::Options::default()
+    };
+    Ok(Some(Engine::open(&dir, options)?))
 }
 
 fn router(
@@ -149,8 +181,11 @@ fn router(
     })
 }
 
-fn upstream_settings(config: &Config) -> Result<upstream::Settings, UpstreamError> {
-    let endpoints = config.endpoints.iter().map(|endpoint| endpoint.parse()).collect::<Result<_, _>>()?;
+fn upstream_settings(config: &Config, embedded: Option<&Engine>) -> Result<upstream::Settings, UpstreamError> {
+    let endpoints = match embedded.cloned() {
+        Some(engine) => vec![Endpoint::InProcess(Arc::new(move || Ok(engine.connect())))],
+        None => config.endpoints.iter().map(|endpoint| endpoint.parse()).collect::<Result<_, _>>()?,
+    };
     Ok(upstream::Settings {
         connect_timeout: config.connect_timeout,
         keepalive_interval: config.upstream_keepalive_interval,
@@ -174,6 +209,7 @@ fn cache_settings(config: &Config) -> cache::Settings {
         floor_patience: Duration::from_millis(100),
         view_patience: Duration::from_secs(3),
         consensus_patience: config.read_timeout,
+        check_interval: config.check_interval,
     }
 }
 

@@ -3,21 +3,13 @@
 use std::{net::SocketAddr, time::Duration};
 
 use super::{Config, ConfigError, Loaded, units::parse_span};
+use crate::sql::AutoCompaction;
 
 /// etcd closes connections whose clients ping more often than this, by its default.
 const SHORTEST_UPSTREAM_PING: Duration = Duration::from_secs(5);
 
 /// etcd's own lower bound of the progress interval.
 const SHORTEST_PROGRESS: Duration = Duration::from_millis(100);
-
-/// When the embedded store compacts by itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AutoCompaction {
-    /// Keep this much time.
-    Period(Duration),
-    /// Keep this many revisions.
-    Revisions(i64),
-}
 
 /// The first contradiction found, if any.
 pub fn check(loaded: &Loaded) -> Result<(), ConfigError> {
@@ -97,7 +89,7 @@ pub fn auto_compaction(config: &Config) -> Result<Option<AutoCompaction>, (&'sta
                 Ok(hours) => Duration::from_secs(u64::from(hours) * 3600),
                 Err(_) => parse_span(keep).map_err(|_| retention("is neither a duration nor a number of hours"))?,
             };
-            Ok((!span.is_zero()).then_some(AutoCompaction::Period(span)))
+            Ok((!span.is_zero()).then_some(AutoCompaction::Periodic(span)))
         }
         "revision" => {
             let count = keep.parse::<i64>().ok().filter(|&count| count >= 0);
@@ -143,8 +135,8 @@ mod tests {
                 (c.auto_compaction_mode, c.auto_compaction_retention) = (Some(mode.into()), Some(keep.into()));
             }))
         };
-        assert_eq!(read("periodic", "2"), Ok(Some(AutoCompaction::Period(Duration::from_secs(7200)))));
-        assert_eq!(read("periodic", "5m"), Ok(Some(AutoCompaction::Period(Duration::from_secs(300)))));
+        assert_eq!(read("periodic", "2"), Ok(Some(AutoCompaction::Periodic(Duration::from_secs(7200)))));
+        assert_eq!(read("periodic", "5m"), Ok(Some(AutoCompaction::Periodic(Duration::from_secs(300)))));
         assert_eq!(read("revision", "1000"), Ok(Some(AutoCompaction::Revisions(1000))));
         assert_eq!(read("revision", "0"), Ok(None));
         assert_eq!(read("revision", "5m").unwrap_err().0, "auto-compaction-retention");

@@ -164,6 +164,9 @@ impl Feed {
     /// Looks at what others need.
     fn heed(&mut self, doubts: u64) -> Result<(), End> {
         let demand: Demand = *self.demand.borrow_and_update();
+        if demand.rebuilds != self.rebuilt {
+            return Err(End::Again("the state was found to differ from the upstream's"));
+        }
         if demand.doubts != doubts {
             return Err(End::Again("an answer contradicted the view"));
         }

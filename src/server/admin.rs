@@ -20,7 +20,6 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use prometheus::{Registry, TextEncoder};
-use serde::Serialize;
 use serde_json::json;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -29,6 +28,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 pub use super::health::Readiness;
+use crate::cache::{Cache, CheckReport};
 
 /// Connections at a time: far more than probes and scrapers need, few enough to cost nothing.
 const MAX_CONNECTIONS: usize = 256;
@@ -42,21 +42,16 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// Pause after a failed accept, so that running out of file descriptors does not become a busy loop.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// What a consistency check found.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct CheckReport {
-    /// The revision at which both sides were compared.
-    pub revision: i64,
-    /// Keys compared.
-    pub keys: u64,
-    /// The first keys that differ, as text. Empty: both sides are the same.
-    pub differing: Vec<String>,
-}
-
 /// Compares the cache with the upstream when an operator asks.
 pub trait ConsistencyCheck: Send + Sync {
     /// Runs one check to its end. The error says why it could not be run, in a sentence for the operator.
     fn check(&self) -> BoxFuture<'_, Result<CheckReport, String>>;
+}
+
+impl ConsistencyCheck for Cache {
+    fn check(&self) -> BoxFuture<'_, Result<CheckReport, String>> {
+        Box::pin(async { Cache::check(self).await.map_err(|error| error.to_string()) })
+    }
 }
 
 /// What the port shows.

@@ -58,7 +58,11 @@ pub struct Script {
 
 impl Script {
     pub async fn new(twins: &Twins, seed: u64) -> Self {
-        let (reference, subject) = (twins.reference.client(0), twins.subject.client());
+        Self::between(twins.reference.client(0), twins.subject.client(), seed).await
+    }
+
+    /// On two servers with equal ids and equal empty stores.
+    pub async fn between(reference: Client, subject: Client, seed: u64) -> Self {
         let recorder = WatchStream::open(&reference).await;
         recorder.create(WatchCreateRequest { prev_kv: true, ..create("\0", "\0", 1) });
         let mut script = Self {

@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use millpond::cli::bench::{
-    report::Report,
-    requests::{Keys, Shape, reads},
+use millpond::{
+    cli::bench::{
+        report::Report,
+        requests::{Keys, Shape, reads},
+    },
+    proto::etcdserverpb::RangeRequest,
 };
-
-use millpond::proto::etcdserverpb::RangeRequest;
 
 use super::{RowKind, reads, watches};
 use crate::{

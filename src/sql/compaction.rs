@@ -1,0 +1,107 @@
+//! Removes, in small steps between writes, what the compacted revision has made superfluous.
+//!
+//! A compaction at C keeps, of every key, its newest version at or before C, unless that is a deletion before C. The work
+//! walks the log from the last compaction to C: each event there makes the older versions of its key superfluous, and a
+//! deletion makes itself so. Like etcd since 3.5.18, a deletion exactly at C stays for watchers that resume there, and goes
+//! with the next compaction.
+
+use std::ops::ControlFlow;
+
+use bytes::Bytes;
+
+use super::{
+    backend::{EventId, Meta, Reader, Writer},
+    error::SqlError,
+};
+
+/// Log entries looked at in one step while writers wait.
+const BUSY_STEP: usize = 64;
+
+/// Log entries looked at in one step while nobody waits.
+const IDLE_STEP: usize = 512;
+
+/// Where compaction stands.
+#[derive(Clone, Copy, Debug)]
+struct Stand {
+    /// The revision that the last finished compaction was for.
+    done: i64,
+    /// The next log entry to look at.
+    cursor: EventId,
+}
+
+/// The compaction under way, if any.
+#[derive(Debug)]
+pub struct Compaction {
+    durable: Stand,
+    current: Stand,
+}
+
+impl Compaction {
+    /// Reads where the last run left off.
+    pub fn open(store: &mut dyn Reader) -> Result<Self, SqlError> {
+        let done = store.meta(Meta::CompactionDone)?.unwrap_or(-1);
+        let cursor = EventId(store.meta(Meta::CompactionCursor)?.unwrap_or(0));
+        let stand = Stand { done, cursor };
+        Ok(Self { durable: stand, current: stand })
+    }
+
+    /// Whether something remains to be removed for the compacted revision `target`.
+    pub fn is_pending(&self, target: i64) -> bool {
+        self.current.done < target
+    }
+
+    /// The revision that the last finished compaction was for, -1 before the first.
+    pub fn done(&self) -> i64 {
+        self.durable.done
+    }
+
+    /// Takes one step inside an open write transaction. Returns how many events it removed.
+    pub fn step(&mut self, store: &mut dyn Writer, target: i64, idle: bool) -> Result<u64, SqlError> {
+        let limit = if idle { IDLE_STEP } else { BUSY_STEP };
+        let seen = upcoming(store, self.current.cursor, target, limit)?;
+        let mut removed = 0;
+        for (key, id, is_deletion) in &seen {
+            for older in store.older(key, *id)? {
+                store.remove(key, older)?;
+                removed += 1;
+            }
+            if *is_deletion && id.revision() < target {
+                store.remove(key, *id)?;
+                removed += 1;
+            }
+        }
+        match seen.last() {
+            Some((_, last, _)) if seen.len() == limit => self.current.cursor = EventId(last.0.saturating_add(1)),
+            _ => {
+                self.current = Stand { done: target, cursor: EventId::first(target) };
+                store.set_meta(Meta::CompactionDone, target)?;
+            }
+        }
+        store.set_meta(Meta::CompactionCursor, self.current.cursor.0)?;
+        Ok(removed)
+    }
+
+    /// The step is durable.
+    pub fn committed(&mut self) {
+        self.durable = self.current;
+    }
+
+    /// The step was undone.
+    pub fn rolled_back(&mut self) {
+        self.current = self.durable;
+    }
+}
+
+fn upcoming(
+    store: &mut dyn Writer,
+    from: EventId,
+    target: i64,
+    limit: usize,
+) -> Result<Vec<(Bytes, EventId, bool)>, SqlError> {
+    let mut seen = Vec::with_capacity(limit);
+    store.log(from, EventId::last(target), &mut |record| {
+        seen.push((record.key, record.version.id, record.version.is_deletion()));
+        if seen.len() == limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    Ok(seen)
+}

@@ -1,0 +1,156 @@
+//! The Maintenance service.
+
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response};
+
+use super::Services;
+use crate::{
+    proto::etcdserverpb::{
+        AlarmMember, AlarmRequest, AlarmResponse, AlarmType, DefragmentRequest, DefragmentResponse, DowngradeInfo,
+        DowngradeRequest, DowngradeResponse, HashKvRequest, HashKvResponse, HashRequest, HashResponse,
+        MoveLeaderRequest, MoveLeaderResponse, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
+        alarm_request::AlarmAction, downgrade_request::DowngradeAction, maintenance_server::Maintenance,
+    },
+    sql::{hash, quota, snapshot, transaction::Transaction},
+    status::Status,
+};
+
+/// The etcd whose API this is: clients switch features on by it.
+pub const VERSION: &str = "3.7.1";
+
+const NO_MEMBER: Status = Status::fixed(Code::NotFound, "etcdserver: member not found");
+const BAD_TRANSFEREE: Status = Status::fixed(Code::FailedPrecondition, "etcdserver: bad leader transferee");
+const BAD_DOWNGRADE: Status = Status::fixed(Code::InvalidArgument, "etcdserver: invalid downgrade target version");
+const NO_DOWNGRADE: Status = Status::fixed(Code::FailedPrecondition, "etcdserver: no inflight downgrade job");
+
+/// The alarms that can be on.
+const ALARMS: [AlarmType; 2] = [AlarmType::Nospace, AlarmType::Corrupt];
+
+#[tonic::async_trait]
+impl Maintenance for Services {
+    async fn alarm(&self, request: Request<AlarmRequest>) -> Result<Response<AlarmResponse>, tonic::Status> {
+        let request = request.into_inner();
+        let alarm = AlarmType::try_from(request.alarm).unwrap_or(AlarmType::None);
+        let alarms = match AlarmAction::try_from(request.action) {
+            Ok(AlarmAction::Get) => {
+                let all = self.alarms_on();
+                all.into_iter().filter(|on| alarm == AlarmType::None || on.alarm == request.alarm).collect()
+            }
+            Ok(action) => self.switch_alarm(action, request.member_id, alarm).await?,
+            Err(_) => Vec::new(),
+        };
+        Ok(Response::new(AlarmResponse { header: Some(self.engine.state().header()), alarms }))
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, tonic::Status> {
+        let size = self.engine.read(|store, _| Ok(store.size()?)).await?;
+        let state = self.engine.state();
+        let index = state.position().current.cast_unsigned();
+        Ok(Response::new(StatusResponse {
+            header: Some(state.header()),
+            version: VERSION.to_owned(),
+            db_size: size.total,
+            leader: state.identity.member_id,
+            raft_index: index,
+            raft_term: state.identity.term,
+            raft_applied_index: index,
+            errors: self.alarms_on().iter().map(describe).collect(),
+            db_size_in_use: size.used,
+            is_learner: false,
+            storage_version: String::new(),
+            db_size_quota: state.options.quota_bytes,
+            downgrade_info: Some(DowngradeInfo::default()),
+        }))
+    }
+
+    async fn defragment(&self, _: Request<DefragmentRequest>) -> Result<Response<DefragmentResponse>, tonic::Status> {
+        let size = self
+            .engine
+            .alone(|store| {
+                store.defragment()?;
+                store.size()
+            })
+            .await?;
+        self.engine.state().set_size(size.total);
+        tracing::info!(bytes = size.total, "defragmented");
+        Ok(Response::new(DefragmentResponse { header: None }))
+    }
+
+    async fn hash(&self, _: Request<HashRequest>) -> Result<Response<HashResponse>, tonic::Status> {
+        let (hash, revision) = self.engine.read(|store, at| Ok((hash::whole(store, at)?, at.current))).await?;
+        Ok(Response::new(HashResponse { header: Some(self.engine.state().header_at(revision)), hash }))
+    }
+
+    async fn hash_kv(&self, request: Request<HashKvRequest>) -> Result<Response<HashKvResponse>, tonic::Status> {
+        let revision = request.into_inner().revision;
+        let hashed = self.engine.read(move |store, at| hash::at(store, at, revision)).await?;
+        let header = Some(self.engine.state().header_at(hashed.current));
+        let hash::Hashed { hash, compact_revision, hash_revision, .. } = hashed;
+        Ok(Response::new(HashKvResponse { header, hash, compact_revision, hash_revision }))
+    }
+
+    type SnapshotStream = ReceiverStream<Result<SnapshotResponse, tonic::Status>>;
+
+    async fn snapshot(&self, _: Request<SnapshotRequest>) -> Result<Response<Self::SnapshotStream>, tonic::Status> {
+        Ok(Response::new(snapshot::stream(&self.engine).await?))
+    }
+
+    async fn move_leader(
+        &self,
+        request: Request<MoveLeaderRequest>,
+    ) -> Result<Response<MoveLeaderResponse>, tonic::Status> {
+        if request.into_inner().target_id != self.engine.state().identity.member_id {
+            return Err(BAD_TRANSFEREE.into());
+        }
+        Ok(Response::new(MoveLeaderResponse { header: None }))
+    }
+
+    async fn downgrade(
+        &self,
+        request: Request<DowngradeRequest>,
+    ) -> Result<Response<DowngradeResponse>, tonic::Status> {
+        let cancels = DowngradeAction::try_from(request.into_inner().action) == Ok(DowngradeAction::Cancel);
+        Err(if cancels { NO_DOWNGRADE } else { BAD_DOWNGRADE }.into())
+    }
+}
+
+impl Services {
+    fn alarms_on(&self) -> Vec<AlarmMember> {
+        let (on, member_id) = (self.engine.state().alarms(), self.engine.state().identity.member_id);
+        let on = ALARMS.into_iter().filter(|alarm| on & quota::bit(*alarm) != 0);
+        on.map(|alarm| AlarmMember { member_id, alarm: alarm.into() }).collect()
+    }
+
+    /// Switches an alarm and returns it if etcd would: when switched on, or off and it was on.
+    async fn switch_alarm(
+        &self,
+        action: AlarmAction,
+        member_id: u64,
+        alarm: AlarmType,
+    ) -> Result<Vec<AlarmMember>, Status> {
+        let is_self = member_id == self.engine.state().identity.member_id;
+        let (activates, bit) = (action == AlarmAction::Activate, quota::bit(alarm));
+        if activates && !is_self {
+            return Err(NO_MEMBER);
+        }
+        if alarm == AlarmType::None || !is_self {
+            return Ok(Vec::new());
+        }
+        let switch = move |transaction: &mut Transaction<'_>| {
+            let before = transaction.alarms();
+            let after = if activates { before | bit } else { before & !bit };
+            if after != before {
+                transaction.set_alarms(after)?;
+            }
+            Ok(activates || after != before)
+        };
+        let shown = self.engine.write(0, switch).await?;
+        Ok(if shown { vec![AlarmMember { member_id, alarm: alarm.into() }] } else { Vec::new() })
+    }
+}
+
+/// An alarm as etcd's Status prints it.
+fn describe(alarm: &AlarmMember) -> String {
+    let name = AlarmType::try_from(alarm.alarm).unwrap_or_default().as_str_name();
+    format!("memberID:{} alarm:{name} ", alarm.member_id)
+}

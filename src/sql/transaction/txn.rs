@@ -1,0 +1,232 @@
+//! Transactions: which branches are taken, whether they can be carried out, and carrying them out.
+//!
+//! As in etcd, all compares of all levels are decided before anything is written, and so is every refusal; the branches
+//! then run in order, each operation seeing what the ones before it wrote.
+
+use std::{cmp::Ordering, ops::ControlFlow, vec::IntoIter};
+
+use bytes::Bytes;
+
+use super::Transaction;
+use crate::{
+    proto::etcdserverpb::{
+        Compare, RequestOp, ResponseOp, TxnRequest, TxnResponse,
+        compare::{CompareResult, CompareTarget, TargetUnion},
+        request_op::Request,
+        response_op::Response,
+    },
+    sql::{
+        backend::{EventId, Reader, Version},
+        error::{Fault, SqlError},
+        key::KeyRange,
+        range::{self, Position, header},
+    },
+    status::Status,
+};
+
+/// Whether a transaction consists of ranges alone, so that it needs no write. As in etcd, one with a nested transaction does
+/// not count.
+pub fn is_read_only(request: &TxnRequest) -> bool {
+    let is_range = |op: &RequestOp| matches!(op.request, Some(Request::RequestRange(_)));
+    request.success.iter().chain(&request.failure).all(is_range)
+}
+
+/// Answers a transaction for which [`is_read_only`] holds, from `store` alone.
+pub fn read_only(store: &mut dyn Reader, request: TxnRequest, at: Position) -> Result<TxnResponse, Fault> {
+    let succeeded = holds(store, &request.compare, at)?;
+    let ops = if succeeded { request.success } else { request.failure };
+    let mut responses = Vec::with_capacity(ops.len());
+    let ranges =
+        || ops.iter().filter_map(|op| if let Some(Request::RequestRange(r)) = &op.request { Some(r) } else { None });
+    for request in ranges() {
+        check_revision(request.revision, at)?;
+    }
+    for request in ranges() {
+        responses.push(respond(Response::ResponseRange(range::evaluate(store, request, at)?)));
+    }
+    Ok(TxnResponse { header: header(at.current), succeeded, responses })
+}
+
+/// The branches taken, one for each transaction met on the way, outer before inner and in order.
+type Path = Vec<bool>;
+
+impl Transaction<'_> {
+    /// Carries out a transaction that has passed [`crate::sql::validate::txn`].
+    pub fn txn(&mut self, request: TxnRequest) -> Result<TxnResponse, Fault> {
+        let mut path = Path::new();
+        self.decide(&request, &mut path)?;
+        self.check(&request, &mut path.clone().into_iter())?;
+        let mut response = if can_fail_midway(&request) {
+            self.execute_undoably(request, path)?
+        } else {
+            self.execute(request, &mut path.into_iter())?
+        };
+        response.header = header(self.position().current);
+        self.seal();
+        Ok(response)
+    }
+
+    fn execute_undoably(&mut self, request: TxnRequest, path: Path) -> Result<TxnResponse, Fault> {
+        self.store.savepoint()?;
+        match self.execute(request, &mut path.into_iter()) {
+            Ok(response) => {
+                self.store.release()?;
+                Ok(response)
+            }
+            Err(fault) => {
+                self.draft.clear();
+                self.store.rollback_to_savepoint()?;
+                Err(fault)
+            }
+        }
+    }
+
+    fn decide(&mut self, request: &TxnRequest, path: &mut Path) -> Result<(), Fault> {
+        let position = self.position();
+        let succeeded = holds(self.store, &request.compare, position)?;
+        path.push(succeeded);
+        for op in branch(request, succeeded) {
+            if let Some(Request::RequestTxn(nested)) = &op.request {
+                self.decide(nested, path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&mut self, request: &TxnRequest, path: &mut IntoIter<bool>) -> Result<(), Fault> {
+        let succeeded = path.next().unwrap_or_default();
+        for op in branch(request, succeeded) {
+            match &op.request {
+                Some(Request::RequestRange(range)) => check_revision(range.revision, self.at)?,
+                Some(Request::RequestPut(put)) => self.check_put(put)?,
+                Some(Request::RequestTxn(nested)) => self.check(nested, path)?,
+                Some(Request::RequestDeleteRange(_)) | None => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn execute(&mut self, request: TxnRequest, path: &mut IntoIter<bool>) -> Result<TxnResponse, Fault> {
+        let succeeded = path.next().unwrap_or_default();
+        let ops = if succeeded { request.success } else { request.failure };
+        let mut responses = Vec::with_capacity(ops.len());
+        for op in ops {
+            responses.push(match op.request {
+                Some(Request::RequestRange(request)) => {
+                    let position = self.position();
+                    respond(Response::ResponseRange(range::evaluate(self.store, &request, position)?))
+                }
+                Some(Request::RequestPut(request)) => respond(Response::ResponsePut(self.write_put(request)?)),
+                Some(Request::RequestDeleteRange(request)) => {
+                    respond(Response::ResponseDeleteRange(self.write_delete(&request)?))
+                }
+                Some(Request::RequestTxn(request)) => respond(Response::ResponseTxn(self.execute(request, path)?)),
+                None => ResponseOp { response: None },
+            });
+        }
+        Ok(TxnResponse { header: header(0), succeeded, responses })
+    }
+}
+
+/// Whether an operation can still be refused after an earlier one has written: a deletion that is too large, or a put whose
+/// key an earlier operation deleted.
+fn can_fail_midway(request: &TxnRequest) -> bool {
+    request.success.iter().chain(&request.failure).any(|op| match &op.request {
+        Some(Request::RequestPut(put)) => put.ignore_value || put.ignore_lease,
+        Some(Request::RequestDeleteRange(_) | Request::RequestTxn(_)) => true,
+        Some(Request::RequestRange(_)) | None => false,
+    })
+}
+
+fn respond(response: Response) -> ResponseOp {
+    ResponseOp { response: Some(response) }
+}
+
+fn branch(request: &TxnRequest, succeeded: bool) -> &[RequestOp] {
+    if succeeded { &request.success } else { &request.failure }
+}
+
+/// Refuses a range's revision before anything is executed. etcd takes any revision but 0 literally here, so that -1 passes
+/// before the first compaction only.
+fn check_revision(revision: i64, at: Position) -> Result<(), Status> {
+    match revision {
+        0 => Ok(()),
+        _ if revision > at.current => Err(Status::FUTURE_REVISION),
+        _ if revision < at.compacted => Err(Status::COMPACTED),
+        _ => Ok(()),
+    }
+}
+
+fn holds(store: &mut dyn Reader, compares: &[Compare], at: Position) -> Result<bool, Fault> {
+    for compare in compares {
+        if !compare_holds(store, compare, EventId::last(at.current))? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Whether a compare holds for every key of its range. With no key there it is put to the number 0; a value compared with
+/// nothing never holds.
+fn compare_holds(store: &mut dyn Reader, compare: &Compare, bound: EventId) -> Result<bool, SqlError> {
+    let range = KeyRange::new(&compare.key, &compare.range_end);
+    if compare.target == i32::from(CompareTarget::Value) {
+        return values_hold(store, compare, &range, bound);
+    }
+    let (mut any, mut all) = (false, true);
+    store.scan(&range, bound, &mut |_, version| {
+        any = true;
+        all = number_holds(compare, Some(version));
+        if all { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    })?;
+    Ok(if any { all } else { number_holds(compare, None) })
+}
+
+fn values_hold(store: &mut dyn Reader, compare: &Compare, range: &KeyRange, bound: EventId) -> Result<bool, SqlError> {
+    let mut ids = Vec::new();
+    store.scan(range, bound, &mut |_, version| {
+        ids.push(version.id);
+        ControlFlow::Continue(())
+    })?;
+    let wanted = match &compare.target_union {
+        Some(TargetUnion::Value(value)) => value.clone(),
+        _ => Bytes::new(),
+    };
+    for id in &ids {
+        if !result_holds(compare, range::fetch_record(store, *id)?.value.cmp(&wanted)) {
+            return Ok(false);
+        }
+    }
+    Ok(!ids.is_empty())
+}
+
+fn number_holds(compare: &Compare, version: Option<Version>) -> bool {
+    let field = |read: fn(Version) -> i64| version.map_or(0, read);
+    let ordering = match (CompareTarget::try_from(compare.target), &compare.target_union) {
+        (Ok(CompareTarget::Version), union) => {
+            field(|v| v.version).cmp(&if let Some(TargetUnion::Version(n)) = union { *n } else { 0 })
+        }
+        (Ok(CompareTarget::Create), union) => {
+            field(|v| v.create_revision).cmp(&if let Some(TargetUnion::CreateRevision(n)) = union { *n } else { 0 })
+        }
+        (Ok(CompareTarget::Mod), union) => {
+            field(|v| v.id.revision()).cmp(&if let Some(TargetUnion::ModRevision(n)) = union { *n } else { 0 })
+        }
+        (Ok(CompareTarget::Lease), union) => {
+            field(|v| v.lease).cmp(&if let Some(TargetUnion::Lease(n)) = union { *n } else { 0 })
+        }
+        (Ok(CompareTarget::Value) | Err(_), _) => Ordering::Equal,
+    };
+    result_holds(compare, ordering)
+}
+
+/// Puts an ordering to a compare's operator; as in etcd, an unknown operator holds.
+fn result_holds(compare: &Compare, ordering: Ordering) -> bool {
+    match CompareResult::try_from(compare.result) {
+        Ok(CompareResult::Equal) => ordering.is_eq(),
+        Ok(CompareResult::NotEqual) => ordering.is_ne(),
+        Ok(CompareResult::Greater) => ordering.is_gt(),
+        Ok(CompareResult::Less) => ordering.is_lt(),
+        Err(_) => true,
+    }
+}

@@ -1,0 +1,117 @@
+//! One watcher of a stream.
+
+use super::events::{Chunk, Previous};
+use crate::{
+    proto::{
+        etcdserverpb::{WatchCreateRequest, watch_create_request::FilterType},
+        mvccpb::{Event, event::EventType},
+    },
+    sql::key::KeyRange,
+};
+
+/// How far a watcher has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// It reads what happened before it was created.
+    CatchingUp,
+    /// It has once been up to date.
+    Live,
+    /// What it needed next is compacted; it waits to be cancelled.
+    Compacted,
+}
+
+/// What a watcher wants and where it stands.
+#[derive(Debug)]
+pub struct Watcher {
+    /// The keys that it watches.
+    pub range: KeyRange,
+    /// The revision that it asked to start at; 0 for now.
+    pub start: i64,
+    /// The next revision that it has not been sent.
+    pub next: i64,
+    /// Whether events come with the previous pair.
+    pub prev_kv: bool,
+    /// Whether large responses may be cut.
+    pub fragment: bool,
+    no_put: bool,
+    no_delete: bool,
+    progress_notify: bool,
+    /// Whether events went out since the last progress tick.
+    busy: bool,
+    stage: Stage,
+}
+
+impl Watcher {
+    /// A watcher created while `current` is the latest revision.
+    pub fn new(request: &WatchCreateRequest, range: KeyRange, current: i64) -> Self {
+        let start = request.start_revision;
+        let live = start == 0 || start > current;
+        let filters = |filter: FilterType| request.filters.contains(&filter.into());
+        Self {
+            range,
+            start,
+            next: if start == 0 { current.saturating_add(1) } else { start },
+            prev_kv: request.prev_kv,
+            fragment: request.fragment,
+            no_put: filters(FilterType::Noput),
+            no_delete: filters(FilterType::Nodelete),
+            progress_notify: request.progress_notify,
+            busy: false,
+            stage: if live { Stage::Live } else { Stage::CatchingUp },
+        }
+    }
+
+    /// Whether it has once been up to date and still can be.
+    pub fn is_live(&self) -> bool {
+        self.stage == Stage::Live
+    }
+
+    /// Whether there may be something to send, `current` being the latest revision.
+    pub fn is_behind(&self, current: i64) -> bool {
+        self.stage != Stage::Compacted && self.next <= current
+    }
+
+    /// What it needs is gone.
+    pub fn set_compacted(&mut self) {
+        self.stage = Stage::Compacted;
+    }
+
+    /// Whether a progress tick concerns it.
+    pub fn take_progress(&mut self, current: i64) -> bool {
+        let busy = std::mem::take(&mut self.busy);
+        self.progress_notify && !busy && self.is_live() && self.start <= current
+    }
+
+    /// The responses that a stretch of history makes for it, each with the revision of its header: when live, one for each
+    /// revision; when catching up, one for all at the store's revision.
+    pub fn advance(&mut self, chunk: &Chunk, previous: &Previous, current: i64) -> Vec<(i64, Vec<Event>)> {
+        let mut responses: Vec<(i64, Vec<Event>)> = Vec::new();
+        let separate = self.is_live();
+        for revision in chunk.revisions.iter().filter(|revision| revision.revision >= self.next) {
+            let numbered = revision.events.iter().enumerate().filter(|(_, event)| self.wants(event));
+            let events = numbered.map(|(sub, event)| self.dress(event, previous.get(&(revision.revision, sub))));
+            match responses.last_mut() {
+                Some((_, all)) if !separate => all.extend(events),
+                _ => responses.push((if separate { revision.revision } else { current }, events.collect())),
+            }
+        }
+        responses.retain(|(_, events)| !events.is_empty());
+        self.busy |= !responses.is_empty();
+        self.next = chunk.last.saturating_add(1);
+        if self.next > current {
+            self.stage = Stage::Live;
+        }
+        responses
+    }
+
+    fn wants(&self, event: &Event) -> bool {
+        let filtered = if event.r#type == i32::from(EventType::Put) { self.no_put } else { self.no_delete };
+        !filtered && event.kv.as_ref().is_some_and(|kv| self.range.contains(&kv.key))
+    }
+
+    fn dress(&self, event: &Event, previous: Option<&crate::proto::mvccpb::KeyValue>) -> Event {
+        let mut event = event.clone();
+        event.prev_kv = previous.filter(|_| self.prev_kv).cloned();
+        event
+    }
+}

@@ -1,0 +1,281 @@
+//! The one thread that writes: it takes writes as they come, evaluates as many as are there, and commits them together.
+
+use std::{sync::Arc, time::Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+
+use super::{
+    backend::Writer,
+    checkpoint::Checkpoints,
+    compaction::Compaction,
+    error::{Fault, SqlError, Trouble},
+    state::State,
+    transaction::{Changes, Transaction},
+};
+use crate::status::Status;
+
+/// The most writes that share a commit.
+const GROUP_LIMIT: usize = 1024;
+
+/// The most bytes of requests that share a commit, so that nobody waits long for others' bulk.
+const GROUP_BYTES: usize = 8 << 20;
+
+/// Bytes after which the database is measured again.
+const MEASURE_EVERY: usize = 256 << 10;
+
+/// About what a write and a commit take besides the request's bytes.
+const WRITE_OVERHEAD: usize = 512;
+const COMMIT_OVERHEAD: usize = 4096;
+
+/// Something for the writer to do.
+pub enum Job {
+    /// A write, which may share a commit with others.
+    Write(Box<dyn Work>),
+    /// Something that needs the database alone and outside a transaction.
+    Alone(Alone),
+}
+
+/// Something to run on the writer's connection.
+pub type Alone = Box<dyn FnOnce(&mut dyn Writer) + Send>;
+
+/// A write under way.
+pub trait Work: Send {
+    /// About how many bytes the request has.
+    fn cost(&self) -> usize;
+    /// Evaluates the write. An error is the store's, and undoes the whole group; a refusal is kept for the end.
+    fn apply(&mut self, transaction: &mut Transaction<'_>) -> Result<(), SqlError>;
+    /// Tells the caller how it went; `failure` is what undid the group.
+    fn finish(self: Box<Self>, failure: Option<&Status>);
+}
+
+/// A write as a closure with someone waiting for its result.
+pub struct Write<F, T> {
+    state: Progress<F, T>,
+    reply: oneshot::Sender<Result<T, Status>>,
+    cost: usize,
+    _permit: OwnedSemaphorePermit,
+}
+
+enum Progress<F, T> {
+    Waiting(F),
+    Applied(Result<T, Status>),
+    Void,
+}
+
+impl<F, T> Write<F, T> {
+    /// A write that evaluates `apply`. `permit` is its share of the queue's memory.
+    pub fn new(apply: F, reply: oneshot::Sender<Result<T, Status>>, cost: usize, permit: OwnedSemaphorePermit) -> Self {
+        Self { state: Progress::Waiting(apply), reply, cost, _permit: permit }
+    }
+}
+
+impl<F, T> Work for Write<F, T>
+where
+    F: FnOnce(&mut Transaction<'_>) -> Result<T, Fault> + Send,
+    T: Send,
+{
+    fn cost(&self) -> usize {
+        self.cost
+    }
+
+    fn apply(&mut self, transaction: &mut Transaction<'_>) -> Result<(), SqlError> {
+        let Progress::Waiting(apply) = std::mem::replace(&mut self.state, Progress::Void) else { return Ok(()) };
+        let result = match apply(transaction) {
+            Ok(answer) => Ok(answer),
+            Err(Fault::Refused(status)) => Err(status),
+            Err(Fault::Store(error)) => return Err(error),
+        };
+        self.state = Progress::Applied(result);
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>, failure: Option<&Status>) {
+        let result = match (failure, self.state) {
+            (None, Progress::Applied(result)) => result,
+            (Some(status), _) => Err(status.clone()),
+            (None, _) => Err(Status::STOPPED),
+        };
+        // Nobody waits any more when the caller has given up; the write stands all the same.
+        let _ = self.reply.send(result);
+    }
+}
+
+/// The writer's thread.
+pub struct WriterThread {
+    store: Box<dyn Writer>,
+    jobs: mpsc::Receiver<Job>,
+    state: Arc<State>,
+    compaction: Compaction,
+    checkpoints: Checkpoints,
+    /// Bytes written since the database was last measured, about.
+    unmeasured: usize,
+    /// Set once the disk's content is unknown: every write is refused with it until a restart.
+    poisoned: Option<Status>,
+}
+
+impl WriterThread {
+    /// A writer on `store` that takes `jobs` until all senders are gone.
+    pub fn new(
+        store: Box<dyn Writer>,
+        jobs: mpsc::Receiver<Job>,
+        state: Arc<State>,
+        compaction: Compaction,
+        checkpoints: Checkpoints,
+    ) -> Self {
+        Self { store, jobs, state, compaction, checkpoints, unmeasured: 0, poisoned: None }
+    }
+
+    /// Works until the queue is closed and empty.
+    pub fn run(mut self) {
+        while let Some(job) = self.next_job() {
+            let left = match job {
+                Some(Job::Write(work)) => self.commit_group(Some(work)),
+                Some(alone @ Job::Alone(_)) => Some(alone),
+                None => self.commit_group(None),
+            };
+            if let Some(Job::Alone(run)) = left {
+                run(&mut *self.store);
+            }
+        }
+        if let Err(error) = self.store.checkpoint() {
+            tracing::warn!(%error, "the last checkpoint failed");
+        }
+    }
+
+    /// The next job; inside, `None` when there is none and compaction has work. Outside, `None` at the end.
+    fn next_job(&mut self) -> Option<Option<Job>> {
+        if self.poisoned.is_none() && self.compaction.is_pending(self.state.position().compacted) {
+            match self.jobs.try_recv() {
+                Ok(job) => return Some(Some(job)),
+                Err(mpsc::error::TryRecvError::Empty) => return Some(None),
+                Err(mpsc::error::TryRecvError::Disconnected) => return None,
+            }
+        }
+        self.jobs.blocking_recv().map(Some)
+    }
+
+    /// Commits `first` and what else is waiting. Returns a job that could not share the commit.
+    fn commit_group(&mut self, first: Option<Box<dyn Work>>) -> Option<Job> {
+        let mut group = Vec::new();
+        let mut left = None;
+        let outcome = match &self.poisoned {
+            Some(status) => {
+                group.extend(first);
+                Err(status.clone())
+            }
+            None => self.evaluate_and_commit(first, &mut group, &mut left).map_err(|error| self.failed(&error)),
+        };
+        let written =
+            group.iter().map(|work| work.cost().saturating_add(WRITE_OVERHEAD)).sum::<usize>() + COMMIT_OVERHEAD;
+        let metrics = &self.state.options.metrics;
+        metrics.writes.inc_by(group.len() as u64);
+        let failure = outcome.err();
+        if failure.is_some() {
+            metrics.failures.inc_by(group.len() as u64);
+        }
+        for work in group {
+            work.finish(failure.as_ref());
+        }
+        self.unmeasured += written;
+        if self.unmeasured >= MEASURE_EVERY {
+            self.measure();
+        }
+        left
+    }
+
+    fn evaluate_and_commit(
+        &mut self,
+        first: Option<Box<dyn Work>>,
+        group: &mut Vec<Box<dyn Work>>,
+        left: &mut Option<Job>,
+    ) -> Result<(), SqlError> {
+        let idle = first.is_none();
+        let begun = self.store.begin_write();
+        let (at, alarms) = (self.state.position(), self.state.alarms());
+        let mut transaction = Transaction::new(&mut *self.store, &self.state.leases, at, alarms);
+        let (mut next, mut bytes) = (first, 0_usize);
+        let mut applied = begun;
+        while let Some(mut work) = next.take() {
+            bytes = bytes.saturating_add(work.cost());
+            if applied.is_ok() {
+                applied = work.apply(&mut transaction);
+            }
+            group.push(work);
+            if applied.is_ok() && group.len() < GROUP_LIMIT && bytes < GROUP_BYTES {
+                match self.jobs.try_recv() {
+                    Ok(Job::Write(work)) => next = Some(work),
+                    Ok(alone) => *left = Some(alone),
+                    Err(_) => {}
+                }
+            }
+        }
+        let changes = transaction.into_changes();
+        applied?;
+        let compacting = self.compaction.is_pending(changes.at.compacted);
+        let removed = if compacting { self.compaction.step(&mut *self.store, changes.at.compacted, idle)? } else { 0 };
+        if !changes.wrote && !compacting {
+            return self.store.rollback();
+        }
+        let started = Instant::now();
+        self.store.commit()?;
+        self.record_commit(group.len(), removed, started);
+        self.compaction.committed();
+        self.state.publish(changes);
+        self.state.set_compaction_done(self.compaction.done());
+        Ok(())
+    }
+
+    fn record_commit(&self, writes: usize, removed: u64, started: Instant) {
+        let metrics = &self.state.options.metrics;
+        metrics.commits.inc();
+        metrics.commit_seconds.observe(started.elapsed().as_secs_f64());
+        metrics.removed.inc_by(removed);
+        if writes > 0 {
+            metrics.group_size.observe(writes as f64);
+        }
+    }
+
+    /// Measures the database, and looks after its log.
+    fn measure(&mut self) {
+        self.unmeasured = 0;
+        let measured = self.store.size().and_then(|size| {
+            self.state.set_size(size.total);
+            self.checkpoints.after_commit(&mut *self.store)
+        });
+        if let Err(error) = measured {
+            tracing::warn!(%error, "the database could not be measured, or its log not emptied");
+        }
+    }
+
+    /// Undoes the transaction after `error`, and says what its members are told.
+    fn failed(&mut self, error: &SqlError) -> Status {
+        tracing::error!(%error, "a commit failed and was undone");
+        let rolled_back = self.store.rollback();
+        self.compaction.rolled_back();
+        if error.trouble() == Trouble::SyncFailed || rolled_back.is_err() {
+            tracing::error!("the disk's content is unknown: no more writes until a restart");
+            self.poisoned = Some(error.status());
+        }
+        error.status()
+    }
+}
+
+impl State {
+    /// Makes durable changes visible: to reads first, then to watchers.
+    fn publish(&self, changes: Changes) {
+        {
+            let mut leases = self.leases.lock();
+            let now = Instant::now();
+            for (id, change) in changes.lease_changes {
+                match change {
+                    Some(ttl) => leases.grant(id, ttl, now),
+                    None => leases.remove(id),
+                }
+            }
+            self.options.metrics.leases.set(i64::try_from(leases.len()).unwrap_or(i64::MAX));
+        }
+        self.history.extend(changes.revisions);
+        self.set_alarms(changes.alarms);
+        self.set_position(changes.at);
+    }
+}
