@@ -185,7 +185,7 @@ impl Run {
     }
 }
 
-/// RangeStream as 3.7 has it, from the Range of an older etcd.
+/// RangeStream as 3.7 has it, from the Range of an older etcd, whose keys-only answers keep their leases.
 async fn range_stream_of_old(etcd: &Client, request: &pb::RangeRequest) -> Outcome {
     if request.key.is_empty() {
         return Err(Failure::from(Status::EMPTY_KEY));

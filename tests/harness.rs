@@ -2,13 +2,25 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::{
+    panic::catch_unwind,
+    time::{Duration, Instant},
+};
 
+use millpond::proto::{
+    etcdserverpb as pb,
+    mvccpb::{Event, KeyValue, event::EventType},
+};
 use support::{
     client::{Client, eventually, http_get},
+    compare::outcomes,
     etcd::Cluster,
     fault::{FaultProxy, Faults},
+    informer::State,
+    operation::{Answer, Operation, range},
     toolchain::{Release, VERSIONS},
+    traffic::Traffic,
+    watching::by_watcher,
 };
 use tokio::time::timeout;
 
@@ -107,4 +119,90 @@ async fn http_get_reads_status_and_body() {
     let (status, body) = http_get(&cluster.endpoint(0), "/health").await.unwrap();
     assert_eq!(status, 200);
     assert_eq!(serde_json::from_str::<serde_json::Value>(&body).unwrap()["health"], "true");
+}
+
+/// A record of `key` last changed at `revision`, at this version.
+fn record(key: &str, revision: i64, version: i64) -> KeyValue {
+    let create_revision = revision - version + 1;
+    KeyValue { key: key.to_owned().into(), create_revision, mod_revision: revision, version, ..Default::default() }
+}
+
+fn event(kind: EventType, key: &str, revision: i64, version: i64) -> Event {
+    Event { r#type: kind as i32, kv: Some(record(key, revision, version)), prev_kv: None }
+}
+
+fn answer(kvs: Vec<KeyValue>) -> Result<Answer, support::operation::Failure> {
+    let header = Some(pb::ResponseHeader { revision: 9, ..Default::default() });
+    Ok(Answer::Range(pb::RangeResponse { header, count: kvs.len() as i64, more: false, kvs }))
+}
+
+#[test]
+fn the_comparison_finds_what_differs_and_only_that() {
+    let by_key = Operation::Range(range("a", "z"));
+    let by_version = Operation::Range(pb::RangeRequest { sort_target: 1, ..range("a", "z") });
+    let (a, b, c) = (record("a", 2, 1), record("b", 3, 1), record("c", 5, 2));
+    let ordered = answer(vec![a.clone(), b.clone(), c.clone()]);
+    let swapped = answer(vec![b.clone(), a.clone(), c.clone()]);
+    let unsorted = answer(vec![c, a.clone(), b.clone()]);
+    assert!(outcomes(&by_key, &ordered, &ordered).is_ok());
+    assert!(outcomes(&by_key, &ordered, &swapped).is_err(), "order by key is not free");
+    assert!(outcomes(&by_version, &ordered, &swapped).is_ok(), "records that tie come in any order");
+    assert!(outcomes(&by_version, &ordered, &unsorted).is_err());
+    assert!(outcomes(&by_key, &answer(vec![a.clone()]), &answer(vec![b])).is_err());
+    assert!(outcomes(&by_key, &answer(vec![a]), &answer(vec![KeyValue { lease: 1, ..record("a", 2, 1) }])).is_err());
+    let refused = Err(millpond::status::Status::EMPTY_KEY.into());
+    assert!(outcomes(&by_key, &ordered, &refused).is_err());
+    assert!(outcomes(&by_key, &refused, &Err(millpond::status::Status::COMPACTED.into())).is_err());
+}
+
+#[test]
+fn the_informer_finds_gaps_repeats_and_inventions() {
+    use EventType::{Delete, Put};
+    let told = |events: &[&[Event]]| {
+        let mut state = State { revision: 1, ..State::default() };
+        events.iter().try_for_each(|events| state.apply_all(events))
+    };
+    let first = event(Put, "k", 5, 1);
+    assert!(told(&[std::slice::from_ref(&first), &[event(Put, "k", 6, 2)], &[event(Delete, "k", 8, 0)]]).is_ok());
+    let wrong: [&[&[Event]]; 6] = [
+        &[&[event(Put, "k", 5, 2)]],
+        &[std::slice::from_ref(&first), std::slice::from_ref(&first)],
+        &[std::slice::from_ref(&first), &[event(Put, "k", 7, 3)]],
+        &[std::slice::from_ref(&first), &[event(Put, "other", 4, 1)]],
+        &[&[event(Delete, "k", 5, 0)]],
+        &[std::slice::from_ref(&first), &[event(Put, "k", 7, 1)]],
+    ];
+    for events in wrong {
+        assert!(told(events).is_err(), "{events:?}");
+    }
+}
+
+#[test]
+fn a_revision_that_comes_in_two_responses_is_found() {
+    let response = |revision, event, fragment| pb::WatchResponse {
+        header: Some(pb::ResponseHeader { revision, ..Default::default() }),
+        events: vec![event],
+        fragment,
+        ..Default::default()
+    };
+    let (a, b) = (event(EventType::Put, "a", 5, 1), event(EventType::Put, "b", 5, 1));
+    by_watcher(&[response(5, a.clone(), true), response(5, b.clone(), false)]);
+    for split in
+        [[response(5, a.clone(), false), response(5, b.clone(), false)], [response(4, a, true), response(5, b, false)]]
+    {
+        assert!(catch_unwind(|| by_watcher(&split)).is_err(), "{split:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn traffic_finds_a_stale_linearizable_read() {
+    let (written, stale) = tokio::join!(Cluster::single(Release::newest()), Cluster::single(Release::newest()));
+    let traffic = Traffic::start(vec![written.client(0)], &stale.client(0), 1);
+    eventually("the stale read to be found", async || {
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| traffic.assert_right())).err()
+    })
+    .await;
+    let right = Traffic::start(vec![written.client(0)], &written.client(0), 1);
+    right.flows(50).await;
+    right.assert_right();
 }

@@ -35,8 +35,8 @@ const NAMESPACES: usize = 40;
 /// Objects of one kind in one namespace, to begin with.
 const OBJECTS: usize = 100;
 const WRITERS: usize = 4;
-const INFORMERS_OF_ALL: usize = 10;
-const INFORMERS_PER_KIND: usize = 12;
+const INFORMERS_OF_ALL: usize = 4;
+const INFORMERS_PER_KIND: usize = 6;
 
 /// Writes by each writer: `MILLPOND_TEST_WRITES`, or few enough for every run of the tests.
 fn writes() -> usize {

@@ -1,6 +1,10 @@
 //! The one thread that writes: it takes writes as they come, evaluates as many as are there, and commits them together.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
@@ -19,6 +23,16 @@ const GROUP_LIMIT: usize = 1024;
 
 /// The most bytes of requests that share a commit, so that nobody waits long for others' bulk.
 const GROUP_BYTES: usize = 8 << 20;
+
+/// How long compaction waits after a commit that failed.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// Bytes after which the database is measured again.
+const MEASURE_EVERY: usize = 256 << 10;
+
+/// About what a write and a commit take besides the request's bytes.
+const WRITE_OVERHEAD: usize = 512;
+const COMMIT_OVERHEAD: usize = 4096;
 
 /// Something for the writer to do.
 pub enum Job {
@@ -100,6 +114,10 @@ pub struct WriterThread {
     state: Arc<State>,
     compaction: Compaction,
     checkpoints: Checkpoints,
+    /// Whether the last commit failed, so that compaction by itself had better wait a little.
+    failing: bool,
+    /// Bytes written since the database was last measured, about.
+    unmeasured: usize,
     /// Set once the disk's content is unknown: every write is refused with it until a restart.
     poisoned: Option<Status>,
 }
@@ -113,7 +131,7 @@ impl WriterThread {
         compaction: Compaction,
         checkpoints: Checkpoints,
     ) -> Self {
-        Self { store, jobs, state, compaction, checkpoints, poisoned: None }
+        Self { store, jobs, state, compaction, checkpoints, failing: false, unmeasured: 0, poisoned: None }
     }
 
     /// Works until the queue is closed and empty.
@@ -136,6 +154,9 @@ impl WriterThread {
     /// The next job; inside, `None` when there is none and compaction has work. Outside, `None` at the end.
     fn next_job(&mut self) -> Option<Option<Job>> {
         if self.poisoned.is_none() && self.compaction.is_pending(self.state.position().compacted) {
+            if self.failing {
+                thread::sleep(RETRY);
+            }
             match self.jobs.try_recv() {
                 Ok(job) => return Some(Some(job)),
                 Err(mpsc::error::TryRecvError::Empty) => return Some(None),
@@ -156,17 +177,21 @@ impl WriterThread {
             }
             None => self.evaluate_and_commit(first, &mut group, &mut left).map_err(|error| self.failed(&error)),
         };
+        let written =
+            group.iter().map(|work| work.cost().saturating_add(WRITE_OVERHEAD)).sum::<usize>() + COMMIT_OVERHEAD;
         let metrics = &self.state.options.metrics;
         metrics.writes.inc_by(group.len() as u64);
         let failure = outcome.err();
+        self.failing = failure.is_some();
         if failure.is_some() {
             metrics.failures.inc_by(group.len() as u64);
         }
         for work in group {
             work.finish(failure.as_ref());
         }
-        if let Err(error) = self.checkpoints.after_commit(&mut *self.store) {
-            tracing::warn!(%error, "a checkpoint failed; the log goes on growing");
+        self.unmeasured += written;
+        if self.unmeasured >= MEASURE_EVERY {
+            self.measure();
         }
         left
     }
@@ -204,10 +229,8 @@ impl WriterThread {
         if !changes.wrote && !compacting {
             return self.store.rollback();
         }
-        let size = self.store.size()?;
         let started = Instant::now();
         self.store.commit()?;
-        self.state.set_size(size.total);
         self.record_commit(group.len(), removed, started);
         self.compaction.committed();
         self.state.publish(changes);
@@ -222,6 +245,18 @@ impl WriterThread {
         metrics.removed.inc_by(removed);
         if writes > 0 {
             metrics.group_size.observe(writes as f64);
+        }
+    }
+
+    /// Measures the database, and looks after its log.
+    fn measure(&mut self) {
+        self.unmeasured = 0;
+        let measured = self.store.size().and_then(|size| {
+            self.state.set_size(size.total);
+            self.checkpoints.after_commit(&mut *self.store)
+        });
+        if let Err(error) = measured {
+            tracing::warn!(%error, "the database could not be measured, or its log not emptied");
         }
     }
 

@@ -14,7 +14,7 @@ use tokio::{
 use tonic::transport::{Channel, Endpoint};
 
 /// Long enough for anything that a test waits for, on a loaded machine.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The stubs of every service, sharing one connection.
 #[derive(Clone)]

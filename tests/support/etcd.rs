@@ -236,6 +236,14 @@ impl Cluster {
         self.restart(0).await;
     }
 
+    /// Kills a cluster of one and starts another in its place: same address, empty, with ids of its own.
+    pub async fn replace(&mut self) {
+        self.kill(0);
+        let _ = std::fs::remove_dir_all(&self.members[0].data);
+        self.options.flags.push("--initial-cluster-token=another".to_owned());
+        self.restart(0).await;
+    }
+
     /// The flags from which cluster and member ids follow.
     fn identity(&self, member: usize) -> Vec<String> {
         let peers: Vec<String> = self.members.iter().map(|m| format!("{}={}", m.name, self.peer_url(m))).collect();

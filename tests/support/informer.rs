@@ -114,7 +114,8 @@ impl State {
         Ok(())
     }
 
-    fn apply_all(&mut self, events: &[Event]) -> Result<(), String> {
+    /// Takes a response's events; the error says what is wrong with them.
+    pub fn apply_all(&mut self, events: &[Event]) -> Result<(), String> {
         for event in events {
             let revision = revision_of(event);
             if revision <= self.revision {

@@ -10,6 +10,7 @@
 //! - [`raw`]: gRPC by hand, for bad input.
 //! - [`client`]: stubs and small calls.
 //! - [`informer`]: a client that lists and follows, and notices any gap.
+//! - [`traffic`]: writes and reads that go on under faults, and notice wrong answers.
 //! - [`operation`], [`random`], [`compare`], [`watching`], [`script`]: random requests, and the comparison of what comes back.
 
 #![allow(dead_code, reason = "each test binary uses a part of this")]
@@ -29,4 +30,5 @@ pub mod raw;
 pub mod script;
 pub mod subject;
 pub mod toolchain;
+pub mod traffic;
 pub mod watching;

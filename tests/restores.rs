@@ -1,0 +1,135 @@
+//! The upstream becomes another history: restored from a backup, or replaced by another cluster. Everything derived from
+//! the old one is dropped, every watcher is told, and nothing of the old is served any more.
+
+mod support;
+
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use support::{
+    client::{Client, eventually},
+    etcd::Cluster,
+    fault::{FaultProxy, Faults},
+    informer::{Informer, list},
+    millpond::Millpond,
+    toolchain::Release,
+    watching::{WatchStream, create},
+};
+
+/// A Millpond that knows a history which the cluster is about to lose.
+struct Stage {
+    cluster: Cluster,
+    proxy: FaultProxy,
+    millpond: Millpond,
+    client: Client,
+    informers: Vec<Informer>,
+    /// Up to date, and quiet until the end.
+    open: WatchStream,
+    backup: PathBuf,
+}
+
+impl Stage {
+    /// Keys 0 to 49 are in the backup; 50 to 99 and the second value of `k/00` are not. Then the connection is cut.
+    async fn start() -> Self {
+        let cluster = Cluster::single(Release::newest()).await;
+        let proxy = FaultProxy::start(&cluster.endpoint(0)).await;
+        let millpond = Millpond::start(std::slice::from_ref(&proxy.endpoint), &[]).await;
+        let client = millpond.client();
+        for number in 0..50 {
+            client.put(format!("k/{number:02}"), "backed up").await.unwrap();
+        }
+        let backup = cluster.save_snapshot("backup.db").await;
+        for number in 50..100 {
+            client.put(format!("k/{number:02}"), "lost").await.unwrap();
+        }
+        client.put("k/00", "lost").await.unwrap();
+        let informers =
+            vec![Informer::start(client.clone(), "k/", "k0"), Informer::start(millpond.client(), "\0", "\0")];
+        for informer in &informers {
+            informer.listed().await;
+        }
+        let open = WatchStream::open(&client).await;
+        open.create(create("other/", "other0", 0));
+        open.until_count(1).await;
+        proxy.set(Faults { refuse: true, ..Faults::default() });
+        proxy.reset();
+        Self { cluster, proxy, millpond, client, informers, open, backup }
+    }
+
+    /// The connection is back: what is served now is the new history, and soon all know it.
+    async fn everyone_learns_of_it(mut self) {
+        self.proxy.heal();
+        self.open.until("a cancelled watch", |all| all.iter().any(|response| response.canceled)).await;
+        let canceled = self.open.responses().pop().expect("a response");
+        assert!(canceled.compact_revision > 0, "cancelled with a compaction, so that clients list anew: {canceled:?}");
+        // Whoever was told of the change finds nothing of the old.
+        let direct = self.cluster.client(0);
+        let everything = (Bytes::from_static(b"\0"), Bytes::from_static(b"\0"));
+        for _ in 0..20 {
+            let (_, found) = list(&self.client, &everything.0, &everything.1, 500).await.unwrap();
+            let (_, expected) = list(&direct, &everything.0, &everything.1, 500).await.unwrap();
+            assert_eq!(found, expected, "what is served and what is there");
+        }
+        let written = eventually("a put", async || self.client.put("k/new", "v").await.ok()).await;
+        let found = self.client.get("k/new").await.unwrap();
+        assert_eq!((found.kvs[0].mod_revision, found.header), (written, direct.get("k/new").await.unwrap().header));
+        let (_, contents) = list(&direct, &everything.0, &everything.1, 500).await.unwrap();
+        for informer in &self.informers {
+            informer.until_equal(&contents).await;
+            assert!(
+                informer.look(|state| state.relists) > 0,
+                "the watcher of {:?} was told to list anew",
+                informer.key
+            );
+        }
+        self.millpond.assert_well();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_that_goes_back() {
+    let mut stage = Stage::start().await;
+    stage.cluster.restore(&stage.backup, &[]).await;
+    stage.everyone_learns_of_it().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_that_has_come_to_our_revision_by_other_writes() {
+    let mut stage = Stage::start().await;
+    stage.cluster.restore(&stage.backup, &[]).await;
+    // One write for each that was lost: the same revision, another history.
+    let direct = stage.cluster.client(0);
+    for number in 50..101 {
+        direct.put(format!("k/{number:02}"), "another").await.unwrap();
+    }
+    stage.everyone_learns_of_it().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_that_is_far_past_our_revision() {
+    let mut stage = Stage::start().await;
+    stage.cluster.restore(&stage.backup, &[]).await;
+    let direct = stage.cluster.client(0);
+    for number in 0..300 {
+        direct.put(format!("k/{:02}", number % 60), format!("another {number}")).await.unwrap();
+    }
+    stage.everyone_learns_of_it().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_that_raises_the_revision_and_compacts() {
+    let mut stage = Stage::start().await;
+    stage.cluster.restore(&stage.backup, &["--bump-revision=1000", "--mark-compacted"]).await;
+    stage.everyone_learns_of_it().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_cluster_in_its_place() {
+    let mut stage = Stage::start().await;
+    stage.cluster.replace().await;
+    let direct = stage.cluster.client(0);
+    for number in 0..150 {
+        direct.put(format!("k/{number:03}"), "another").await.unwrap();
+    }
+    stage.everyone_learns_of_it().await;
+}
