@@ -18,7 +18,7 @@ use tokio::time::{Duration, Instant, sleep, sleep_until};
 use side::{Side, eventually_counted, last_revision, progress_count, tells_progress_to};
 
 use super::{
-    client::eventually,
+    client::{Client, eventually},
     compare::outcomes,
     operation::{Operation, execute},
     random::{Bounds, Generator},
