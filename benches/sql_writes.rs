@@ -42,12 +42,84 @@ fn main() -> Result {
     if env::args().any(|argument| argument == "--test") {
         return Ok(());
     }
+    if let Some(keys) = env::var("MILLPOND_BENCH_KEYS").ok().and_then(|text| text.parse().ok()) {
+        return Runtime::new()?.block_on(many_keys(keys));
+    }
     println!("| server | work | in flight | per second | p50 | p99 |\n|---|---|---|---|---|---|");
     engine()?;
     if let Ok(etcd) = env::var("MILLPOND_BENCH_ETCD") {
         peer(&etcd)?;
     }
     Ok(())
+}
+
+/// Fills a store with keys, and tells what it takes on disk, in memory and to start.
+async fn many_keys(keys: u64) -> Result {
+    let dir = scratch()?;
+    let engine = Engine::open(dir.path(), Options { quota_bytes: 0, ..Options::default() })?;
+    let start = Instant::now();
+    for first in (0..keys).step_by(1000) {
+        let numbers = first..keys.min(first + 1000);
+        let fill = move |transaction: &mut millpond::sql::Transaction<'_>| {
+            for number in numbers {
+                // In no order, as keys come.
+                let key = key(number.wrapping_mul(7_654_321) % keys);
+                transaction.put(PutRequest { key, value: vec![7; VALUE].into(), ..Default::default() })?;
+            }
+            Ok(())
+        };
+        engine.write(0, fill).await?;
+    }
+    let filled = start.elapsed();
+    engine.close().await;
+    let size = std::fs::metadata(dir.path().join(millpond::sql::sqlite::FILE))?.len();
+    let payload = keys * (VALUE as u64 + key(0).len() as u64);
+    println!(
+        "{keys} keys: filled in {filled:.1?}, {size} bytes, {:.2} of keys and values",
+        size as f64 / payload as f64
+    );
+    let start = Instant::now();
+    let engine = Engine::open(dir.path(), Options::default())?;
+    let mut kv = KvClient::new(in_process(&engine)?).max_decoding_message_size(usize::MAX);
+    kv.range(RangeRequest { key: key(1), ..Default::default() }).await?;
+    println!("first answer after {:.1?}", start.elapsed());
+    let mut next = bytes::Bytes::from_static(b"\0");
+    let (end, start, mut read) = (next.clone(), Instant::now(), 0);
+    let request = RangeRequest { range_end: end, limit: 10_000, ..Default::default() };
+    loop {
+        let page = kv.range(RangeRequest { key: next, ..request.clone() }).await?.into_inner();
+        read += page.kvs.len();
+        let Some(last) = page.kvs.last().filter(|_| page.more) else { break };
+        next = [&last.key[..], &[0]].concat().into();
+    }
+    println!("{read} keys listed in {:.1?}", start.elapsed());
+    let start = Instant::now();
+    let mut stream = kv
+        .range_stream(RangeRequest {
+            key: b"\0".to_vec().into(),
+            range_end: b"\0".to_vec().into(),
+            ..Default::default()
+        })
+        .await?
+        .into_inner();
+    let mut streamed = 0;
+    while let Some(part) = stream.message().await? {
+        streamed += part.range_response.map_or(0, |part| part.kvs.len());
+    }
+    println!("{streamed} keys streamed in {:.1?}", start.elapsed());
+    engine.close().await;
+    Ok(())
+}
+
+/// A connection to the engine's gRPC face over loopback.
+fn in_process(engine: &Engine) -> Result<Channel> {
+    let listener = StdListener::bind("127.0.0.1:0")?;
+    listener.set_nonblocking(true)?;
+    let endpoint = Endpoint::from_shared(format!("http://{}", listener.local_addr()?))?;
+    let (serving, listener) = (engine.clone(), TcpListener::from_std(listener)?);
+    let closed = engine.closed().clone();
+    tokio::spawn(async move { serving.serve(listener, closed.cancelled_owned()).await });
+    Ok(endpoint.initial_stream_window_size(1 << 22).initial_connection_window_size(1 << 24).connect_lazy())
 }
 
 fn seconds() -> u64 {
@@ -61,7 +133,7 @@ fn scratch() -> Result<tempfile::TempDir> {
 
 fn engine() -> Result {
     let dir = scratch()?;
-    let runtime = Runtime::new()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("engine").build()?;
     let (engine, address) = runtime.block_on(async {
         let engine = Engine::open(dir.path(), Options::default())?;
         let listener = TcpListener::bind("127.0.0.1:0").await?;

@@ -42,7 +42,8 @@ pub struct Settings {
     pub range: KeyRange,
     /// Bytes of memory for the index; above it the index is dropped, and only the history goes on.
     pub cache_bytes: usize,
-    /// How long the view may stay below a revision that is known to exist before another endpoint is tried.
+    /// How long the view may stay below a revision that is known to exist, without an event, before another endpoint is
+    /// tried; ten times as long while there is no other.
     pub stall: Duration,
 }
 
@@ -114,6 +115,8 @@ pub struct Feed {
     started: Instant,
     /// When to try again to build an index that was too large, and how long to wait if it still is.
     retry_index: Option<(Instant, Duration)>,
+    /// How many messages with events have come.
+    heard: u64,
     /// How many demands to rebuild have been met.
     rebuilt: u64,
 }
@@ -135,7 +138,21 @@ impl Feed {
     ) -> (Self, watch::Receiver<Phase>) {
         let (phase, phases) = watch::channel(Phase::Cold);
         let started = Instant::now();
-        (Self { upstream, settings, writer, demand, phase, metrics, started, retry_index: None, rebuilt: 0 }, phases)
+        (
+            Self {
+                upstream,
+                settings,
+                writer,
+                demand,
+                phase,
+                metrics,
+                started,
+                retry_index: None,
+                heard: 0,
+                rebuilt: 0,
+            },
+            phases,
+        )
     }
 
     /// Follows the upstream for ever.

@@ -4,7 +4,7 @@
 //! - [`backend`]: what the engine asks of a database; [`sqlite`] is the one that exists.
 //! - `checkpoint`: keeps SQLite's own log short.
 //! - `state`: what is known of an open store without reading it. `writer`, `transaction`: one thread that commits groups of writes; how each write is evaluated.
-//! - `range`: how reads are evaluated. `history`, `watch`: how events reach watchers.
+//! - `range`, `counts`: how reads are evaluated. `history`, `watch`: how events reach watchers.
 //! - `leases`, `compaction`, `quota`, `clock`: what happens by the passing of time.
 //! - `service`: the gRPC services. `snapshot`, `transfer`, `check`: whole stores.
 
@@ -13,6 +13,7 @@ mod check;
 mod checkpoint;
 mod clock;
 mod compaction;
+mod counts;
 mod engine;
 mod error;
 mod hash;
@@ -39,4 +40,5 @@ pub use error::{SqlError, Trouble};
 pub use metrics::Metrics;
 pub use options::{AutoCompaction, Options};
 pub use snapshot::restore;
+pub use transaction::Transaction;
 pub use transfer::{Progress, export, import};

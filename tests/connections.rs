@@ -127,6 +127,41 @@ async fn a_stop_lets_calls_finish_refuses_new_connections_and_ends_in_time() {
     drop(watching);
 }
 
+/// A forwarded keep-alive or watch never ends by itself: the proxy used to wait for it until its grace time was over, while
+/// the client's new connection was refused and its leases ran out.
+#[tokio::test]
+async fn a_stop_ends_forwarded_streams_that_go_on_for_ever() {
+    const KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";
+    let upstream = fake(|request: Request<Incoming>| async move {
+        if request.uri().path() == WATCH {
+            std::future::pending::<()>().await;
+        }
+        let first = [Ok(Frame::data(Bytes::from_static(&[0; 5])))];
+        let endless = tokio_stream::StreamExt::chain(tokio_stream::iter(first), tokio_stream::pending());
+        response::streaming(Body::boxed(StreamBody::new(endless)))
+    })
+    .await;
+    let mut options = Options::new(&[&upstream.address]);
+    options.listener.grace = Duration::from_secs(3600);
+    let proxy = options.start().await;
+    proxy.until_preferred(0).await;
+    let mut sender = raw_client(proxy.address()).await;
+    let mut open = async |path| sender.send_request(post(proxy.address(), path).body(Bytes::new().into()).unwrap());
+    let (answered, unanswered) = (open(KEEP_ALIVE).await, open(WATCH).await);
+    let mut answered = answered.await.unwrap().into_body();
+    assert!(answered.frame().await.unwrap().unwrap().is_data());
+    proxy.served.stop.cancel();
+    let trailers = answered.frame().await.unwrap().unwrap().into_trailers().unwrap();
+    let unanswered = timeout(PATIENCE, unanswered).await.unwrap().unwrap();
+    for status in [&trailers, unanswered.headers()] {
+        assert_eq!(
+            (&status["grpc-status"], &status["grpc-message"]),
+            (&"14".parse().unwrap(), &"etcdserver: server stopped".parse().unwrap())
+        );
+    }
+    timeout(PATIENCE, proxy.served.done).await.expect("nothing is left to wait for").unwrap();
+}
+
 #[tokio::test]
 async fn what_is_no_http_ends_the_connection_and_nothing_else() {
     let upstream = fake(put_ok).await;

@@ -32,14 +32,16 @@ const PATIENCE_WITH_EVENTS: Duration = Duration::from_millis(20);
 struct Stream {
     sender: StreamSender<WatchRequest>,
     receiver: StreamReceiver,
-    /// Fragments of a response whose last one has not come.
-    fragments: Vec<Change>,
+    /// Events of a revision that the next fragment may go on with.
+    rest: Vec<Change>,
 }
 
-/// When to ask for progress, and since when the goal has been missed.
+/// When to ask for progress, and since when the goal has been missed without an event.
 #[derive(Clone, Copy, Debug)]
 struct Chase {
     since: Instant,
+    /// How many messages with events had come by then.
+    heard: u64,
     ask: Instant,
     pause: Duration,
 }
@@ -55,7 +57,7 @@ impl Feed {
         let mut chase = None;
         let mut housekeeping = Instant::now() + HOUSEKEEPING;
         loop {
-            chase = self.chase(chase)?;
+            chase = self.chase(at, chase)?;
             let wake = chase.map_or(housekeeping, |chase: Chase| chase.ask.min(housekeeping));
             tokio::select! {
                 message = stream.receiver.next() => self.take_batch(&mut stream, message)?,
@@ -92,7 +94,7 @@ impl Feed {
             ..Default::default()
         };
         sender.send(&WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }).await?;
-        let mut stream = Stream { sender, receiver, fragments: Vec::new() };
+        let mut stream = Stream { sender, receiver, rest: Vec::new() };
         let opened = timeout(OPENING, stream.receiver.next()).await;
         let message = opened.map_err(|_| End::Failed(Status::TIMEOUT))?;
         self.take_batch(&mut stream, message)?;
@@ -121,19 +123,23 @@ impl Feed {
         if response.canceled {
             return Err(End::from(Status::unavailable(response.reason)));
         }
-        self.metrics.events.inc_by(response.changes.len() as u64);
-        stream.fragments.extend(response.changes);
-        if response.fragment || response.created {
+        if response.created {
             return Ok(());
         }
-        let now = self.started.elapsed().as_millis() as u64;
-        if stream.fragments.is_empty() {
+        if response.changes.is_empty() {
             if self.upstream.gate().progress_is_proof {
                 self.writer.advance(Revision(response.header.revision));
             }
             return Ok(());
         }
-        self.apply(std::mem::take(&mut stream.fragments), now);
+        self.heard += 1;
+        self.metrics.events.inc_by(response.changes.len() as u64);
+        stream.rest.extend(response.changes);
+        let whole = if response.fragment { before_last_revision(&stream.rest) } else { stream.rest.len() };
+        let rest = stream.rest.split_off(whole);
+        let whole = std::mem::replace(&mut stream.rest, rest);
+        let now = self.started.elapsed().as_millis() as u64;
+        self.apply(whole, now);
         Ok(())
     }
 
@@ -178,7 +184,7 @@ impl Feed {
     }
 
     /// Whether somebody waits for a revision that the view has not reached, and for how long it may stay so.
-    fn chase(&self, chase: Option<Chase>) -> Result<Option<Chase>, End> {
+    fn chase(&self, endpoint: EndpointId, chase: Option<Chase>) -> Result<Option<Chase>, End> {
         let (Position { epoch, revision: goal }, at) = (self.demand.borrow().goal, self.writer.position());
         if epoch != at.epoch || goal <= at.revision {
             return Ok(None);
@@ -186,11 +192,23 @@ impl Feed {
         let now = Instant::now();
         let patience =
             if self.settings.range == KeyRange::everything() { PATIENCE_WITH_EVENTS } else { Duration::ZERO };
-        let chase = chase.unwrap_or(Chase { since: now, ask: now + patience, pause: Duration::from_millis(1) });
-        if now.duration_since(chase.since) > self.settings.stall {
+        let fresh = Chase { since: now, heard: self.heard, ask: now + patience, pause: Duration::from_millis(1) };
+        let mut chase = chase.unwrap_or(fresh);
+        if chase.heard != self.heard {
+            // It catches up, however slowly. Answers about progress are no such sign: a member that is cut off gives them.
+            (chase.since, chase.heard) = (now, self.heard);
+        }
+        if now.duration_since(chase.since) > self.stall_limit(endpoint) {
             return Err(End::Stalled { at: at.revision, goal });
         }
         Ok(Some(chase))
+    }
+
+    /// How long the stream may stay behind without an event. While there is no other endpoint, beginning anew helps little:
+    /// it makes the upstream read the same history again.
+    fn stall_limit(&self, at: EndpointId) -> Duration {
+        let alternative = self.upstream.preferred(&[at]).is_some();
+        if alternative { self.settings.stall } else { self.settings.stall * 10 }
     }
 
     /// Asks for progress; and again, with growing pauses: etcd is silent while anything on the stream catches up.
@@ -215,5 +233,32 @@ impl Feed {
             return Err(End::Again("trying whether the keyspace fits the cache limit again"));
         }
         Ok(())
+    }
+}
+
+/// How many of `changes` belong to revisions before the last one: those are whole, since a response is in order.
+fn before_last_revision(changes: &[Change]) -> usize {
+    let revision = |change: &Change| change.record.mod_revision();
+    let last = changes.last().map(revision);
+    changes.iter().rposition(|change| Some(revision(change)) != last).map_or(0, |before| before + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{EventKind, Record};
+
+    #[test]
+    fn a_fragment_holds_back_its_last_revision_only() {
+        let change = |revision| Change {
+            kind: EventKind::Put,
+            record: Record::new(b"k", b"", Revision(1), Revision(revision), 1, 0),
+            previous: None,
+        };
+        let changes = |revisions: &[i64]| revisions.iter().copied().map(change).collect::<Vec<_>>();
+        assert_eq!(before_last_revision(&changes(&[])), 0);
+        assert_eq!(before_last_revision(&changes(&[5, 5])), 0);
+        assert_eq!(before_last_revision(&changes(&[4, 4, 5, 5])), 2);
+        assert_eq!(before_last_revision(&changes(&[3, 4, 5])), 2);
     }
 }

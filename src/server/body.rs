@@ -11,6 +11,7 @@ use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use super::relay::Relay;
@@ -76,6 +77,14 @@ impl Body {
     /// A body that is boxed.
     pub fn boxed(body: impl HttpBody<Data = Bytes, Error = BodyError> + Send + 'static) -> Self {
         Body::Boxed(Box::pin(body))
+    }
+
+    /// The same, where it is etcd's answer, ending with Unavailable when `stop` is cancelled.
+    pub(super) fn until(self, stop: Option<CancellationToken>) -> Self {
+        match (self, stop) {
+            (Body::Forwarded(relay), Some(stop)) => Body::Forwarded(Box::new(relay.until(stop))),
+            (body, _) => body,
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use ::http::{
     header::{CONNECTION, HeaderValue, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TRANSFER_ENCODING, UPGRADE},
 };
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use super::{
@@ -38,11 +39,15 @@ pub struct Manner {
     pub member_bound: bool,
     /// It may switch authentication on.
     pub enables_auth: bool,
+    /// It goes on until somebody breaks it off, so a server that leaves has to.
+    pub endless: bool,
 }
 
 impl Manner {
-    const UNARY: Manner = Manner { class: ForwardClass::Unary, member_bound: false, enables_auth: false };
+    const UNARY: Manner =
+        Manner { class: ForwardClass::Unary, member_bound: false, enables_auth: false, endless: false };
     const STREAM: Manner = Manner { class: ForwardClass::Stream, ..Manner::UNARY };
+    const ENDLESS: Manner = Manner { endless: true, ..Manner::STREAM };
 
     /// The manner of a gRPC path. Calls that block for as long as they like are streams here.
     pub fn of(path: &str) -> Manner {
@@ -63,6 +68,8 @@ impl Manner {
             ("etcdserverpb.Maintenance", _) => Manner { member_bound: true, ..Manner::STREAM },
             ("etcdserverpb.Auth", "AuthEnable") => Manner { enables_auth: true, ..Manner::UNARY },
             ("etcdserverpb.Auth", _) => Manner::UNARY,
+            ("etcdserverpb.Watch", "Watch") | ("etcdserverpb.Lease", "LeaseKeepAlive") => Manner::ENDLESS,
+            ("v3electionpb.Election", "Observe") => Manner::ENDLESS,
             ("v3lockpb.Lock", "Unlock") => Manner::UNARY,
             ("v3electionpb.Election", "Proclaim" | "Leader" | "Resign") => Manner::UNARY,
             _ => Manner::STREAM,
@@ -82,17 +89,29 @@ pub async fn forward(
     let manner = Manner::of(request.uri().path());
     let deadline = deadline(request.headers());
     let hold = manner.enables_auth.then(|| upstream.suspect_auth());
-    let relaying = relay(upstream, connection, manner, request.map(Into::into));
+    let stop = manner.endless.then(|| connection.stop().clone());
+    let relaying = until_stopped(stop.clone(), relay(upstream, connection, manner, request.map(Into::into)));
     let forwarded = match deadline {
         Some(deadline) => timeout(deadline, relaying).await.unwrap_or(Err(DEADLINE)),
         None => relaying.await,
     };
     match forwarded {
-        Ok(forwarded) => answer(forwarded, Encoding::Grpc, observer, hold),
+        Ok(forwarded) => answer(forwarded, Encoding::Grpc, observer, hold).map(|body| body.until(stop)),
         Err(status) => {
             tracing::debug!(peer = %connection.peer, %status, "forwarded call failed");
             response::error(&status)
         }
+    }
+}
+
+/// What `relaying` gives, unless the server leaves first.
+async fn until_stopped(
+    stop: Option<CancellationToken>,
+    relaying: impl Future<Output = Result<Forwarded, Status>>,
+) -> Result<Forwarded, Status> {
+    match stop {
+        Some(stop) => stop.run_until_cancelled(relaying).await.unwrap_or(Err(Status::STOPPED)),
+        None => relaying.await,
     }
 }
 
@@ -221,6 +240,12 @@ mod tests {
             assert!(Manner::of(&format!("/etcdserverpb.Maintenance/{bound}")).member_bound, "{bound}");
         }
         assert!(!Manner::of("/etcdserverpb.Maintenance/Alarm").member_bound);
+        for endless in
+            ["/etcdserverpb.Watch/Watch", "/etcdserverpb.Lease/LeaseKeepAlive", "/v3electionpb.Election/Observe"]
+        {
+            assert!(Manner::of(endless).endless, "{endless}");
+        }
+        assert!(!Manner::of("/v3lockpb.Lock/Lock").endless, "it ends by itself");
         assert!(Manner::of("/etcdserverpb.Auth/AuthEnable").enables_auth);
         assert!(!Manner::of("/etcdserverpb.Auth/AuthDisable").enables_auth);
     }

@@ -109,12 +109,18 @@ pub struct Connection {
     /// The member that this client's member-bound calls go to, once there was one.
     pub member: OnceLock<EndpointId>,
     leave: CancellationToken,
+    stop: CancellationToken,
 }
 
 impl Connection {
-    /// A connection from `peer` that is asked to go when `leave` is cancelled.
-    pub fn new(peer: SocketAddr, leave: CancellationToken) -> Self {
-        Self { peer, member: OnceLock::new(), leave }
+    /// A connection from `peer` to a server that leaves when `stop` is cancelled.
+    pub fn new(peer: SocketAddr, stop: CancellationToken) -> Self {
+        Self { peer, member: OnceLock::new(), leave: stop.child_token(), stop }
+    }
+
+    /// Cancelled when the server leaves: streams that do not end by themselves have to.
+    pub fn stop(&self) -> &CancellationToken {
+        &self.stop
     }
 
     /// Asks the client to open another connection; calls under way go on.
@@ -189,7 +195,7 @@ async fn accept_all<H: Handler>(
         match listener.accept().await {
             Ok((stream, peer)) => {
                 pause = FIRST_PAUSE;
-                connections.spawn(server.clone().serve_connection(stream, peer, stop.child_token()));
+                connections.spawn(server.clone().serve_connection(stream, peer, stop.clone()));
             }
             Err(error) if concerns_one_connection(&error) => server.metrics.accept_errors.inc(),
             Err(error) => {
@@ -213,7 +219,7 @@ fn concerns_one_connection(error: &io::Error) -> bool {
 }
 
 impl<H: Handler> Server<H> {
-    async fn serve_connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, leave: CancellationToken) {
+    async fn serve_connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, stop: CancellationToken) {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%peer, %error, "connection is gone already");
             return;
@@ -221,7 +227,8 @@ impl<H: Handler> Server<H> {
         detect_dead_peer(&stream, self.settings.keepalive_timeout);
         self.metrics.accepted.inc();
         let _open = Counted::new(&self.metrics.connections);
-        let connection = Arc::new(Connection::new(peer, leave.clone()));
+        let connection = Arc::new(Connection::new(peer, stop));
+        let leave = connection.leave.clone();
         let service = service_fn(|request| {
             let (server, connection) = (self.clone(), connection.clone());
             async move { Ok::<_, std::convert::Infallible>(server.answer(&connection, request).await) }

@@ -14,10 +14,12 @@ use prost::{
     Message,
     encoding::{WireType, decode_key, decode_varint},
 };
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::body::failure_trailers;
 use crate::{
     proto::etcdserverpb::ResponseHeader,
+    status::Status,
     upstream::{AuthHold, BodyError, ForwardedBody, grpc},
 };
 
@@ -44,6 +46,8 @@ pub struct Relay {
     body: ForwardedBody,
     encoding: Encoding,
     peek: Option<Peek>,
+    /// Cancelled when the answer has to end, though the upstream goes on.
+    stop: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
     ended: bool,
     _hold: Option<AuthHold>,
 }
@@ -51,7 +55,17 @@ pub struct Relay {
 impl Relay {
     /// Passes on `body`. The hold is dropped when the client has been told everything or has gone away.
     pub fn new(body: ForwardedBody, encoding: Encoding, peek: Option<Peek>, hold: Option<AuthHold>) -> Self {
-        Self { body, encoding, peek, ended: false, _hold: hold }
+        Self { body, encoding, peek, stop: None, ended: false, _hold: hold }
+    }
+
+    /// The same, that ends with Unavailable when `stop` is cancelled.
+    pub fn until(mut self, stop: CancellationToken) -> Self {
+        self.stop = Some(Box::pin(stop.cancelled_owned()));
+        self
+    }
+
+    fn is_stopped(&mut self, cx: &mut Context<'_>) -> bool {
+        self.stop.as_mut().is_some_and(|stop| stop.as_mut().poll(cx).is_ready())
     }
 
     /// What the client is told when the answer breaks off: a reset of the stream is passed on as it is; the loss of the
@@ -73,6 +87,10 @@ impl Body for Relay {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         if self.ended {
             return Poll::Ready(None);
+        }
+        if self.is_stopped(cx) {
+            self.ended = true;
+            return Poll::Ready(Some(Ok(Frame::trailers(failure_trailers(&Status::STOPPED)))));
         }
         match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
             Some(Ok(frame)) => {

@@ -186,6 +186,8 @@ pub trait Reader: Send {
     fn scan(&mut self, range: &KeyRange, bound: EventId, visit: &mut VisitVersion<'_>) -> Result<(), SqlError>;
     /// The log entry of an event.
     fn record(&mut self, id: EventId) -> Result<Option<Record>, SqlError>;
+    /// The log entries of several events, in the order of `ids`.
+    fn records(&mut self, ids: &[EventId]) -> Result<Vec<Option<Record>>, SqlError>;
     /// Visits the log from `from` to `to`, both included, in order.
     fn log(&mut self, from: EventId, to: EventId, visit: &mut VisitRecord<'_>) -> Result<(), SqlError>;
     /// The last event in the log.

@@ -103,11 +103,15 @@ pub fn count(store: &mut dyn Reader, range: &KeyRange, bound: EventId) -> Result
 
 /// The key-value pair of one event.
 pub fn fetch_record(store: &mut dyn Reader, id: EventId) -> Result<Record, SqlError> {
-    store.record(id)?.ok_or_else(|| SqlError::Database {
+    store.record(id)?.ok_or_else(|| missing(id))
+}
+
+fn missing(id: EventId) -> SqlError {
+    SqlError::Database {
         context: "reading a value",
         kind: Trouble::Corrupt,
         source: format!("revision {} is in the index and not in the log", id.revision()).into(),
-    })
+    }
 }
 
 /// Whether a limit applies before sorting. As in etcd that is so without an order even when there is a target: then the
@@ -199,12 +203,14 @@ fn sorted_by_value(
 
 /// The pairs of `entries`. As in etcd 3.7, a pair without its value is also without its lease.
 fn fetch(store: &mut dyn Reader, entries: Vec<Entry>, keys_only: bool) -> Result<Vec<KeyValue>, Fault> {
-    let pair = |(key, version): Entry| {
-        if keys_only {
+    if keys_only {
+        let pair = |(key, version): Entry| {
             let version = Version { lease: 0, ..version };
-            return Ok(Record { key, value: Bytes::new(), version }.into_kv());
-        }
-        Ok(fetch_record(store, version.id)?.into_kv())
-    };
-    entries.into_iter().map(pair).collect()
+            Record { key, value: Bytes::new(), version }.into_kv()
+        };
+        return Ok(entries.into_iter().map(pair).collect());
+    }
+    let ids: Vec<EventId> = entries.iter().map(|(_, version)| version.id).collect();
+    let records = store.records(&ids)?.into_iter().zip(ids);
+    records.map(|(record, id)| Ok(record.ok_or_else(|| missing(id))?.into_kv())).collect()
 }

@@ -80,7 +80,9 @@ impl Engine {
             .max_concurrent_streams(u32::MAX)
     }
 
-    fn routes(&self) -> Routes {
+    /// The gRPC face as a service of HTTP requests: for callers within the process that have a request at hand and want no
+    /// connection in between.
+    pub fn routes(&self) -> Routes {
         let services = Services { engine: self.clone() };
         let limit = self.state().options.max_request_bytes.saturating_add(OVERHEAD);
         let routes = Routes::new(KvServer::new(services.clone()).max_decoding_message_size(limit))

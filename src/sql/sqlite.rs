@@ -6,7 +6,7 @@ mod write;
 
 use std::{path::Path, time::Duration};
 
-use rusqlite::{Connection, ErrorCode, OpenFlags};
+use rusqlite::{Connection, ErrorCode, OpenFlags, config::DbConfig};
 
 pub use schema::LAYOUT_VERSION;
 
@@ -56,6 +56,8 @@ impl Sqlite {
         let open = || {
             let connection = Connection::open_with_flags(file, flags)?;
             connection.busy_timeout(BUSY)?;
+            // Without this promise of stable plans, statements are compiled anew whenever their values change.
+            connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
             connection.set_prepared_statement_cache_capacity(STATEMENTS);
             let kib = i64::try_from(cache_bytes / 1024).unwrap_or(i64::MAX);
             connection.pragma_update(None, "cache_size", -kib)?;

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use super::{
     SqlError,
     backend::{Meta, Writer},
+    counts::Counts,
     history::History,
     leases::Leases,
     options::Options,
@@ -39,6 +40,8 @@ pub struct State {
     pub leases: Mutex<Leases>,
     /// The latest events.
     pub history: History,
+    /// Counts of ranges that are read page by page.
+    pub counts: Counts,
     revision: watch::Sender<i64>,
     compacted: watch::Sender<i64>,
     compaction_done: watch::Sender<i64>,
@@ -141,6 +144,7 @@ pub fn load(store: &mut dyn Writer, options: Options) -> Result<State, SqlError>
         identity,
         leases: Mutex::new(Leases::recover(store.leases()?, Instant::now())),
         history: History::new(options.history_bytes),
+        counts: Counts::default(),
         revision: watch::Sender::new(at.current),
         compacted: watch::Sender::new(compacted),
         compaction_done: watch::Sender::new(store.meta(Meta::CompactionDone)?.unwrap_or(-1)),

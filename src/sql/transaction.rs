@@ -252,3 +252,6 @@ impl<'a> Transaction<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

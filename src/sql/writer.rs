@@ -1,6 +1,10 @@
 //! The one thread that writes: it takes writes as they come, evaluates as many as are there, and commits them together.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
@@ -19,6 +23,9 @@ const GROUP_LIMIT: usize = 1024;
 
 /// The most bytes of requests that share a commit, so that nobody waits long for others' bulk.
 const GROUP_BYTES: usize = 8 << 20;
+
+/// How long compaction waits after a commit that failed.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Bytes after which the database is measured again.
 const MEASURE_EVERY: usize = 256 << 10;
@@ -107,6 +114,8 @@ pub struct WriterThread {
     state: Arc<State>,
     compaction: Compaction,
     checkpoints: Checkpoints,
+    /// Whether the last commit failed, so that compaction by itself had better wait a little.
+    failing: bool,
     /// Bytes written since the database was last measured, about.
     unmeasured: usize,
     /// Set once the disk's content is unknown: every write is refused with it until a restart.
@@ -122,7 +131,7 @@ impl WriterThread {
         compaction: Compaction,
         checkpoints: Checkpoints,
     ) -> Self {
-        Self { store, jobs, state, compaction, checkpoints, unmeasured: 0, poisoned: None }
+        Self { store, jobs, state, compaction, checkpoints, failing: false, unmeasured: 0, poisoned: None }
     }
 
     /// Works until the queue is closed and empty.
@@ -145,6 +154,9 @@ impl WriterThread {
     /// The next job; inside, `None` when there is none and compaction has work. Outside, `None` at the end.
     fn next_job(&mut self) -> Option<Option<Job>> {
         if self.poisoned.is_none() && self.compaction.is_pending(self.state.position().compacted) {
+            if self.failing {
+                thread::sleep(RETRY);
+            }
             match self.jobs.try_recv() {
                 Ok(job) => return Some(Some(job)),
                 Err(mpsc::error::TryRecvError::Empty) => return Some(None),
@@ -170,6 +182,7 @@ impl WriterThread {
         let metrics = &self.state.options.metrics;
         metrics.writes.inc_by(group.len() as u64);
         let failure = outcome.err();
+        self.failing = failure.is_some();
         if failure.is_some() {
             metrics.failures.inc_by(group.len() as u64);
         }

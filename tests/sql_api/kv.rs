@@ -257,6 +257,30 @@ async fn a_streamed_range_is_the_range_in_pieces() -> Result {
 }
 
 #[tokio::test]
+async fn pages_at_one_revision_count_what_remains_whatever_is_written_meanwhile() -> Result {
+    let store = Store::open().await?;
+    for key in 0..50 {
+        store.put(&format!("key{key:03}"), "v").await?;
+    }
+    let first = store.range(RangeRequest { limit: 20, ..everything() }).await?;
+    let (revision, mut seen) = (revision(first.header)?, keys(&first));
+    assert_eq!((first.count, first.more), (50, true));
+    store.delete("key0", "\0").await?;
+    store.put("key000", "again").await?;
+    while seen.len() < 50 {
+        let key = format!("{}\0", seen.last().ok_or("no key")?);
+        let left = 50 - seen.len() as i64;
+        let page = store.range(RangeRequest { limit: 20, revision, ..range(&key, "\0") }).await?;
+        assert_eq!((page.count, page.more), (left, left > 20));
+        let other_end = store.range(RangeRequest { limit: 1, revision, ..range(&key, "key045") }).await?;
+        assert_eq!(other_end.count, (left - 5).max(0));
+        seen.extend(keys(&page));
+    }
+    assert_eq!(store.range(RangeRequest { limit: 20, ..everything() }).await?.count, 1);
+    Ok(())
+}
+
+#[tokio::test]
 async fn concurrent_writes_each_get_a_revision() -> Result {
     let store = Store::open().await?;
     let mut writes = tokio::task::JoinSet::new();

@@ -146,9 +146,7 @@ async fn a_watch_from_the_future_stays_quiet_until_then() -> Result {
 async fn ids_are_picked_or_taken_as_given() -> Result {
     let store = Store::open().await?;
     let mut stream = Stream::open(&store).await?;
-    let mut create = async |watch_id| {
-        Ok::<_, Box<dyn std::error::Error>>(stream.create(WatchCreateRequest { watch_id, ..all() }).await?)
-    };
+    let mut create = async |watch_id| stream.create(WatchCreateRequest { watch_id, ..all() }).await;
     assert_eq!(create(1).await?.watch_id, 1);
     assert_eq!(create(0).await?.watch_id, 0);
     assert_eq!(create(0).await?.watch_id, 2);

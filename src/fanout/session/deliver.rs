@@ -10,7 +10,7 @@ use crate::{
         watcher::Watcher,
     },
     proto::{etcdserverpb::WatchResponse, mvccpb},
-    store::{Entry, Event, Responder, Revision, View},
+    store::{Entry, Responder, Revision, View},
 };
 use prost::Message;
 
@@ -76,7 +76,8 @@ impl Session {
                 if !events.is_empty() {
                     watcher.quiet = false;
                     let wanted = || entry.events.iter().filter(|event| watcher.options.wants(event));
-                    respond(watcher, responder, entry.revision, events, wanted, self.settings.fragment_bytes, out);
+                    let lengths = || wanted().map(|event| event_len(event, watcher.options.prev_kv));
+                    respond(watcher, responder, entry.revision, events, lengths, self.settings.fragment_bytes, out);
                 }
             }
             lane.read += 1;
@@ -209,7 +210,7 @@ fn stretch(
 ) -> bool {
     let Some(window) = view.window.after(watcher.next.previous()) else { return false };
     scratch.clear();
-    let mut wanted = Vec::new();
+    let mut lengths = Vec::new();
     let mut reached = watcher.next.max(view.revision().next());
     for entry in window {
         if *entries == 0 || scratch.bytes.len() >= BATCH_BYTES {
@@ -217,27 +218,30 @@ fn stretch(
             break;
         }
         *entries -= 1;
+        // What came before a compaction is gone for whoever begins at it, as in etcd; Kubernetes tells by that.
+        let compacted_away = entry.revision == view.compacted && watcher.start == entry.revision;
+        let prev_kv = watcher.options.prev_kv && !compacted_away;
         for event in entry.events.iter().filter(|event| watcher.options.wants(event)) {
-            put_event(&mut scratch.bytes, event, watcher.options.prev_kv);
-            wanted.push(event);
+            put_event(&mut scratch.bytes, event, prev_kv);
+            lengths.push(event_len(event, prev_kv));
         }
     }
     watcher.next = reached;
-    if !wanted.is_empty() {
+    if !lengths.is_empty() {
         watcher.quiet = false;
-        let events = || wanted.iter().copied();
-        respond(watcher, view.responder, view.revision(), &scratch.bytes, events, fragment_bytes, out);
+        let lengths = || lengths.iter().copied();
+        respond(watcher, view.responder, view.revision(), &scratch.bytes, lengths, fragment_bytes, out);
     }
     true
 }
 
-/// Puts out one response, or its fragments.
-fn respond<'a, I: Iterator<Item = &'a Event>>(
+/// Puts out one response, or its fragments. `lengths` tells where the events in `encoded` end.
+fn respond<I: Iterator<Item = usize>>(
     watcher: &Watcher,
     responder: Responder,
     revision: Revision,
     encoded: &[u8],
-    events: impl Fn() -> I,
+    lengths: impl Fn() -> I,
     fragment_bytes: usize,
     out: &mut BytesMut,
 ) {
@@ -245,8 +249,7 @@ fn respond<'a, I: Iterator<Item = &'a Event>>(
     if !watcher.options.fragment || envelope.message_len(responder, encoded.len()) < fragment_bytes {
         return envelope.put(out, responder, encoded);
     }
-    let lengths = events().map(|event| event_len(event, watcher.options.prev_kv));
-    put_fragments(envelope, responder, encoded, lengths, fragment_bytes, out);
+    put_fragments(envelope, responder, encoded, lengths(), fragment_bytes, out);
 }
 
 /// Cuts a response into fragments of at most `fragment_bytes`, or of one event where that is larger. As in etcd, all but

@@ -269,6 +269,19 @@ fn a_compaction_cancels_whoever_is_below_it_and_keeps_the_id() {
     assert_eq!(stage.session.len(), 2);
 }
 
+/// Who began at the compaction's own revision was sent the value before it, which etcd no longer has: Kubernetes' own
+/// tests take that for a compaction that did not happen.
+#[test]
+fn the_value_before_a_compaction_is_not_shown_to_whoever_begins_at_it() {
+    let mut stage = Stage::new(u64::MAX);
+    (0..4).for_each(|_| stage.write(&[(1, false)]));
+    stage.writer.compacted(Revision(4));
+    stage.publish();
+    stage.create(WatchOptions { prev_kv: true, ..everything() }, Start::At(Revision(4)));
+    stage.pump_all();
+    assert_eq!(stage.events(0), [(4, 1, true, false), (5, 1, true, true)]);
+}
+
 #[test]
 fn another_history_cancels_every_watcher_at_its_revision() {
     let mut stage = Stage::new(u64::MAX);

@@ -59,6 +59,9 @@ impl Reader for Faulty {
     fn record(&mut self, id: EventId) -> Result<Option<Record>, SqlError> {
         self.inner.record(id)
     }
+    fn records(&mut self, ids: &[EventId]) -> Result<Vec<Option<Record>>, SqlError> {
+        self.inner.records(ids)
+    }
     fn log(&mut self, from: EventId, to: EventId, visit: &mut VisitRecord<'_>) -> Result<(), SqlError> {
         self.inner.log(from, to, visit)
     }

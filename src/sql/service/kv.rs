@@ -13,6 +13,7 @@ use crate::{
     },
     sql::{
         Engine,
+        backend::Reader,
         key::successor,
         quota,
         range::{self, evaluate},
@@ -30,7 +31,9 @@ impl Kv for Services {
     async fn range(&self, request: Request<RangeRequest>) -> Result<Response<RangeResponse>, tonic::Status> {
         let request = request.into_inner();
         validate::range(&request)?;
-        let mut response = self.engine.read(move |store, at| evaluate(store, &request, at)).await?;
+        let engine = self.engine.clone();
+        let read = move |store: &mut dyn Reader, at| engine.state().counts.evaluate(store, &request, at);
+        let mut response = self.engine.read(read).await?;
         self.engine.state().fill(&mut response.header);
         Ok(Response::new(response))
     }

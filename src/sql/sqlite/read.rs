@@ -1,7 +1,5 @@
 //! Reading from SQLite.
 
-use std::ops::ControlFlow;
-
 use bytes::Bytes;
 use rusqlite::{OptionalExtension, Row, params, types::ValueRef};
 
@@ -21,6 +19,7 @@ const BETWEEN: &str = "SELECT key, id, create_revision, version, lease FROM vers
      WHERE key >= ?1 AND key < ?2 ORDER BY key, id DESC";
 const NEWEST: &str =
     "SELECT id, create_revision, version, lease FROM versions WHERE key = ?1 AND id <= ?2 ORDER BY id DESC LIMIT 1";
+const RECORD: &str = "SELECT key, value, id, create_revision, version, lease FROM log WHERE id = ?1";
 const LOG: &str =
     "SELECT key, value, id, create_revision, version, lease FROM log WHERE id BETWEEN ?1 AND ?2 ORDER BY id";
 
@@ -76,12 +75,15 @@ impl Reader for Sqlite {
     }
 
     fn record(&mut self, id: EventId) -> Result<Option<Record>, SqlError> {
-        let mut found = None;
-        self.log(id, id, &mut |record| {
-            found = Some(record);
-            ControlFlow::Break(())
-        })?;
-        Ok(found)
+        Ok(self.records(&[id])?.pop().flatten())
+    }
+
+    fn records(&mut self, ids: &[EventId]) -> Result<Vec<Option<Record>>, SqlError> {
+        let find = || -> rusqlite::Result<Vec<Option<Record>>> {
+            let mut statement = self.connection.prepare_cached(RECORD)?;
+            ids.iter().map(|id| statement.query_row([id.0], record).optional()).collect()
+        };
+        find().map_err(doing("reading a value"))
     }
 
     fn log(&mut self, from: EventId, to: EventId, visit: &mut VisitRecord<'_>) -> Result<(), SqlError> {
@@ -89,8 +91,7 @@ impl Reader for Sqlite {
             let mut statement = self.connection.prepare_cached(LOG)?;
             let mut rows = statement.query(params![from.0, to.0])?;
             while let Some(row) = rows.next()? {
-                let record = Record { key: blob(row, 0)?, value: blob(row, 1)?, version: version(row, 2)? };
-                if visit(record).is_break() {
+                if visit(record(row)?).is_break() {
                     break;
                 }
             }
@@ -200,6 +201,10 @@ impl Sqlite {
         }
         Ok(Scan::Done)
     }
+}
+
+fn record(row: &Row<'_>) -> rusqlite::Result<Record> {
+    Ok(Record { key: blob(row, 0)?, value: blob(row, 1)?, version: version(row, 2)? })
 }
 
 fn version(row: &Row<'_>, at: usize) -> rusqlite::Result<Version> {

@@ -51,7 +51,7 @@ pub fn read_only(store: &mut dyn Reader, request: TxnRequest, at: Position) -> R
 type Path = Vec<bool>;
 
 impl Transaction<'_> {
-    /// Carries out a transaction that has passed [`crate::sql::validate::txn`].
+    /// Carries out a transaction that has passed `validate::txn`.
     pub fn txn(&mut self, request: TxnRequest) -> Result<TxnResponse, Fault> {
         let mut path = Path::new();
         self.decide(&request, &mut path)?;
