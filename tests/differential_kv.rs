@@ -185,7 +185,7 @@ impl Run {
     }
 }
 
-/// RangeStream as 3.7 has it, from the Range of an older etcd, whose keys-only answers keep their leases.
+/// RangeStream as 3.7 has it, from the Range of an older etcd. Keys alone come without their leases since 3.7.
 async fn range_stream_of_old(etcd: &Client, request: &pb::RangeRequest) -> Outcome {
     if request.key.is_empty() {
         return Err(Failure::from(Status::EMPTY_KEY));
@@ -200,7 +200,13 @@ async fn range_stream_of_old(etcd: &Client, request: &pb::RangeRequest) -> Outco
     if has_filters(request) {
         return unimplemented("revision filters");
     }
-    execute(etcd, &Operation::Range(request.clone())).await
+    let mut outcome = execute(etcd, &Operation::Range(request.clone())).await;
+    if let Ok(Answer::Range(answer)) = &mut outcome
+        && request.keys_only
+    {
+        answer.kvs.iter_mut().for_each(|kv| kv.lease = 0);
+    }
+    outcome
 }
 
 /// A RangeStream by something else than the key, without an order, is sorted chunk by chunk in etcd 3.7, and what it

@@ -3,6 +3,8 @@
 //! A recording watch gives the history that was written, and a small model says from it how many events each watcher is
 //! due, so that every step waits for exactly what must come and what comes beyond that is noticed.
 
+mod side;
+
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
@@ -13,14 +15,19 @@ use millpond::proto::{
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::time::{Duration, Instant, sleep, sleep_until};
 
+use side::{Side, eventually_counted, last_revision, progress_count, tells_progress_to};
+
 use super::{
     client::{Client, eventually},
     compare::outcomes,
     operation::{Operation, execute},
     random::{Bounds, Generator},
     subject::Twins,
-    watching::{Item, WatchStream, by_watcher, create, revision_of},
+    watching::{Item, WatchStream, create, revision_of},
 };
+
+/// A watcher that starts in the past is surely up to date after this: etcd looks for such ones every tenth of a second.
+const BEHIND: Duration = Duration::from_millis(500);
 
 /// What a stream's requests lead to, as far as the script must know it to pace itself.
 struct Watcher {
@@ -29,12 +36,6 @@ struct Watcher {
     from: i64,
     /// Cancelled by the server because of a compaction; its id stays taken.
     compacted: bool,
-}
-
-/// One of the two servers, with the stream under test on it.
-struct Side {
-    client: Client,
-    stream: WatchStream,
 }
 
 pub struct Script {
@@ -51,6 +52,8 @@ pub struct Script {
     controls: usize,
     /// When a watcher was last created with a start in the past.
     last_behind: Instant,
+    /// The revisions to which progress was asked for and told.
+    proven: Vec<i64>,
     /// Events due to watchers that are gone.
     settled_events: usize,
     steps: Vec<String>,
@@ -76,6 +79,7 @@ impl Script {
             next_id: 0,
             controls: 0,
             last_behind: Instant::now(),
+            proven: Vec::new(),
             settled_events: 0,
             steps: Vec::new(),
         };
@@ -136,7 +140,7 @@ impl Script {
         }
         // A watcher that starts in the past is behind for a tenth of a second even when it is due nothing, and a compaction
         // in that time cancels it.
-        sleep_until(self.last_behind + Duration::from_millis(500)).await;
+        sleep_until(self.last_behind + BEHIND).await;
         self.steps.push(format!("compact {revision}"));
         if self.execute(&Operation::Compact(pb::CompactionRequest { revision, physical: true })).await {
             self.bounds.compacted = revision;
@@ -240,21 +244,43 @@ impl Script {
         let current = self.bounds.current;
         let is_silent = self.watchers.is_empty()
             || self.watchers.values().any(|watcher| watcher.compacted || watcher.request.start_revision > current);
-        self.steps.push(format!("progress, silent: {is_silent}"));
+        self.steps.push(format!("progress at {current}, silent: {is_silent}"));
         if is_silent {
-            self.reference.stream.ask_progress();
-            self.subject.stream.ask_progress();
-            return sleep(Duration::from_millis(150)).await;
+            return self.expect_silence().await;
         }
+        sleep_until(self.last_behind + BEHIND).await;
+        self.proven.push(current);
         for (name, side) in [("reference", &self.reference), ("subject", &self.subject)] {
-            let before = progress_count(&side.stream);
-            let what = format!("the {name}'s answer to a progress request after\n{}", self.last_steps());
+            let what = format!("the {name}'s proof of progress to {current} after\n{}", self.last_steps());
             eventually(&what, async || {
                 side.stream.ask_progress();
-                sleep(Duration::from_millis(100)).await;
-                (progress_count(&side.stream) > before).then_some(())
+                let asked = Instant::now();
+                while asked.elapsed() < Duration::from_millis(200) && !tells_progress_to(&side.stream, current) {
+                    sleep(Duration::from_millis(2)).await;
+                }
+                tells_progress_to(&side.stream, current).then_some(())
             })
             .await;
+        }
+    }
+
+    /// Asks for progress where etcd stays silent.
+    async fn expect_silence(&self) {
+        for (name, side) in [("reference", &self.reference), ("subject", &self.subject)] {
+            let before = progress_count(&side.stream);
+            side.stream.ask_progress();
+            sleep(Duration::from_millis(150)).await;
+            if progress_count(&side.stream) > before {
+                let compacted = self.watchers.iter().filter(|(_, watcher)| watcher.compacted);
+                let compacted: Vec<i64> = compacted.map(|(id, _)| *id).collect();
+                let future = self.watchers.iter().filter(|(_, w)| w.request.start_revision > self.bounds.current);
+                let future: Vec<i64> = future.map(|(id, _)| *id).collect();
+                panic!(
+                    "the {name} told progress with {} watchers, {compacted:?} compacted, {future:?} in the future, after\n{}",
+                    self.watchers.len(),
+                    self.last_steps()
+                );
+            }
         }
     }
 
@@ -295,14 +321,18 @@ impl Script {
     }
 
     fn compare(&self) {
-        let (expected, found) = (self.reference.items(), self.subject.items());
+        let (expected, found) = (self.reference.items(&self.proven), self.subject.items(&self.proven));
         let ids = |watchers: &BTreeMap<i64, Vec<Item>>| watchers.keys().copied().collect::<Vec<_>>();
         assert_eq!(ids(&expected), ids(&found), "watch ids, after\n{}", self.last_steps());
         for (id, expected) in &expected {
             let found = &found[id];
             let differs = expected.iter().zip(found).position(|(expected, found)| !expected.agrees_with(found));
             if let Some(at) = differs {
-                panic!("watcher {id}, item {at}\nexpected: {:?}\n   found: {:?}", expected[at], found[at]);
+                let steps = self.last_steps();
+                panic!(
+                    "watcher {id}, item {at}\nexpected: {:?}\n   found: {:?}\nsteps:\n{steps}",
+                    expected[at], found[at]
+                );
             }
             assert_eq!(expected.len(), found.len(), "number of items of watcher {id}");
         }
@@ -311,42 +341,6 @@ impl Script {
     fn last_steps(&self) -> String {
         self.steps[self.steps.len().saturating_sub(12)..].join("\n")
     }
-}
-
-impl Side {
-    /// What each watcher was told, with repeated answers to repeated progress requests told once.
-    fn items(&self) -> BTreeMap<i64, Vec<Item>> {
-        let mut watchers = by_watcher(&self.stream.responses());
-        for items in watchers.values_mut() {
-            items.dedup_by(|later, earlier| later.is_progress() && later == earlier);
-        }
-        watchers
-    }
-}
-
-/// Waits for this many responses without events, progress aside, and events; the answer is what there was.
-async fn eventually_counted(side: &Side, controls: usize, events: usize) -> (usize, usize) {
-    let mut counted = (0, 0);
-    let start = Instant::now();
-    while start.elapsed() < Duration::from_secs(10) {
-        let responses = side.stream.responses();
-        let control = responses.iter().filter(|response| response.created || response.canceled).count();
-        counted = (control, responses.iter().map(|response| response.events.len()).sum());
-        if counted.0 >= controls && counted.1 >= events {
-            break;
-        }
-        sleep(Duration::from_millis(2)).await;
-    }
-    counted
-}
-
-fn progress_count(stream: &WatchStream) -> usize {
-    let responses = stream.responses();
-    responses.iter().filter(|response| !response.created && !response.canceled && response.events.is_empty()).count()
-}
-
-fn last_revision(responses: &[pb::WatchResponse]) -> i64 {
-    responses.iter().rev().find_map(|response| response.events.last()).map_or(0, revision_of)
 }
 
 fn span_of(request: &WatchCreateRequest) -> (&[u8], &[u8]) {

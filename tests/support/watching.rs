@@ -151,13 +151,16 @@ pub enum Item {
 }
 
 impl Item {
-    /// Whether it is a progress notification, or the answer to a request for one.
-    pub fn is_progress(&self) -> bool {
-        matches!(self, Self::Control(response) if !response.created && !response.canceled)
+    /// The revision of a progress notification, or of the answer to a request for one.
+    pub fn progress(&self) -> Option<i64> {
+        match self {
+            Self::Control(response) if !response.created && !response.canceled => Some(response.header?.revision),
+            _ => None,
+        }
     }
 
-    /// The two items with what etcd may leave out of the first taken from the second: a previous record that was
-    /// compacted away while the watcher was behind.
+    /// Whether they are the same, but for a previous record that was compacted away while the watcher was behind: etcd
+    /// leaves it out then.
     pub fn agrees_with(&self, found: &Self) -> bool {
         match (self, found) {
             (Self::Event { header, event }, Self::Event { header: other_header, event: other }) => {
