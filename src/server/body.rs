@@ -139,21 +139,48 @@ impl HttpBody for Body {
 /// Reads the single message of a unary request, and unpacks it if it is compressed as `headers` say.
 ///
 /// # Errors
-/// ResourceExhausted for a message above `limit` bytes, as Go's gRPC library says it; Internal for a body that is not one
-/// message; Cancelled when the client went away.
+/// ResourceExhausted for a message above `limit` bytes, as Go's gRPC library says it; Unknown for a body that ends before its
+/// message does; Cancelled when the client went away.
 pub async fn read_message(headers: &HeaderMap, mut body: Incoming, limit: usize) -> Result<Bytes, Status> {
     let mut deframer = Deframer::compressed(Compression::named(headers, limit)?);
-    while let Some(frame) = body.frame().await {
+    next_message(&mut deframer, &mut body, limit).await
+}
+
+/// As [`read_message`], where the answer is a stream: there Go's gRPC library looks at the end of the request too.
+///
+/// # Errors
+/// As [`read_message`], but Internal for a body that is not one message.
+pub async fn read_only_message(headers: &HeaderMap, mut body: Incoming, limit: usize) -> Result<Bytes, Status> {
+    let mut deframer = Deframer::compressed(Compression::named(headers, limit)?);
+    let message = next_message(&mut deframer, &mut body, limit).await.map_err(|status| match status.code {
+        Code::Unknown => Status { code: Code::Internal, ..status },
+        _ => status,
+    })?;
+    match next_message(&mut deframer, &mut body, limit).await {
+        Err(Status { code: Code::Unknown, .. }) => Ok(message),
+        Err(status) => Err(status),
+        Ok(_) => Err(TWO_REQUESTS),
+    }
+}
+
+const TWO_REQUESTS: Status = Status::fixed(
+    Code::Internal,
+    "cardinality violation: received multiple request messages for non-client-streaming RPC",
+);
+
+async fn next_message(deframer: &mut Deframer, body: &mut Incoming, limit: usize) -> Result<Bytes, Status> {
+    loop {
+        check_size(deframer, limit)?;
+        if let Some(message) = deframer.pop()? {
+            return Ok(message);
+        }
+        let Some(frame) = body.frame().await else { break };
         let frame = frame.map_err(|_| Status::fixed(Code::Cancelled, "context canceled"))?;
         if let Ok(data) = frame.into_data() {
             deframer.push(data);
-            check_size(&deframer, limit)?;
-            if let Some(message) = deframer.pop()? {
-                return Ok(message);
-            }
         }
     }
-    Err(Status::fixed(Code::Internal, "grpc: the request has no whole message"))
+    Err(Status::fixed(Code::Unknown, if deframer.announced().is_some() { "unexpected EOF" } else { "EOF" }))
 }
 
 fn check_size(deframer: &Deframer, limit: usize) -> Result<(), Status> {

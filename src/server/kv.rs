@@ -20,7 +20,7 @@ use prometheus::{IntCounterVec, Opts, Registry};
 use prost::Message;
 
 use super::{
-    body::{Body, read_message},
+    body::{Body, read_message, read_only_message},
     forward::forward,
     listener::Connection,
     relay::AnswerObserver,
@@ -108,7 +108,12 @@ impl Kv {
     /// Answers a call whose path begins with [`SERVICE`].
     pub async fn call(&self, connection: &Connection, request: Request<Incoming>) -> Response<Body> {
         let (mut head, body) = request.into_parts();
-        let message = match read_message(&head.headers, body, self.settings.max_request_bytes + OVERHEAD).await {
+        let limit = self.settings.max_request_bytes + OVERHEAD;
+        let read = match head.uri.path().ends_with("/RangeStream") {
+            true => read_only_message(&head.headers, body, limit).await,
+            false => read_message(&head.headers, body, limit).await,
+        };
+        let message = match read {
             Ok(message) => message,
             Err(status) => return response::error(&status),
         };
