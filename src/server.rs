@@ -6,6 +6,7 @@
 //! - [`listener`]: accepts connections and serves HTTP/2 and HTTP/1.1 on them;
 //! - [`body`], [`response`]: what answers are made of;
 //! - [`forward`], [`relay`]: calls that etcd answers;
+//! - `precheck`: what is no gRPC call at all is refused as by etcd;
 //! - [`members`]: MemberList, so that clients stay behind the proxy;
 //! - [`health`], [`http`]: `grpc.health.v1`, and what etcd serves over HTTP/1.1 on its client port;
 //! - [`admin`]: the operators' port.
@@ -19,6 +20,7 @@ pub mod kv;
 pub mod leader;
 pub mod listener;
 pub mod members;
+mod precheck;
 pub mod relay;
 pub mod response;
 pub mod router;

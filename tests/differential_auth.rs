@@ -8,8 +8,9 @@ use millpond::proto::{
 };
 use support::{
     client::Client,
+    etcd::Cluster,
     operation::Failure,
-    subject::Twins,
+    subject::{Subject, Twins},
     toolchain::Release,
     watching::{WatchStream, create},
 };
@@ -123,4 +124,20 @@ async fn switched_on_elsewhere_it_holds_within_seconds_and_open_watches_end() {
         assert_eq!(ended.code(), tonic::Code::Unavailable, "so that the client comes back with its token");
     }
     twins.subject.assert_well();
+}
+
+/// The version of a secured member is read over HTTP, which a client port may do without: the member was then taken for
+/// dead, and every call failed for as long as authentication was on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_secured_member_that_speaks_no_http_is_served() {
+    let etcd = Cluster::builder(Release::newest()).flag("--listen-client-http-urls=http://127.0.0.1:0").start().await;
+    let mut subject = Subject::before(etcd, &[]).await;
+    let client = subject.client();
+    client.put("open/a", "1").await.unwrap();
+    switch_on(&client).await;
+    let token = token_of(&client, "reader").await;
+    // Longer than the probes take to find the member in its new state.
+    support::millpond::breathe(3000).await;
+    assert_eq!(read(&client, Some(&token), "open/a", "", true).await, Ok(1));
+    subject.assert_well();
 }

@@ -292,6 +292,23 @@ async fn quiet_watchers_that_ask_for_it_hear_of_progress() {
     assert_eq!(ids, [0, 2]);
 }
 
+/// A quiet watcher was told the revision of the tick before, so it always stood one interval back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_notification_tells_of_writes_that_the_watcher_does_not_see() {
+    let twins = Twins::with_progress_interval(&Release::newest(), Duration::from_secs(2)).await;
+    on_both(&twins, async |client| {
+        client.put("k", "v").await.unwrap();
+        let stream = WatchStream::open(&client).await;
+        stream.create(WatchCreateRequest { progress_notify: true, ..create("k", "", 0) });
+        stream.until_count(2).await;
+        // The next tick is far away.
+        let written = client.put("other", "v").await.unwrap();
+        stream.until_count(3).await;
+        assert_eq!(stream.responses().last().map(revision), Some(written));
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_half_close_ends_nothing_and_hasleader_is_served() {
     let twins = twins().await;

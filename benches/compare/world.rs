@@ -13,6 +13,7 @@ use millpond::{
         report::{Deliveries, Report},
         requests::{Keys, Ready, Source},
         watchers::Fleet,
+        wire::Manners,
     },
     proto::etcdserverpb::{RangeRequest, kv_client::KvClient},
 };
@@ -151,7 +152,7 @@ pub fn calls(
 ) -> Outcome<Report> {
     let endpoints = [server.endpoint.clone()];
     let Loading { connections, in_flight } = loading;
-    let load = CallLoad { endpoints: &endpoints, path, connections, in_flight, source };
+    let load = CallLoad { endpoints: &endpoints, path, connections, in_flight, manners: Manners::Go, source };
     let report = measure(&load, server, "call", WINDOW)?;
     if report.errors > 0 || report.operations == 0 {
         return Err(
@@ -170,6 +171,7 @@ pub fn watchers(server: &Server, write_endpoint: &str, fleet: Fleet, rate: f64, 
         fleet,
         rate,
         value_size: 512,
+        manners: Manners::Go,
         delivery: Delivery::default(),
     };
     let mut report = measure(&load, server, "event", window)?;

@@ -123,7 +123,14 @@ fn run_writes(
 }
 
 fn call(common: &Common, path: &str, in_flight: usize, source: &loads::MakeSource) -> Result<Outcome, BenchError> {
-    let load = CallLoad { endpoints: &common.endpoints, path, connections: common.connections, in_flight, source };
+    let load = CallLoad {
+        endpoints: &common.endpoints,
+        path,
+        connections: common.connections,
+        in_flight,
+        manners: common.manners,
+        source,
+    };
     Ok(drive_with_bar(&load, common)?)
 }
 
@@ -143,6 +150,7 @@ fn run_watch(runtime: &tokio::runtime::Runtime, watch: &Watch) -> Result<Report,
         fleet,
         rate: watch.rate,
         value_size: watch.value_size.0 as usize,
+        manners: common.manners,
         delivery: loads::Delivery::default(),
     };
     let keys = load.fleet.keys();

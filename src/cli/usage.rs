@@ -78,8 +78,7 @@ mod tests {
 
     #[test]
     fn an_unknown_command_is_named() {
-        assert!(
-            line(&["sevre"]).starts_with("unrecognized subcommand 'sevre'; tip: a similar subcommand exists: 'serve'")
-        );
+        let line = line(&["sevre"]);
+        assert!(line.starts_with("unrecognized subcommand 'sevre'; tip: ") && line.contains("'serve'"), "{line}");
     }
 }

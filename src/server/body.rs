@@ -18,7 +18,7 @@ use super::relay::Relay;
 pub use crate::upstream::BodyError;
 use crate::{
     status::Status,
-    upstream::grpc::{self, Deframer},
+    upstream::grpc::{self, Compression, Deframer},
 };
 
 /// The trailers of every success.
@@ -136,13 +136,13 @@ impl HttpBody for Body {
     }
 }
 
-/// Reads the single message of a unary request.
+/// Reads the single message of a unary request, and unpacks it if it is compressed as `headers` say.
 ///
 /// # Errors
 /// ResourceExhausted for a message above `limit` bytes, as Go's gRPC library says it; Internal for a body that is not one
 /// message; Cancelled when the client went away.
-pub async fn read_message(mut body: Incoming, limit: usize) -> Result<Bytes, Status> {
-    let mut deframer = Deframer::default();
+pub async fn read_message(headers: &HeaderMap, mut body: Incoming, limit: usize) -> Result<Bytes, Status> {
+    let mut deframer = Deframer::compressed(Compression::named(headers, limit)?);
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| Status::fixed(Code::Cancelled, "context canceled"))?;
         if let Ok(data) = frame.into_data() {

@@ -66,12 +66,13 @@ impl HealthService {
 
     /// Answers a call whose path begins with [`SERVICE`].
     pub async fn call(&self, request: Request<Incoming>) -> Response<Body> {
-        let method = request.uri().path().strip_prefix(SERVICE).unwrap_or_default().to_owned();
-        let question = match read_message(request.into_body(), REQUEST_LIMIT).await {
+        let (head, body) = request.into_parts();
+        let question = match read_message(&head.headers, body, REQUEST_LIMIT).await {
             Ok(question) => question,
             Err(status) => return response::error(&status),
         };
-        let answer = match method.as_str() {
+        let method = head.uri.path().strip_prefix(SERVICE).unwrap_or_default();
+        let answer = match method {
             "Check" => service(question).and_then(|service| self.check(&service)),
             "Watch" => service(question).map(|service| self.watch(&service)),
             "List" => Ok(response::unary(&ListResponse::of(self.now()).encode_to_vec())),

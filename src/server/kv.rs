@@ -107,11 +107,13 @@ impl Kv {
 
     /// Answers a call whose path begins with [`SERVICE`].
     pub async fn call(&self, connection: &Connection, request: Request<Incoming>) -> Response<Body> {
-        let (head, body) = request.into_parts();
-        let message = match read_message(body, self.settings.max_request_bytes + OVERHEAD).await {
+        let (mut head, body) = request.into_parts();
+        let message = match read_message(&head.headers, body, self.settings.max_request_bytes + OVERHEAD).await {
             Ok(message) => message,
             Err(status) => return response::error(&status),
         };
+        // What is relayed is not compressed any more.
+        head.headers.remove(grpc::ENCODING);
         let method = head.uri.path().strip_prefix(SERVICE).unwrap_or_default();
         let call = |message| Call { connection, message, head: head.clone() };
         let answered = match method {

@@ -17,7 +17,7 @@ use crate::{
     status::Status,
     upstream::{
         Upstream,
-        grpc::{self, Deframer},
+        grpc::{self, Compression, Deframer},
     },
 };
 
@@ -68,7 +68,7 @@ impl Members {
 }
 
 async fn rewritten(answer: Response<Body>, url: &str) -> Result<Response<Body>, Status> {
-    let (head, body) = answer.into_parts();
+    let (mut head, body) = answer.into_parts();
     if grpc::outcome(&head.headers).is_some() {
         return Ok(Response::from_parts(head, body));
     }
@@ -77,11 +77,13 @@ async fn rewritten(answer: Response<Body>, url: &str) -> Result<Response<Body>, 
     if let Some(Err(status)) = collected.trailers().and_then(grpc::outcome) {
         return Err(status);
     }
-    let mut deframer = Deframer::default();
+    let mut deframer = Deframer::compressed(Compression::named(&head.headers, ANSWER_LIMIT)?);
     deframer.push(collected.to_bytes());
     let message = deframer.pop()?.ok_or(UNREADABLE)?;
     let message = replace_in_list(&message, url).ok_or(UNREADABLE)?;
     let mut answer = response::unary(&message);
+    // etcd compresses its answer to a compressed request.
+    head.headers.remove(grpc::ENCODING);
     *answer.headers_mut() = head.headers;
     Ok(answer)
 }

@@ -15,6 +15,7 @@ use super::{
     kv::{self, Kv, relayed_observer},
     listener::{Connection, Handler},
     members::{MEMBER_LIST, Members},
+    precheck,
     watch::{PATH as WATCH, Watch},
 };
 use crate::{cache::Cache, feed::Phase};
@@ -39,6 +40,9 @@ impl Handler for Router {
         if request.version() < Version::HTTP_2 {
             let observer = Some(relayed_observer(&self.cache));
             return http::call(upstream, connection, &self.health.readiness(), request, observer).await;
+        }
+        if let Some(refusal) = precheck::refusal(&request) {
+            return refusal;
         }
         match request.uri().path() {
             path if path.starts_with(kv::SERVICE) => self.kv.call(connection, request).await,

@@ -17,7 +17,7 @@ use crate::{
     cache::Cache,
     fanout::{Hub, SessionSettings},
     status::Status,
-    upstream::AuthState,
+    upstream::{AuthState, grpc::Compression},
 };
 use stream::Stream;
 
@@ -114,12 +114,13 @@ impl Watch {
     fn open(&self, request: Request<Incoming>) -> Response<Body> {
         let asks_for_leader = request.headers().get("hasleader").is_some_and(|value| value == "true");
         let end = if asks_for_leader { self.shared.leader.reign() } else { Some(self.shared.stop.clone()) };
-        match end {
-            Some(end) => {
-                let stream = Stream::new(self.shared.clone(), request.into_body(), end);
+        let compression = Compression::named(request.headers(), self.shared.settings.max_request_bytes + (512 << 10));
+        match compression.and_then(|compression| Ok((compression, end.ok_or(Status::NO_LEADER)?))) {
+            Ok((compression, end)) => {
+                let stream = Stream::new(self.shared.clone(), request.into_body(), compression, end);
                 response::streaming(Body::boxed(stream))
             }
-            None => response::error(&Status::NO_LEADER),
+            Err(status) => response::error(&status),
         }
     }
 }

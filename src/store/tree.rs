@@ -55,16 +55,10 @@ impl std::iter::Sum for Sums {
 }
 
 /// An ordered map from keys to records. Cheap to clone; clones share what they have in common.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Tree {
     root: Arc<Node>,
     sums: Sums,
-}
-
-impl Default for Tree {
-    fn default() -> Self {
-        Self { root: Arc::default(), sums: Sums::default() }
-    }
 }
 
 impl Tree {

@@ -1,5 +1,7 @@
 //! gRPC over HTTP/2 as far as a proxy needs it: the five-byte message prefix, and outcomes in headers and trailers.
 
+mod compression;
+
 use std::error::Error;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -8,6 +10,7 @@ use prost::Message;
 use tonic::Code;
 
 use crate::status::Status;
+pub use compression::{Compression, ENCODING};
 
 /// Bytes before each message: a compression flag and the length.
 pub const PREFIX: usize = 5;
@@ -145,9 +148,15 @@ pub struct Deframer {
     received: BytesMut,
     /// A frame that was taken as it came, before anything is copied.
     whole: Bytes,
+    compression: Compression,
 }
 
 impl Deframer {
+    /// For messages that may be compressed so.
+    pub fn compressed(compression: Compression) -> Self {
+        Self { compression, ..Self::default() }
+    }
+
     /// Takes the next bytes of the body.
     pub fn push(&mut self, data: Bytes) {
         if self.received.is_empty() && self.whole.is_empty() {
@@ -161,19 +170,17 @@ impl Deframer {
     /// The next whole message; `None` when bytes are missing.
     ///
     /// # Errors
-    /// Internal for a compressed message: we never ask for compression.
+    /// For a compressed message that cannot be unpacked, or that is too large then: see [`Compression`].
     pub fn pop(&mut self) -> Result<Option<Bytes>, Status> {
         let at_hand = self.at_hand();
         let Some(prefix) = at_hand.first_chunk::<PREFIX>() else { return Ok(None) };
         let [flag, a, b, c, d] = *prefix;
-        if flag != 0 {
-            return Err(Status::fixed(Code::Internal, "grpc: compressed message without a negotiated encoding"));
-        }
         let length = u32::from_be_bytes([a, b, c, d]) as usize;
         if at_hand.len() - PREFIX < length {
             return Ok(None);
         }
-        Ok(Some(self.take(length)))
+        let message = self.take(length);
+        self.compression.unpack(flag, message).map(Some)
     }
 
     /// The length that the next message's prefix announces.

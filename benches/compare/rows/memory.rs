@@ -3,7 +3,14 @@
 use std::time::{Duration, Instant};
 
 use millpond::{
-    cli::bench::{RANGE, link::Link, messages::framed, requests::Keys, watchers::Fleet, wire::Frame},
+    cli::bench::{
+        RANGE,
+        link::Link,
+        messages::framed,
+        requests::Keys,
+        watchers::Fleet,
+        wire::{Frame, Manners},
+    },
     proto::etcdserverpb::RangeRequest,
 };
 
@@ -83,7 +90,7 @@ pub fn per_key(world: &mut World, kind: &RowKind) -> Outcome<Row> {
 
 /// Reads all keys page by page as fast as the etcd sends them.
 async fn list(endpoint: &str, keys: &Keys) -> Outcome<Duration> {
-    let mut link = Link::connect(endpoint, endpoint, RANGE).await?;
+    let mut link = Link::connect(endpoint, RANGE, Manners::Quiet).await?;
     let started = Instant::now();
     for start in (0..keys.count).step_by(PAGE as usize) {
         let page = RangeRequest { key: keys.key(start), range_end: keys.end(), limit: PAGE, ..Default::default() };

@@ -4,7 +4,7 @@ use std::{str::FromStr, time::Duration};
 
 use clap::{Args, Subcommand};
 
-use super::requests::Shape;
+use super::{requests::Shape, wire::Manners};
 use crate::config::{
     units::{parse_size, parse_span},
     values::parse_endpoint,
@@ -120,6 +120,9 @@ pub struct Common {
     /// Process whose CPU time and memory are measured: the server, on this machine
     #[arg(long, value_name = "PID")]
     pub pid: Option<u32>,
+    /// How answers are received
+    #[arg(long, value_enum, default_value = "go")]
+    pub manners: Manners,
     /// What the run's keys begin with
     #[arg(long, value_name = "PREFIX", default_value = "/millpond-bench/")]
     pub prefix: String,

@@ -2,12 +2,9 @@
 
 use std::{cell::RefCell, io};
 
-use tokio::{
-    io::Interest,
-    net::{TcpStream, ToSocketAddrs},
-};
+use tokio::{io::Interest, net::TcpStream};
 
-use super::wire::{Frame, Wire, WireError};
+use super::wire::{Frame, Manners, Wire, WireError};
 
 /// Bytes read from a socket at a time. One buffer serves all connections of a thread.
 const READ: usize = 256 * 1024;
@@ -36,11 +33,11 @@ pub struct Link {
 }
 
 impl Link {
-    /// Connects, and waits until the server has said what it takes. All calls go to `path`.
-    pub async fn connect(address: impl ToSocketAddrs, authority: &str, path: &str) -> Result<Self, LinkError> {
-        let socket = TcpStream::connect(address).await?;
+    /// Connects to `host:port`, and waits until the server has said what it takes. All calls go to `path`.
+    pub async fn connect(authority: &str, path: &str, manners: Manners) -> Result<Self, LinkError> {
+        let socket = TcpStream::connect(authority).await?;
         socket.set_nodelay(true)?;
-        let mut link = Self { socket, wire: Wire::new(authority, path), partial: Vec::new() };
+        let mut link = Self { socket, wire: Wire::new(authority, path, manners), partial: Vec::new() };
         let mut ready = false;
         while !ready {
             link.turn(|_, frame| ready |= frame == Frame::Ready).await?;

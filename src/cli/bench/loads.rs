@@ -15,6 +15,7 @@ use super::{
     requests::Source,
     tally::{Tally, Window},
     watchers::{Fleet, WatchLink},
+    wire::Manners,
     writer::{PUT, Writer, stamped_puts},
 };
 
@@ -37,6 +38,8 @@ pub struct CallLoad<'a> {
     pub connections: usize,
     /// Calls in flight on each.
     pub in_flight: usize,
+    /// How answers are received.
+    pub manners: Manners,
     /// What each connection asks.
     pub source: &'a MakeSource<'a>,
 }
@@ -55,7 +58,7 @@ impl Load for CallLoad<'_> {
 
     async fn connect(&self, connection: usize) -> Result<Self::Ready, LinkError> {
         let endpoint = endpoint(self.endpoints, connection);
-        Ok((Link::connect(endpoint, endpoint, self.path).await?, (self.source)(connection)))
+        Ok((Link::connect(endpoint, self.path, self.manners).await?, (self.source)(connection)))
     }
 
     async fn run(
@@ -81,6 +84,8 @@ pub struct WatchLoad<'a> {
     pub rate: f64,
     /// Bytes of each value.
     pub value_size: usize,
+    /// How events are received.
+    pub manners: Manners,
     /// What is to come and what has come.
     pub delivery: Delivery,
 }
@@ -173,7 +178,7 @@ impl Load for WatchLoad<'_> {
             return Ok(WatchRole::Writer(Writer::connect(self.write_endpoint, PUT, puts).await?));
         }
         let endpoint = endpoint(self.endpoints, connection);
-        Ok(WatchRole::Watcher(WatchLink::connect(endpoint, &self.fleet, connection).await?))
+        Ok(WatchRole::Watcher(WatchLink::connect(endpoint, &self.fleet, connection, self.manners).await?))
     }
 
     async fn run(

@@ -8,16 +8,13 @@ use super::{
     link::{Link, LinkError},
     messages::{Field, Fields, Messages, framed},
     requests::Keys,
-    wire::{Frame, StreamId},
+    wire::{Frame, Manners, StreamId},
     writer::age,
 };
 use crate::proto::etcdserverpb::{WatchCreateRequest, WatchRequest, watch_request::RequestUnion};
 
 /// The gRPC path of watches.
 const WATCH: &str = "/etcdserverpb.Watch/Watch";
-
-/// Bytes received after which a stream's window is filled up again.
-const REFILL: u32 = 64 << 20;
 
 /// Field numbers of a WatchResponse and what is inside.
 mod field {
@@ -78,14 +75,8 @@ impl Fleet {
 /// A connection with its watchers.
 pub struct WatchLink {
     link: Link,
-    streams: Vec<Stream>,
+    streams: Vec<Messages>,
     first: StreamId,
-}
-
-#[derive(Default)]
-struct Stream {
-    messages: Messages,
-    received: u32,
 }
 
 /// What became of watchers so far.
@@ -97,14 +88,19 @@ struct Created {
 
 impl WatchLink {
     /// Connects and creates this connection's watchers; done when the server has confirmed each.
-    pub async fn connect(endpoint: &str, fleet: &Fleet, connection: usize) -> Result<Self, LinkError> {
-        let mut link = Link::connect(endpoint, endpoint, WATCH).await?;
+    pub async fn connect(
+        endpoint: &str,
+        fleet: &Fleet,
+        connection: usize,
+        manners: Manners,
+    ) -> Result<Self, LinkError> {
+        let mut link = Link::connect(endpoint, WATCH, manners).await?;
         let mut first = 0;
         for stream in 0..fleet.streams {
             let id = link.wire().open(fleet.creates(connection, stream), false);
             first = if stream == 0 { id } else { first };
         }
-        let streams = std::iter::repeat_with(Stream::default).take(fleet.streams).collect();
+        let streams = std::iter::repeat_with(Messages::default).take(fleet.streams).collect();
         let mut watching = Self { link, streams, first };
         watching.confirm(fleet.streams * fleet.watchers).await?;
         Ok(watching)
@@ -155,15 +151,11 @@ impl WatchLink {
     /// Tells each whole message of the next burst; None for a stream that ended.
     async fn messages(&mut self, mut on: impl FnMut(Option<&[u8]>)) -> Result<(), LinkError> {
         let (streams, first) = (&mut self.streams, self.first);
-        let turn = self.link.turn(|wire, frame| match frame {
+        let turn = self.link.turn(|_, frame| match frame {
             Frame::Data { stream: id, bytes, end } => {
                 let index = (id.wrapping_sub(first) / 2) as usize;
                 let Some(stream) = streams.get_mut(index) else { return };
-                stream.messages.feed(bytes, |message| on(Some(message)));
-                stream.received = stream.received.saturating_add(bytes.len() as u32);
-                if stream.received > REFILL {
-                    wire.refill(id, std::mem::take(&mut stream.received));
-                }
+                stream.feed(bytes, |message| on(Some(message)));
                 if end {
                     on(None);
                 }

@@ -11,9 +11,11 @@ use std::collections::{HashMap, VecDeque};
 
 use bytes::Bytes;
 
-use self::headers::Headers;
+pub use self::receiving::Manners;
+use self::{headers::Headers, receiving::Receiving};
 
 mod headers;
+mod receiving;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const FRAME_HEAD: usize = 9;
@@ -22,8 +24,6 @@ const MAX_FRAME: usize = 16 * 1024;
 /// What a window may be at most.
 const MAX_WINDOW: u32 = 0x7fff_ffff;
 const DEFAULT_WINDOW: i64 = 65_535;
-/// Bytes received after which the connection's window is filled up again.
-const REFILL: u32 = 64 << 20;
 
 mod kind {
     pub const DATA: u8 = 0;
@@ -102,13 +102,13 @@ pub struct Wire {
     /// What the peer still takes on calls whose sending half is open.
     windows: HashMap<StreamId, i64>,
     waiting: VecDeque<Waiting>,
-    received: u32,
+    receiving: Receiving,
     ready: bool,
 }
 
 impl Wire {
     /// A connection on which every call goes to `path`.
-    pub fn new(authority: &str, path: &str) -> Self {
+    pub fn new(authority: &str, path: &str, manners: Manners) -> Self {
         let mut wire = Self {
             out: PREFACE.to_vec(),
             next_stream: 1,
@@ -117,12 +117,12 @@ impl Wire {
             initial_window: DEFAULT_WINDOW,
             windows: HashMap::new(),
             waiting: VecDeque::new(),
-            received: 0,
+            receiving: Receiving::new(manners),
             ready: false,
         };
-        let initial_window = [&[0, 4][..], &MAX_WINDOW.to_be_bytes()].concat();
+        let initial_window = [&[0, 4][..], &manners.window().to_be_bytes()].concat();
         wire.frame(kind::SETTINGS, 0, 0, &initial_window);
-        wire.window_update(0, MAX_WINDOW - DEFAULT_WINDOW as u32);
+        wire.window_update(0, manners.window() - DEFAULT_WINDOW as u32);
         wire
     }
 
@@ -146,11 +146,6 @@ impl Wire {
     pub fn send(&mut self, stream: StreamId, bytes: Bytes, end: bool) {
         self.waiting.push_back(Waiting { stream, bytes, end });
         self.send_waiting();
-    }
-
-    /// Lets the peer send `bytes` more on a call that lives long.
-    pub fn refill(&mut self, stream: StreamId, bytes: u32) {
-        self.window_update(stream, bytes);
     }
 
     /// Takes the next frame that matters off `input`; None when the rest is not a whole frame.
@@ -180,10 +175,14 @@ impl Wire {
         let end = flags & flag::END_STREAM != 0;
         if end && matches!(kind, kind::DATA | kind::HEADERS) || kind == kind::RST_STREAM {
             self.windows.remove(&stream);
+            self.receiving.end(stream);
         }
         match kind {
             kind::DATA => {
-                self.count_received(payload.len() as u32);
+                self.acknowledge(stream, payload.len());
+                if end {
+                    self.receiving.end(stream);
+                }
                 Ok(Some(Frame::Data { stream, bytes: unpadded(flags, payload)?, end }))
             }
             kind::HEADERS => Ok(Some(Frame::Headers { stream, end })),
@@ -191,6 +190,10 @@ impl Wire {
             kind::SETTINGS if flags & flag::ACK == 0 => self.settings(payload),
             kind::PING if flags & flag::ACK == 0 => {
                 self.frame(kind::PING, flag::ACK, 0, payload);
+                Ok(None)
+            }
+            kind::PING => {
+                self.receiving.ping_answered();
                 Ok(None)
             }
             kind::GOAWAY => Err(WireError::GoAway(number(payload.get(4..8))?)),
@@ -230,11 +233,16 @@ impl Wire {
         self.send_waiting();
     }
 
-    fn count_received(&mut self, bytes: u32) {
-        self.received = self.received.saturating_add(bytes);
-        if self.received > REFILL {
-            let bytes = std::mem::take(&mut self.received);
-            self.window_update(0, bytes);
+    fn acknowledge(&mut self, stream: StreamId, bytes: usize) {
+        let owed = self.receiving.data(stream, bytes as u32);
+        if owed.connection > 0 {
+            self.window_update(0, owed.connection);
+        }
+        if owed.stream > 0 {
+            self.window_update(stream, owed.stream);
+        }
+        if owed.ping {
+            self.frame(kind::PING, 0, 0, b"millpond");
         }
     }
 

@@ -15,7 +15,7 @@ use super::{
     messages::framed,
     requests::{Keys, value},
     tally::Window,
-    wire::Frame,
+    wire::{Frame, Manners},
 };
 use crate::proto::etcdserverpb::PutRequest;
 
@@ -75,7 +75,7 @@ pub struct Writer {
 impl Writer {
     /// Connects to the server that takes the calls.
     pub async fn connect(endpoint: &str, path: &str, next: NextRequest) -> Result<Self, LinkError> {
-        Ok(Self { link: Link::connect(endpoint, endpoint, path).await?, next, in_flight: 0 })
+        Ok(Self { link: Link::connect(endpoint, path, Manners::Quiet).await?, next, in_flight: 0 })
     }
 
     /// Makes `rate` calls a second until the window ends, then waits for the answers.

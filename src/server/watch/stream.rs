@@ -29,7 +29,7 @@ use crate::{
     server::body::{BodyError, failure_trailers},
     status::Status,
     store::{Responder, Revision},
-    upstream::grpc::Deframer,
+    upstream::grpc::{Compression, Deframer},
 };
 
 /// Bytes that go out in one piece, if there is so much to say.
@@ -73,13 +73,18 @@ impl Relays {
 }
 
 impl Stream {
-    pub(super) fn new(shared: Arc<Shared>, requests: Incoming, end: CancellationToken) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        requests: Incoming,
+        compression: Compression,
+        end: CancellationToken,
+    ) -> Self {
         shared.metrics.streams.inc();
         Self {
             session: Session::new(shared.hubs.clone(), shared.session_settings()),
             shared,
             requests: Some(requests),
-            deframer: Deframer::default(),
+            deframer: Deframer::compressed(compression),
             out: BytesMut::new(),
             opening: None,
             relays: None,
@@ -100,9 +105,9 @@ impl Stream {
         let before = self.session.len() as i64;
         let mut more = self.take_requests(cx);
         more |= self.take_reports(cx);
-        self.take_tick(cx);
         match self.session.pump(&mut self.out, PIECE, cx.waker()) {
-            Pumped::Idle => {}
+            // Only now is known how far the watchers have got; a quiet one has not been looked at since the last tick.
+            Pumped::Idle => self.take_tick(cx),
             Pumped::Busy => more = true,
             Pumped::Ended(status) => self.ended = Some(status),
         }

@@ -174,7 +174,7 @@ impl Node {
 
     #[cfg(test)]
     pub(super) fn check(&self, root: bool) -> Sums {
-        assert!(root || self.len() > 0, "an empty node below the root");
+        assert!(root || !self.is_empty(), "an empty node below the root");
         assert!(self.len() <= CAPACITY);
         if let Self::Inner(children) = self {
             for child in children {

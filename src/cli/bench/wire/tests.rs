@@ -3,7 +3,7 @@
 use super::*;
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let mut wire = Wire::new("a", "/p");
+    let mut wire = Wire::new("a", "/p", Manners::Quiet);
     wire.out.clear();
     wire.frame(kind, flags, stream, payload);
     wire.out
@@ -11,7 +11,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 
 /// A wire after the peer's settings, with nothing left to write.
 fn ready(settings: &[u8]) -> Wire {
-    let mut wire = Wire::new("a", "/p");
+    let mut wire = Wire::new("a", "/p", Manners::Quiet);
     let bytes = frame(kind::SETTINGS, 0, 0, settings);
     assert_eq!(wire.next(&mut &bytes[..]), Ok(Some(Frame::Ready)));
     wire.out.clear();

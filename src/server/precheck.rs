@@ -1,0 +1,123 @@
+//! What Go's gRPC library, and so etcd, refuses before a call reaches any service: what is no gRPC call at all.
+
+use std::num::ParseIntError;
+
+use ::http::{
+    HeaderValue, Method, Request, Response, StatusCode,
+    header::{CONTENT_TYPE, HeaderMap},
+};
+use tonic::Code;
+
+use super::{body::Body, response};
+use crate::status::Status;
+
+const GRPC: &[u8] = b"application/grpc";
+const TIMEOUT: &str = "grpc-timeout";
+const DEADLINE: Status = Status::fixed(Code::DeadlineExceeded, "context deadline exceeded");
+
+/// The refusal of an HTTP/2 request that is no gRPC call, or whose time is over before it begins.
+pub fn refusal<B>(request: &Request<B>) -> Option<Response<Body>> {
+    let headers = request.headers();
+    if request.method() == Method::CONNECT {
+        return None;
+    }
+    if let Err(why) = timeout(headers) {
+        let status = Status::new(Code::Internal, format!("malformed grpc-timeout: {why}"));
+        return Some(refuse(StatusCode::BAD_REQUEST, &status));
+    }
+    let content_type = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+    if !is_grpc(content_type) {
+        let content_type = String::from_utf8_lossy(content_type);
+        let text = format!("invalid gRPC request content-type {content_type:?}");
+        return Some(refuse(StatusCode::UNSUPPORTED_MEDIA_TYPE, &Status::new(Code::InvalidArgument, text)));
+    }
+    if request.method() != Method::POST {
+        let text =
+            format!("Received a HEADERS frame with :method {:?} which should be POST", request.method().as_str());
+        return Some(refuse(StatusCode::METHOD_NOT_ALLOWED, &Status::new(Code::Internal, text)));
+    }
+    (timeout(headers) == Ok(Some(0))).then(|| response::error(&DEADLINE))
+}
+
+fn refuse(http: StatusCode, status: &Status) -> Response<Body> {
+    let mut refusal = response::error(status);
+    *refusal.status_mut() = http;
+    refusal
+}
+
+/// `application/grpc`, alone or with a format or parameters behind it.
+fn is_grpc(content_type: &[u8]) -> bool {
+    let behind = content_type.split_at_checked(GRPC.len()).filter(|(begin, _)| begin.eq_ignore_ascii_case(GRPC));
+    behind.is_some_and(|(_, behind)| matches!(behind.first(), None | Some(b'+' | b';')))
+}
+
+/// The number in `grpc-timeout`, if there is one.
+fn timeout(headers: &HeaderMap) -> Result<Option<u64>, String> {
+    let Some(value) = headers.get(TIMEOUT) else { return Ok(None) };
+    let text = String::from_utf8_lossy(value.as_bytes());
+    let (digits, unit) = text.split_at_checked(text.len().saturating_sub(1)).unwrap_or(("", ""));
+    match text.len() {
+        0 | 1 => Err(format!("transport: timeout string is too short: {text:?}")),
+        2..=9 if !matches!(unit, "H" | "M" | "S" | "m" | "u" | "n") => {
+            Err(format!("transport: timeout unit is not recognized: {text:?}"))
+        }
+        2..=9 if digits.starts_with('+') => Err(unreadable(digits)),
+        2..=9 => digits.parse().map(Some).map_err(|_: ParseIntError| unreadable(digits)),
+        _ => Err(format!("transport: timeout string is too long: {text:?}")),
+    }
+}
+
+fn unreadable(digits: &str) -> String {
+    format!("strconv.ParseUint: parsing {digits:?}: invalid syntax")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(method: &str, headers: &[(&str, &str)]) -> Option<(u16, String, String)> {
+        let mut request = Request::builder().method(method).uri("/etcdserverpb.KV/Range");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let refusal = refusal(&request.body(()).unwrap())?;
+        let text = |name: &str| refusal.headers()[name].to_str().unwrap().to_owned();
+        Some((refusal.status().as_u16(), text("grpc-status"), text("grpc-message")))
+    }
+
+    #[test]
+    fn calls_pass_and_what_is_none_is_refused_as_by_etcd() {
+        for passes in
+            ["application/grpc", "application/grpc+proto", "application/grpc;charset=utf-8", "Application/gRPC"]
+        {
+            assert_eq!(refused("POST", &[("content-type", passes)]), None, "{passes}");
+        }
+        for bad in ["", "application/json", "application/grpc-web", "application/grpcfoo"] {
+            let (http, code, text) = refused("POST", &[("content-type", bad)]).unwrap();
+            assert_eq!((http, &code[..], text), (415, "3", format!("invalid gRPC request content-type {bad:?}")));
+        }
+        let (http, code, text) = refused("GET", &[("content-type", "application/grpc")]).unwrap();
+        assert_eq!((http, &code[..]), (405, "13"));
+        assert_eq!(text, "Received a HEADERS frame with :method \"GET\" which should be POST");
+    }
+
+    #[test]
+    fn a_timeout_that_cannot_be_read_is_refused_and_one_of_nothing_is_over() {
+        let with = |timeout: &str| refused("POST", &[("content-type", "application/grpc"), (TIMEOUT, timeout)]);
+        for passes in ["1n", "20S", "99999999H", "1500m"] {
+            assert_eq!(with(passes), None, "{passes}");
+        }
+        for (bad, why) in [
+            ("", "transport: timeout string is too short: \"\""),
+            ("S", "transport: timeout string is too short: \"S\""),
+            ("999999999S", "transport: timeout string is too long: \"999999999S\""),
+            ("abc", "transport: timeout unit is not recognized: \"abc\""),
+            ("-1S", "strconv.ParseUint: parsing \"-1\": invalid syntax"),
+            ("+1S", "strconv.ParseUint: parsing \"+1\": invalid syntax"),
+        ] {
+            let (http, code, text) = with(bad).unwrap();
+            assert_eq!((http, &code[..], text), (400, "13", format!("malformed grpc-timeout: {why}")));
+        }
+        assert_eq!(with("0S"), Some((200, "4".to_owned(), "context deadline exceeded".to_owned())));
+    }
+}
