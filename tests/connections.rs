@@ -181,7 +181,7 @@ async fn what_is_no_http_ends_the_connection_and_nothing_else() {
 
 #[tokio::test]
 async fn an_upstream_in_this_process_is_reached_through_a_pipe() {
-    let (pipes, mut accept) = mpsc::unbounded_channel();
+    let (pipes, mut accept) = mpsc::channel(16);
     tokio::spawn(async move {
         while let Some(pipe) = accept.recv().await {
             let service = hyper::service::service_fn(|request: Request<Incoming>| async move {
@@ -197,7 +197,7 @@ async fn an_upstream_in_this_process_is_reached_through_a_pipe() {
     });
     let dial = move || {
         let (near, far) = tokio::io::duplex(64 * 1024);
-        pipes.send(far).map_err(|_| std::io::ErrorKind::BrokenPipe)?;
+        pipes.try_send(far).map_err(|_| std::io::ErrorKind::BrokenPipe)?;
         Ok(near)
     };
     let upstream = Upstream::start(Settings::new(vec![Endpoint::InProcess(Arc::new(dial))]), &Registry::new()).unwrap();

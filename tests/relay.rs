@@ -36,23 +36,23 @@ use tokio::{
 use tonic::Code;
 
 /// Tells when it is dropped.
-struct Dropped(mpsc::UnboundedSender<()>);
+struct Dropped(mpsc::Sender<()>);
 
 impl Drop for Dropped {
     fn drop(&mut self) {
-        let _ = self.0.send(());
+        let _ = self.0.try_send(());
     }
 }
 
 #[tokio::test]
 async fn metadata_trailers_and_bytes_pass_unaltered_in_both_directions() {
-    let (seen, mut requests) = mpsc::unbounded_channel();
+    let (seen, mut requests) = mpsc::channel(16);
     let upstream = fake(move |request: Request<Incoming>| {
         let seen = seen.clone();
         async move {
             let (head, body) = request.into_parts();
             let body = body.collect().await.unwrap();
-            seen.send((head.headers, head.uri.path().to_owned(), body.to_bytes())).unwrap();
+            seen.send((head.headers, head.uri.path().to_owned(), body.to_bytes())).await.unwrap();
             let mut trailers = success_trailers();
             trailers.append("x-late", "1".parse().unwrap());
             trailers.append("x-late", "2".parse().unwrap());
@@ -95,7 +95,7 @@ async fn metadata_trailers_and_bytes_pass_unaltered_in_both_directions() {
 
 #[tokio::test]
 async fn a_client_that_cancels_before_the_answer_cancels_upstream() {
-    let (dropped, mut drops) = mpsc::unbounded_channel();
+    let (dropped, mut drops) = mpsc::channel(16);
     let entered = Arc::new(Notify::new());
     let upstream = {
         let entered = entered.clone();
@@ -131,7 +131,7 @@ impl http_body::Body for Endless {
 
 #[tokio::test]
 async fn a_client_that_cancels_in_the_middle_of_a_stream_cancels_upstream() {
-    let (dropped, mut drops) = mpsc::unbounded_channel();
+    let (dropped, mut drops) = mpsc::channel(16);
     let upstream = fake(move |_| {
         let body = Endless(Some(Bytes::from_static(b"\0\0\0\0\x01x")), Dropped(dropped.clone()));
         async move { response::streaming(Body::boxed(body)) }
@@ -230,7 +230,7 @@ async fn the_clients_deadline_holds_when_the_upstream_is_silent() {
 
 #[tokio::test]
 async fn a_connection_lost_in_the_middle_of_a_stream_is_unavailable() {
-    let (dropped, _drops) = mpsc::unbounded_channel();
+    let (dropped, _drops) = mpsc::channel(16);
     let upstream = fake(move |_| {
         let body = Endless(Some(Bytes::from_static(b"\0\0\0\0\x01x")), Dropped(dropped.clone()));
         async move { response::streaming(Body::boxed(body)) }

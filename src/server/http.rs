@@ -42,7 +42,7 @@ pub async fn call(
     match relay(upstream, connection, call, request).await {
         Ok(forwarded) if is_version && forwarded.response.status() == StatusCode::NOT_FOUND => version(upstream),
         Ok(forwarded) => {
-            let observer = observer.filter(|_| call == Gateway::Kv);
+            let observer = observer.filter(|_| call == Gateway::Revision);
             answer(forwarded, Encoding::Json, observer, hold)
         }
         Err(_) if is_version => version(upstream),
@@ -53,7 +53,8 @@ pub async fn call(
 /// What a path means to the proxy.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 enum Gateway {
-    Kv,
+    /// Its answer shows a revision below which nothing may be served from then on.
+    Revision,
     Maintenance,
     AuthEnable,
     Other,
@@ -63,7 +64,7 @@ impl Gateway {
     fn of(path: &str) -> Gateway {
         let call = GATEWAYS.iter().find_map(|gateway| path.strip_prefix(gateway));
         match call.map(|call| call.split_once('/').unwrap_or((call, ""))) {
-            Some(("kv", _)) => Gateway::Kv,
+            Some(("kv" | "lease" | "lock" | "election", _)) => Gateway::Revision,
             Some(("maintenance", method)) if method != "alarm" => Gateway::Maintenance,
             Some(("auth", "enable")) => Gateway::AuthEnable,
             _ => Gateway::Other,
@@ -83,7 +84,7 @@ async fn relay(
     *request.uri_mut() = path.parse::<Uri>().unwrap_or_default();
     let route = match call {
         Gateway::Maintenance => Route::Member(pinned(upstream, connection).await?),
-        Gateway::Kv | Gateway::AuthEnable | Gateway::Other => Route::Preferred,
+        Gateway::Revision | Gateway::AuthEnable | Gateway::Other => Route::Preferred,
     };
     upstream.forward_http1(route, request).await
 }
@@ -156,8 +157,8 @@ mod tests {
     #[test]
     fn gateway_paths_mean_what_their_calls_mean() {
         for (path, call) in [
-            ("/v3/kv/put", Gateway::Kv),
-            ("/v3beta/kv/range", Gateway::Kv),
+            ("/v3/kv/put", Gateway::Revision),
+            ("/v3beta/kv/range", Gateway::Revision),
             ("/v3/maintenance/status", Gateway::Maintenance),
             ("/v3/maintenance/alarm", Gateway::Other),
             ("/v3/auth/enable", Gateway::AuthEnable),

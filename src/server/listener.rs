@@ -43,7 +43,7 @@ const STREAM_WINDOW: u32 = 256 << 10;
 const CONNECTION_WINDOW: u32 = 64 << 20;
 const MAX_FRAME: u32 = 64 << 10;
 const MAX_HEADERS: u32 = 64 << 10;
-const SEND_BUFFER: usize = 256 << 10;
+const SEND_BUFFER: usize = 128 << 10;
 /// Streams that may be reset before they were looked at, and resets that we may have to send for protocol errors.
 const RESETS: usize = 10_000;
 /// For the head of an HTTP/1.1 request, once it has begun.

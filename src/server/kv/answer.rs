@@ -26,7 +26,7 @@ use crate::{
 /// A run above this many bytes is written piece by piece.
 const EAGER: u64 = 256 << 10;
 /// Bytes in one piece.
-const PIECE: usize = 128 << 10;
+const PIECE: usize = 64 << 10;
 
 const KVS: u8 = 2;
 const MORE: u8 = 3;
