@@ -96,6 +96,8 @@ pub async fn breathe(millis: u64) {
 
 fn serve(flags: &[String], home: &TempDir) -> Process {
     let mut command = Command::new(env!("CARGO_BIN_EXE_millpond"));
+    // What is meant for the tests is no setting.
+    command.env_remove("MILLPOND_CHECKER_SECONDS");
     command.arg("serve").args(flags).current_dir(home.path());
     Process::start(command, &home.path().join("millpond.log"))
 }
