@@ -202,13 +202,13 @@ impl Cache {
         let view = self.servable(prefix)?;
         let floor = self.floor();
         if view.revision() >= floor {
-            return Ok(view);
+            return Ok(self.show(view));
         }
         drop(view);
         prefix.want(floor);
         let reached = timeout(self.0.settings.floor_patience, prefix.store().reached(floor)).await;
         reached.map_err(|_| Unserved::Behind)?;
-        self.servable(prefix)
+        Ok(self.show(self.servable(prefix)?))
     }
 
     /// A view of `range` that has every write acknowledged, to anybody, before the call.
@@ -223,7 +223,9 @@ impl Cache {
         }
         let asked = timeout(self.0.settings.consensus_patience, self.0.consensus.ask()).await;
         let proof = asked.map_err(|_| Unserved::NoConsensus(Status::TIMEOUT))?;
-        if proof.responder.cluster_id != before.responder.cluster_id || proof.revision < before.revision() {
+        let (shown, known) = (proof.responder, before.responder);
+        let same = shown.cluster_id == known.cluster_id && shown.raft_term >= known.raft_term;
+        if !same || proof.revision < before.revision() {
             // The cluster cannot be behind what it has sent us: this is not the history that the view came from.
             prefix.doubt(before.position);
             return Err(Unserved::Proving);
@@ -237,7 +239,15 @@ impl Cache {
         if view.position.epoch != before.position.epoch || view.revision() < proof.revision {
             return Err(Unserved::Proving);
         }
-        Ok(view)
+        Ok(self.show(view))
+    }
+
+    /// Sees to it that nobody who was answered from one prefix is answered from another that is behind it.
+    fn show(&self, view: Arc<View>) -> Arc<View> {
+        if self.0.prefixes.len() > 1 {
+            self.0.floor.raise(view.revision());
+        }
+        view
     }
 
     /// The current view of `prefix`, if anything may be read from it.
@@ -246,7 +256,11 @@ impl Cache {
             return Err(Unserved::Barred);
         }
         match prefix.phase() {
-            Phase::Live | Phase::Lost(_) => {}
+            Phase::Live => {}
+            // The upstream is back for those whose calls are relayed; whether its history is still the view's, the feed has
+            // yet to find out.
+            Phase::Lost(_) if self.0.floor.has_relayed_since() => return Err(Unserved::Proving),
+            Phase::Lost(_) => {}
             Phase::Cold => return Err(Unserved::Cold),
             Phase::Proving => return Err(Unserved::Proving),
             Phase::Barred => return Err(Unserved::Barred),

@@ -236,7 +236,10 @@ impl Upstream {
         let health = self.shared().health.borrow();
         let well = health.endpoints.iter().filter(|endpoint| endpoint.standing == Standing::Well);
         let version = |endpoint: &EndpointHealth| endpoint.report.as_ref().and_then(|report| report.version);
-        Gate::over(well.map(|endpoint| version(endpoint).unwrap_or(Version::UNKNOWN)))
+        let gate = Gate::over(well.map(|endpoint| version(endpoint).unwrap_or(Version::UNKNOWN)));
+        // While nobody can be reached, what is answered from memory must look as it did before.
+        let last = health.endpoints.iter().filter_map(version).min();
+        if gate.lowest == Version::UNKNOWN { Gate { lowest: last.unwrap_or(Version::UNKNOWN), ..gate } } else { gate }
     }
 
     fn shared(&self) -> &Arc<Shared> {

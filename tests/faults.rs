@@ -1,291 +1,351 @@
-//! Things break between Millpond and etcd, and in etcd, while clients write, read and watch: reads are right or refused,
-//! watchers see every change once and in order or are told that they cannot, and all goes on by itself afterwards.
+//! One fault at a time, each as a scenario: what open watches, reads and the cache do when something breaks.
+//!
+//! The checker lets everything break at once and at random; these show the rules one by one.
 
 mod support;
 
 use std::time::Duration;
 
 use bytes::Bytes;
-use millpond::proto::etcdserverpb::MoveLeaderRequest;
+use millpond::proto::{
+    etcdserverpb::{self as pb, request_op::Request},
+    mvccpb::event::EventType,
+};
 use support::{
     client::{Client, eventually},
     etcd::Cluster,
     fault::{FaultProxy, Faults},
-    informer::{Informer, list},
     millpond::{Millpond, breathe},
-    random::seed,
+    operation::range,
     toolchain::Release,
-    traffic::Traffic,
-    watching::{WatchStream, create},
+    watching::{WatchStream, create, revision_of},
 };
-use tokio::time::timeout;
+use tokio::{io::AsyncWriteExt, net::TcpStream, task::JoinSet, time::timeout};
 use tonic::Code;
 
-/// A Millpond in front of a cluster, with a breakable connection to each member.
-struct Stage {
+/// An etcd, a link that can break, and a Millpond.
+struct Scene {
     cluster: Cluster,
-    proxies: Vec<FaultProxy>,
+    link: FaultProxy,
     millpond: Millpond,
-    informers: Vec<Informer>,
-    traffic: Traffic,
 }
 
-impl Stage {
-    async fn start(members: usize) -> Self {
-        let cluster = Cluster::builder(Release::newest()).members(members).start().await;
-        let mut proxies = Vec::new();
-        for member in 0..members {
-            proxies.push(FaultProxy::start(&cluster.endpoint(member)).await);
-        }
-        let endpoints: Vec<String> = proxies.iter().map(|proxy| proxy.endpoint.clone()).collect();
-        let millpond = Millpond::start(&endpoints, &[]).await;
-        let client = millpond.client();
-        client.put("f/first", "1").await.unwrap();
-        // Some share a connection, some have their own.
-        let clients = [client.clone(), millpond.client(), millpond.client()];
-        let scopes = [("f/", "f0"), ("\0", "\0"), ("f/churn/", "f/churn0"), ("f/counter", "f/counter\0")];
-        let followed = scopes.iter().cycle().zip(clients.iter().cycle()).take(12);
-        let informers: Vec<Informer> =
-            followed.map(|(scope, client)| Informer::start(client.clone(), scope.0, scope.1)).collect();
-        for informer in &informers {
-            informer.listed().await;
-        }
-        let mut writers = vec![millpond.client()];
-        writers.extend((0..members).map(|member| cluster.client(member)));
-        let traffic = Traffic::start(writers, &client, seed());
-        traffic.flows(20).await;
-        Self { cluster, proxies, millpond, informers, traffic }
+impl Scene {
+    async fn start(flags: &[&str]) -> Self {
+        let cluster = Cluster::builder(Release::newest()).fixed_identity().flag("--max-txn-ops=128").start().await;
+        let link = FaultProxy::start(&cluster.endpoint(0)).await;
+        let millpond = Millpond::start(std::slice::from_ref(&link.endpoint), flags).await;
+        Self { cluster, link, millpond }
     }
 
-    fn client(&self) -> Client {
-        self.millpond.client()
+    fn etcd(&self) -> Client {
+        self.cluster.client(0)
     }
 
-    /// Everything works again, without a restart: writes and reads go on, and every watcher knows what etcd knows.
-    async fn recovers(mut self) {
-        for proxy in &self.proxies {
-            proxy.heal();
-        }
-        self.cluster.ready().await;
-        self.traffic.flows(30).await;
-        let (writes, reads) = self.traffic.stop().await;
-        let everything = (Bytes::from_static(b"\0"), Bytes::from_static(b"\0"));
-        let direct = self.cluster.client(0);
-        direct.revision().await.unwrap();
-        let (revision, contents) = list(&direct, &everything.0, &everything.1, 500).await.unwrap();
-        let mut moves = (0, 0);
-        for informer in &self.informers {
-            informer.until_equal(&contents).await;
-            let (reconnects, relists) = informer.look(|state| (state.reconnects, state.relists));
-            moves = (moves.0 + reconnects, moves.1 + relists);
-        }
-        self.millpond.assert_well();
-        println!(
-            "{writes} writes, {reads} linearizable reads, {} reconnects, {} relists, revision {revision}",
-            moves.0, moves.1
-        );
+    /// A watch of everything under `k` from `start` on, created.
+    async fn watch(&self, start: i64) -> WatchStream {
+        let stream = WatchStream::open(&self.millpond.client()).await;
+        stream.create(create("k", "l", start));
+        stream.until_count(1).await;
+        stream
     }
 
-    /// No watcher had to come back: their streams outlived it all.
-    fn assert_streams_stayed(&self) {
-        for informer in &self.informers {
-            let moved = informer.look(|state| (state.reconnects, state.relists));
-            assert_eq!(moved, (0, 0), "reconnects and relists of the watcher of {:?}", informer.key);
-        }
+    /// Waits until a read through consensus is answered.
+    async fn recovered(&self) {
+        let client = self.millpond.client();
+        eventually("a linearizable answer", async || {
+            timeout(Duration::from_secs(2), client.range(range("k", "l"))).await.ok()?.ok()
+        })
+        .await;
     }
+}
 
-    async fn relisted(&self) {
-        for informer in &self.informers {
-            eventually("a watcher that lists anew", async || informer.look(|s| s.relists > 0).then_some(())).await;
-        }
-    }
+fn revisions(stream: &WatchStream) -> Vec<i64> {
+    stream.events().iter().map(revision_of).collect()
+}
+
+async fn until_revisions(stream: &WatchStream, expected: &[i64]) {
+    stream
+        .until("all events", |responses| responses.iter().map(|one| one.events.len()).sum::<usize>() >= expected.len())
+        .await;
+    assert_eq!(revisions(stream), expected);
+}
+
+async fn until_compacted(stream: &WatchStream) -> i64 {
+    stream.until("a cancellation", |responses| responses.iter().any(|one| one.canceled)).await;
+    stream.responses().iter().find(|one| one.canceled).map_or(0, |one| one.compact_revision)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_member_killed_and_restarted_is_followed_again_and_watches_stay_open() {
-    let mut stage = Stage::start(1).await;
-    for _ in 0..4 {
-        stage.cluster.kill(0);
-        breathe(300).await;
-        stage.cluster.restart(0).await;
-        stage.traffic.flows(10).await;
+async fn watches_go_on_without_a_gap_when_the_etcd_is_killed_and_restarted() {
+    let mut scene = Scene::start(&[]).await;
+    let first = scene.etcd().put("k1", "before").await.unwrap();
+    let stream = scene.watch(first).await;
+    let client = scene.millpond.client();
+    let lease = pb::LeaseGrantRequest { id: 0, ttl: 600 };
+    let lease = client.lease.clone().lease_grant(lease).await.unwrap().into_inner().id;
+    let request = pb::PutRequest { key: "leased".into(), lease, ..Default::default() };
+    client.kv.clone().put(request).await.unwrap();
+    let without_values = pb::RangeRequest { keys_only: true, serializable: true, ..range("leased", "") };
+    let before = client.range(without_values.clone()).await.unwrap();
+    scene.cluster.kill(0);
+    let aged = eventually("an answer that says how old it is", async || {
+        let request = pb::RangeRequest { serializable: true, ..range("k", "l") };
+        let answer = client.kv.clone().range(request).await.ok()?;
+        answer.metadata().contains_key("millpond-age-ms").then(|| answer.into_inner())
+    })
+    .await;
+    assert_eq!(aged.kvs[0].value, "before");
+    assert_eq!(client.range(without_values).await.unwrap().kvs, before.kvs, "in the form of the version that is away");
+    scene.cluster.restart(0).await;
+    let second = scene.etcd().put("k2", "after").await.unwrap();
+    until_revisions(&stream, &[first, second]).await;
+    scene.recovered().await;
+    assert!(stream.end().is_none(), "the watch was never interrupted");
+    scene.millpond.assert_well();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_stale_is_called_current_behind_a_black_hole() {
+    let mut scene = Scene::start(&["--read-timeout=2s"]).await;
+    let first = scene.etcd().put("k1", "old").await.unwrap();
+    let stream = scene.watch(first).await;
+    until_revisions(&stream, &[first]).await;
+    scene.link.set(Faults::black_hole());
+    let second = scene.etcd().put("k1", "new").await.unwrap();
+    let client = scene.millpond.client();
+    let old =
+        timeout(Duration::from_secs(5), client.get("k1")).await.expect("a serializable read needs nobody").unwrap();
+    assert_eq!(old.kvs[0].value, "old");
+    let current = timeout(Duration::from_secs(20), client.range(range("k1", ""))).await;
+    let refused = current.expect("a read is refused in time").expect_err("nobody can know what is current");
+    assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+    scene.link.heal();
+    until_revisions(&stream, &[first, second]).await;
+    eventually("the new value", async || {
+        let answer = timeout(Duration::from_secs(3), client.range(range("k1", ""))).await.ok()?.ok()?;
+        (answer.kvs[0].value == "new").then_some(())
+    })
+    .await;
+    scene.millpond.assert_well();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_compaction_past_the_feed_cancels_only_who_is_below_it() {
+    let mut scene = Scene::start(&[]).await;
+    let first = scene.etcd().put("k1", "1").await.unwrap();
+    let below = scene.watch(first).await;
+    until_revisions(&below, &[first]).await;
+    let future = scene.watch(first + 50).await;
+    scene.link.set(Faults { refuse: true, ..Faults::black_hole() });
+    for number in 0..20 {
+        scene.etcd().put("k2", format!("{number}")).await.unwrap();
     }
-    stage.assert_streams_stayed();
-    stage.recovers().await;
+    scene.etcd().compact(first + 20).await.unwrap();
+    scene.link.reset();
+    // What the link still holds must be gone before it is whole again.
+    breathe(100).await;
+    scene.link.heal();
+    assert_eq!(until_compacted(&below).await, first + 20);
+    assert_eq!(revisions(&below), [first], "what happened in between cannot be known, so nothing is made up");
+    scene.recovered().await;
+    while scene.etcd().put("k3", "later").await.unwrap() < first + 52 {}
+    until_revisions(&future, &[first + 50, first + 51, first + 52]).await;
+    let refused = scene.millpond.client().range(pb::RangeRequest { revision: first, ..range("k1", "") }).await;
+    assert_eq!(refused.unwrap_err().message(), "etcdserver: mvcc: required revision has been compacted");
+    scene.millpond.assert_well();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cluster_loses_members_one_by_one_and_gets_them_back() {
-    let mut stage = Stage::start(3).await;
-    let leader = stage.cluster.leader().await;
-    stage.cluster.kill(leader);
-    stage.traffic.flows(10).await;
-    let second = (leader + 1) % 3;
-    stage.cluster.kill(second);
-    breathe(1500).await;
-    stage.cluster.kill((leader + 2) % 3);
-    breathe(1000).await;
-    stage.traffic.assert_right();
-    for member in 0..3 {
-        stage.cluster.launch(member);
+/// After a restore with these flags, whatever was cached of the old history is gone, and its watchers know.
+async fn another_history(extra: &[&str]) {
+    let mut scene = Scene::start(&[]).await;
+    scene.etcd().put("k1", "kept").await.unwrap();
+    let snapshot = scene.cluster.save_snapshot("backup.db").await;
+    for number in 0..10 {
+        scene.etcd().put("k2", format!("lost {number}")).await.unwrap();
     }
-    stage.cluster.ready().await;
-    stage.assert_streams_stayed();
-    stage.recovers().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_leader_moves_and_nothing_is_lost() {
-    let mut stage = Stage::start(3).await;
-    for step in 1..3 {
-        let leader = stage.cluster.leader().await;
-        let target = stage.cluster.client((leader + step) % 3).status().await.unwrap();
-        let target_id = target.header.expect("a status has a header").member_id;
-        stage.cluster.client(leader).maintenance.move_leader(MoveLeaderRequest { target_id }).await.unwrap();
-        stage.traffic.flows(20).await;
+    let last = scene.etcd().put("k1", "lost").await.unwrap();
+    let stream = scene.watch(last).await;
+    until_revisions(&stream, &[last]).await;
+    scene.cluster.restore(&snapshot, extra).await;
+    // The restored etcd may already be past what was cached when it is found again.
+    for number in 0..15 {
+        scene.etcd().put("k3", format!("new {number}")).await.unwrap();
     }
-    stage.assert_streams_stayed();
-    stage.recovers().await;
+    assert!(until_compacted(&stream).await > 0);
+    assert_eq!(revisions(&stream), [last], "nothing of the new history follows on the old one");
+    let client = scene.millpond.client();
+    let answer = eventually("a current answer", async || client.range(range("k", "l")).await.ok()).await;
+    let found: Vec<(&[u8], &[u8])> = answer.kvs.iter().map(|kv| (&kv.key[..], &kv.value[..])).collect();
+    assert_eq!(found, [(&b"k1"[..], &b"kept"[..]), (b"k3", b"new 14")]);
+    let own = client.get("k2").await.unwrap();
+    assert_eq!(own.count, 0, "the cache does not serve what the restore took away");
+    scene.millpond.assert_well();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_that_swallow_everything_are_left_for_others() {
-    let stage = Stage::start(3).await;
-    stage.proxies[0].set(Faults::black_hole());
-    stage.traffic.flows(20).await;
-    stage.proxies[0].heal();
-    stage.proxies[1].set(Faults { hold_answers: true, ..Faults::default() });
-    stage.traffic.flows(20).await;
-    stage.proxies[1].heal();
-    stage.proxies[2].set(Faults { hold_requests: true, ..Faults::default() });
-    stage.traffic.flows(20).await;
-    stage.assert_streams_stayed();
-    stage.recovers().await;
+async fn a_restore_with_the_same_flags_is_another_history() {
+    another_history(&[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_black_hole_before_the_only_member_is_outlived() {
-    let stage = Stage::start(1).await;
-    for fault in [Faults::black_hole(), Faults { hold_answers: true, ..Faults::default() }] {
-        stage.proxies[0].set(fault);
-        breathe(2500).await;
-        stage.traffic.assert_right();
-        stage.proxies[0].heal();
-        stage.traffic.flows(10).await;
-    }
-    stage.assert_streams_stayed();
-    stage.recovers().await;
+async fn a_restore_that_raises_the_revision_is_another_history() {
+    another_history(&["--bump-revision=1000", "--mark-compacted"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_that_break_anywhere_are_made_anew() {
-    let stage = Stage::start(1).await;
-    for bytes in [0, 1, 8, 9, 10, 100, 1000, 5000, 20_000] {
-        stage.proxies[0].cut_after(bytes);
-        breathe(150).await;
-    }
-    for _ in 0..8 {
-        stage.proxies[0].reset();
-        breathe(100).await;
-    }
-    stage.proxies[0].set(Faults { refuse: true, ..Faults::default() });
-    stage.proxies[0].reset();
-    breathe(700).await;
-    stage.proxies[0].heal();
-    stage.traffic.flows(10).await;
-    stage.assert_streams_stayed();
-    stage.recovers().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn slow_and_late_connections_only_make_things_slow_and_late() {
-    let stage = Stage::start(1).await;
-    stage.proxies[0].set(Faults { delay: Duration::from_millis(1500), ..Faults::default() });
-    breathe(4000).await;
-    stage.traffic.assert_right();
-    stage.proxies[0].set(Faults { bytes_per_second: 1000, ..Faults::default() });
-    breathe(3000).await;
-    stage.traffic.assert_right();
-    stage.proxies[0].heal();
-    stage.recovers().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_compaction_past_the_feed_cancels_watchers_and_invents_nothing() {
-    let stage = Stage::start(1).await;
-    stage.proxies[0].set(Faults { refuse: true, ..Faults::default() });
-    stage.proxies[0].reset();
-    let direct = stage.cluster.client(0);
-    for number in 0..200 {
-        direct.put(format!("f/churn/{:02}", number % 40), format!("missed {number}")).await.unwrap();
-    }
-    let revision = direct.revision().await.unwrap();
-    direct.compact(revision).await.unwrap();
-    // Past the compaction there is more to be caught up with.
-    direct.put("f/churn/00", "after").await.unwrap();
-    stage.proxies[0].heal();
-    stage.relisted().await;
-    stage.recovers().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_frozen_member_under_the_feed_is_left_for_one_that_goes_on() {
-    let mut stage = Stage::start(3).await;
-    for member in 0..3 {
-        stage.cluster.freeze(member);
-        stage.traffic.flows(8).await;
-        stage.cluster.thaw(member);
-        breathe(1500).await;
-        stage.traffic.flows(8).await;
-    }
-    stage.assert_streams_stayed();
-    stage.recovers().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn millpond_killed_under_load_comes_back_and_its_watchers_resume_without_a_gap() {
-    let mut stage = Stage::start(1).await;
-    for _ in 0..2 {
-        stage.millpond.restart().await;
-        stage.traffic.flows(10).await;
-    }
-    stage.recovers().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn serializable_reads_and_open_watches_go_on_while_the_upstream_is_down() {
-    let mut cluster = Cluster::single(Release::newest()).await;
-    let mut millpond = Millpond::start(&cluster.endpoints(), &[]).await;
+async fn a_cluster_of_three_may_lose_one_then_two_then_all() {
+    let mut cluster = Cluster::builder(Release::newest()).members(3).start().await;
+    let mut millpond = Millpond::start(&cluster.endpoints(), &["--read-timeout=2s"]).await;
     let client = millpond.client();
-    client.put("k", "v").await.unwrap();
+    let first = client.put("k", "0").await.unwrap();
     let stream = WatchStream::open(&client).await;
-    stream.create(create("k", "", 0));
-    stream.until_count(1).await;
-    client.get("k").await.unwrap();
+    stream.create(create("k", "l", first));
+    until_revisions(&stream, &[first]).await;
     cluster.kill(0);
-    for _ in 0..20 {
-        assert_eq!(client.get("k").await.unwrap().kvs[0].value, "v");
-        breathe(50).await;
-    }
-    // The history that is in memory can still be watched.
-    stream.create(create("k", "", 2));
-    stream.until("the event from memory", |all| all.iter().any(|response| !response.events.is_empty())).await;
-    let refused = timeout(Duration::from_secs(20), client.revision()).await.expect("an answer, in etcd's own time");
-    assert_eq!(refused.expect_err("a linearizable read needs the cluster").code(), Code::Unavailable);
-    cluster.restart(0).await;
-    eventually("a put", async || client.put("k", "w").await.ok()).await;
-    stream.until("the next event", |all| all.iter().filter(|response| !response.events.is_empty()).count() == 3).await;
+    let second = eventually("a put without one member", async || {
+        timeout(Duration::from_secs(3), client.put("k", "1")).await.ok()?.ok()
+    })
+    .await;
+    stream
+        .until("the event", |responses| {
+            responses.iter().any(|one| one.events.iter().any(|event| revision_of(event) == second))
+        })
+        .await;
+    cluster.kill(1);
+    let refused = timeout(Duration::from_secs(20), client.range(range("k", ""))).await.expect("refused in time");
+    assert_eq!(refused.expect_err("one of three decides nothing").code(), Code::Unavailable);
+    assert_eq!(client.get("k").await.unwrap().kvs[0].value, "1", "serializable reads go on");
+    cluster.kill(2);
+    assert_eq!(client.get("k").await.unwrap().kvs[0].value, "1", "serializable reads go on without anybody");
+    (0..3).for_each(|member| cluster.launch(member));
+    cluster.ready().await;
+    let third = eventually("a put when all are back", async || {
+        timeout(Duration::from_secs(3), client.put("k", "2")).await.ok()?.ok()
+    })
+    .await;
+    stream
+        .until("the last event", |responses| {
+            responses.iter().any(|one| one.events.iter().any(|event| revision_of(event) == third))
+        })
+        .await;
+    assert!(revisions(&stream).is_sorted_by(|one, next| one < next), "no event came twice: {:?}", revisions(&stream));
     millpond.assert_well();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clients_are_the_same_after_everything() {
-    let stage = Stage::start(1).await;
-    let client = stage.client();
-    let written = client.put("f/mine", "v").await.unwrap();
-    stage.proxies[0].reset();
-    let found = eventually("the write, after a reset", async || client.get("f/mine").await.ok()).await;
-    assert_eq!(found.kvs[0].mod_revision, written);
-    assert!(found.header.expect("a range's answer has a header").revision >= written);
-    stage.recovers().await;
+async fn an_answer_from_one_prefix_is_never_followed_by_an_older_one_from_another() {
+    let mut scene = Scene::start(&["--prefixes=a/,b/"]).await;
+    let client = scene.millpond.client();
+    for number in 0..20 {
+        let written = scene.etcd().put("a/1", format!("{number}")).await.unwrap();
+        let first = eventually("the write to be seen", async || {
+            let seen = client.get("a/1").await.ok()?.header?.revision;
+            (seen >= written).then_some(seen)
+        })
+        .await;
+        let second = client.get("b/1").await.unwrap().header.unwrap().revision;
+        assert!(second >= first, "revision {second} after {first}");
+    }
+    scene.millpond.assert_well();
+}
+
+fn put(key: String, value: impl Into<Bytes>) -> pb::RequestOp {
+    let request = pb::PutRequest { key: key.into(), value: value.into(), ..Default::default() };
+    pb::RequestOp { request: Some(Request::RequestPut(request)) }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_revisions_stay_whole() {
+    let mut scene = Scene::start(&[]).await;
+    let client = scene.millpond.client();
+    let stream = scene.watch(2).await;
+    for part in 0..79 {
+        let success = (0..128).map(|number| put(format!("k{part:03}/{number:03}"), "v")).collect();
+        client.kv.clone().txn(pb::TxnRequest { success, ..Default::default() }).await.unwrap();
+    }
+    let all = 79 * 128;
+    assert_eq!(client.range(pb::RangeRequest { count_only: true, ..range("k", "l") }).await.unwrap().count, all);
+    let request = pb::DeleteRangeRequest { key: "k".into(), range_end: "l".into(), prev_kv: false };
+    let deleted = client.kv.clone().delete_range(request).await.unwrap().into_inner();
+    assert_eq!(deleted.deleted, all);
+    let revision = deleted.header.unwrap().revision;
+    let of_deletes = |one: &pb::WatchResponse| one.events.iter().filter(|event| revision_of(event) == revision).count();
+    stream.until("the deletes", |responses| responses.iter().any(|one| of_deletes(one) > 0)).await;
+    let whole: Vec<usize> = stream.responses().iter().map(of_deletes).filter(|count| *count > 0).collect();
+    assert_eq!(whole, [all as usize], "one revision comes in one response");
+    let is_delete = |one: &i32| *one == EventType::Delete as i32;
+    assert_eq!(stream.events().iter().map(|event| event.r#type).filter(is_delete).count(), all as usize);
+    let large = vec![b'x'; 1_500_000];
+    client.put("k/large", large.clone()).await.unwrap();
+    assert_eq!(client.range(range("k/large", "")).await.unwrap().kvs[0].value, large);
+    scene.millpond.assert_well();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_vanish_or_never_read_stall_nobody() {
+    let mut scene = Scene::start(&[]).await;
+    let mut clients = JoinSet::new();
+    for number in 0..1000 {
+        let endpoint = scene.millpond.endpoint.clone();
+        clients.spawn(async move {
+            let mut stream = TcpStream::connect(endpoint).await.unwrap();
+            // Some say nothing, some begin HTTP/2 and stop in the middle of it.
+            let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+            let _ = stream.write_all(&preface[..number % preface.len()]).await;
+        });
+        if number % 50 == 0 {
+            while clients.join_next().await.is_some() {}
+        }
+    }
+    while clients.join_next().await.is_some() {}
+    let mut silent = Vec::new();
+    for _ in 0..20 {
+        let request = pb::watch_request::RequestUnion::CreateRequest(create("k", "l", 2));
+        let first = tokio_stream::once(pb::WatchRequest { request_union: Some(request) });
+        let requests = tokio_stream::StreamExt::chain(first, tokio_stream::pending());
+        // Each on a connection of its own, whose answers nobody ever asks for.
+        silent.push(scene.millpond.client().watch.watch(requests).await.unwrap());
+    }
+    let stream = scene.watch(2).await;
+    let mut expected = Vec::new();
+    for _ in 0..40 {
+        expected.push(scene.etcd().put("k", vec![b'v'; 200_000]).await.unwrap());
+    }
+    until_revisions(&stream, &expected).await;
+    // Nothing was lost for who was slow.
+    let mut slow = silent.pop().unwrap().into_inner();
+    let mut seen = Vec::new();
+    while seen.len() < expected.len() {
+        let response =
+            timeout(Duration::from_secs(20), slow.message()).await.expect("the rest comes").unwrap().unwrap();
+        seen.extend(response.events.iter().map(revision_of));
+    }
+    assert_eq!(seen, expected);
+    scene.millpond.assert_well();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_keyspace_over_the_limit_is_forwarded_and_its_watches_go_on() {
+    let mut scene = Scene::start(&["--cache-bytes=1MiB"]).await;
+    let first = scene.etcd().put("k/first", "small").await.unwrap();
+    let stream = scene.watch(first).await;
+    until_revisions(&stream, &[first]).await;
+    let mut expected = vec![first];
+    for number in 0..30 {
+        expected.push(scene.etcd().put(format!("k/{number}"), vec![b'v'; 100_000]).await.unwrap());
+    }
+    until_revisions(&stream, &expected).await;
+    eventually("the limit to show", async || {
+        (scene.millpond.metric("millpond_feed_over_limit").await > 0.0).then_some(())
+    })
+    .await;
+    let client = scene.millpond.client();
+    let answer = client.range(pb::RangeRequest { keys_only: true, ..range("k", "l") }).await.unwrap();
+    assert_eq!(answer.count, 31, "reads are forwarded");
+    expected.push(scene.etcd().put("k/after", "small").await.unwrap());
+    until_revisions(&stream, &expected).await;
+    breathe(50).await;
+    assert_eq!(revisions(&stream), expected, "and nothing comes twice");
+    scene.millpond.assert_well();
 }

@@ -17,6 +17,11 @@ impl Floor {
         Revision(self.revision.load(Ordering::Acquire))
     }
 
+    /// Whether anything has been relayed since the feed last lost its upstream.
+    pub(super) fn has_relayed_since(&self) -> bool {
+        self.recent.load(Ordering::Acquire) > 0
+    }
+
     pub(super) fn raise(&self, revision: Revision) {
         self.recent.fetch_max(revision.0, Ordering::AcqRel);
         self.revision.fetch_max(revision.0, Ordering::AcqRel);
@@ -43,7 +48,9 @@ mod tests {
         floor.raise(Revision(100));
         floor.raise(Revision(90));
         assert_eq!(floor.revision(), Revision(100));
+        assert!(floor.has_relayed_since());
         floor.part();
+        assert!(!floor.has_relayed_since());
         floor.raise(Revision(7));
         assert_eq!(floor.revision(), Revision(100));
         floor.sink();

@@ -109,6 +109,17 @@ impl Prefix {
         }
     }
 
+    /// Lets the feed prove anew that this is the upstream's history, and waits until it has, or has nothing to prove.
+    pub async fn reprove(&self) {
+        let mut phases = self.phase.clone();
+        if *phases.borrow_and_update() == Phase::Live {
+            self.doubt(self.store.view().position);
+            // The sender lives as long as the feed, which lives as long as `self`: neither wait can fail.
+            let _ = phases.changed().await;
+        }
+        let _ = phases.wait_for(|phase| !matches!(phase, Phase::Lost(_) | Phase::Proving)).await;
+    }
+
     pub(super) fn note_compacted(&self, revision: Revision) {
         self.demand.send_if_modified(|demand| {
             let higher = demand.compacted < revision;

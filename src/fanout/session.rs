@@ -158,7 +158,13 @@ impl Session {
                 self.lanes[lane].get_or_insert_with(|| Lane::open(&self.hubs[lane]));
                 self.behind.push(slot);
             }
-            None => self.relay(slot),
+            None => {
+                // Nothing cached covers it, but whether the history goes on is told by the first hub.
+                if let Some(hub) = self.hubs.first() {
+                    self.lanes[0].get_or_insert_with(|| Lane::open(hub));
+                }
+                self.relay(slot);
+            }
         }
     }
 
@@ -187,7 +193,8 @@ impl Session {
         self.detach(slot);
         let Some(Some(watcher)) = self.watchers.get_mut(slot as usize) else { return };
         watcher.state = State::Dead;
-        let responder = watcher.lane.map_or_else(Responder::default, |lane| self.hubs[lane].store().view().responder);
+        let hub = self.hubs.get(watcher.lane.unwrap_or(0));
+        let responder = hub.map_or_else(Responder::default, |hub| hub.store().view().responder);
         let watch_id = watcher.id;
         Envelope { watch_id, canceled: true, compact_revision: compacted.0, ..Envelope::default() }.put(
             out,
@@ -241,7 +248,7 @@ impl Session {
     fn replace(&mut self, lane: usize, position: Position, out: &mut BytesMut) {
         for slot in 0..self.watchers.len() as u32 {
             let Some(Some(watcher)) = self.watchers.get(slot as usize) else { continue };
-            if watcher.lane == Some(lane) && watcher.state != State::Dead {
+            if watcher.lane.unwrap_or(0) == lane && watcher.state != State::Dead {
                 self.cancel_compacted(slot, position.revision, out);
             }
         }

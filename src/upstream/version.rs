@@ -67,7 +67,7 @@ pub struct Gate {
     pub progress_is_proof: bool,
     /// Every reachable member has `KV.RangeStream`.
     pub has_range_stream: bool,
-    /// The lowest version; [`Version::UNKNOWN`] when one is not known or none is reachable.
+    /// The lowest version; while none is reachable, the lowest that was last seen; [`Version::UNKNOWN`] when one is not known.
     pub lowest: Version,
 }
 

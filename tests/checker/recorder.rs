@@ -41,6 +41,11 @@ impl Recorder {
         self.history.lock().unwrap().clone()
     }
 
+    /// Ends the recording.
+    pub fn stop(&self) {
+        self.following.abort();
+    }
+
     /// Waits until everything up to `revision` has been recorded.
     pub async fn until(&self, revision: i64) {
         eventually(&format!("the recorder to reach revision {revision}"), async || {

@@ -298,6 +298,23 @@ fn another_history_cancels_every_watcher_at_its_revision() {
     assert!(stage.events(0).is_empty());
 }
 
+/// It used to be relayed on, and so was sent the new history as if it followed on the old.
+#[test]
+fn another_history_cancels_also_who_watches_what_is_not_cached() {
+    let mut stage = Stage::new(u64::MAX);
+    let (mut out, now) = (BytesMut::new(), (RESPONDER, Revision(1)));
+    stage.session.create(0, everything(), Start::After(Revision(1)), None, now, &mut out);
+    stage.hear(out);
+    stage.pump_all();
+    stage.writer.reset(Position { epoch: 2, revision: Revision(40) }, Some(Tree::default()));
+    stage.publish();
+    stage.pump_all();
+    let last = stage.heard.last().unwrap();
+    assert_eq!((last.watch_id, last.canceled, last.compact_revision), (0, true, 40));
+    let relay = stage.session.take_relays().remove(0);
+    assert!(!stage.session.is_relayed(relay.slot, relay.serial));
+}
+
 #[test]
 fn ids_are_picked_taken_and_freed_as_in_etcd() {
     let mut stage = Stage::new(u64::MAX);

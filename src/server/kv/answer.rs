@@ -44,7 +44,7 @@ pub(crate) enum Values {
 }
 
 /// Appends `record` as one of an answer's records.
-fn put_record(out: &mut impl BufMut, record: &Record, values: Values) {
+pub(super) fn put_record(out: &mut impl BufMut, record: &Record, values: Values) {
     if values == Values::Sent {
         put_bytes_head(out, KVS, record.wire().len());
         return out.put_slice(record.wire());

@@ -3,6 +3,7 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -16,7 +17,7 @@ use tonic::Code;
 
 use super::{
     Call, Kv,
-    answer::{Run, Values, wrapped_len},
+    answer::{Run, Values, put_record, wrapped_len},
     decode,
     reads::{check, range_of},
 };
@@ -29,7 +30,7 @@ use crate::{
     },
     status::Status,
     store::{
-        Responder, Revision, View,
+        Record, Responder, Revision, View,
         range::{Records, Selection, has_custom_order, has_filters},
         wire::{int_field_len, put_bytes_head, put_int_field},
     },
@@ -90,11 +91,37 @@ fn check_streamable(request: &RangeRequest) -> Result<(), Status> {
     Ok(())
 }
 
+/// What is left to send of a selection.
+enum Rest {
+    /// In key order.
+    Run(Run),
+    /// By something else than the key: etcd sorts so when no order is asked for, though a stream has no other.
+    List(std::vec::IntoIter<Arc<Record>>),
+}
+
+impl Rest {
+    /// As [`Run::write`].
+    fn write(&mut self, out: &mut BytesMut, until: usize, most: usize, values: Values) -> bool {
+        match self {
+            Self::Run(run) => run.write(out, until, most, values),
+            Self::List(records) => {
+                let mut left = most;
+                while left > 0 && out.len() < until {
+                    let Some(record) = records.next() else { return true };
+                    put_record(out, &record, values);
+                    left -= 1;
+                }
+                records.as_slice().is_empty()
+            }
+        }
+    }
+}
+
 /// A selection in chunks. Header, `more` and `count` stand in the last one.
 struct Chunks {
     responder: Responder,
     revision: Revision,
-    run: Option<Run>,
+    rest: Option<Rest>,
     keys: usize,
     more: bool,
     count: u64,
@@ -104,15 +131,14 @@ struct Chunks {
 
 impl Chunks {
     fn new(view: &View, selection: Selection, values: Values) -> Self {
-        let run = match selection.records {
-            Records::Run(tree, range, _) => Run { tree, range },
-            // Only a count has a list here, and it is empty.
-            Records::List(_) => Run { tree: Default::default(), range: crate::store::KeyRange::everything() },
+        let rest = match selection.records {
+            Records::Run(tree, range, _) => Rest::Run(Run { tree, range }),
+            Records::List(records) => Rest::List(records.into_iter()),
         };
         Self {
             responder: view.responder,
             revision: view.revision(),
-            run: Some(run),
+            rest: Some(rest),
             keys: FIRST_CHUNK,
             more: selection.more,
             count: selection.count,
@@ -122,15 +148,15 @@ impl Chunks {
     }
 
     fn next(&mut self) -> Option<Frame<Bytes>> {
-        let Some(run) = &mut self.run else {
+        let Some(rest) = &mut self.rest else {
             return (!std::mem::replace(&mut self.done, true)).then(|| Frame::trailers(success_trailers()));
         };
         let mut records = BytesMut::new();
-        let last = run.write(&mut records, CHUNK_BYTES, self.keys, self.values);
+        let last = rest.write(&mut records, CHUNK_BYTES, self.keys, self.values);
         self.keys = self.keys.saturating_mul(2);
         let mut head = BytesMut::new();
         if last {
-            self.run = None;
+            self.rest = None;
             self.responder.put(&mut head, self.revision);
         }
         let tail = if last { int_field_len(self.more.into()) + int_field_len(self.count as i64) } else { 0 };
@@ -241,4 +267,38 @@ async fn ask(
     let message = collected.to_bytes();
     let message = message.get(grpc::PREFIX..).unwrap_or_default();
     RangeResponse::decode(message).map_err(|error| Status::new(Code::Internal, error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        proto::mvccpb::KeyValue,
+        store::{Limits, Store},
+    };
+
+    fn record(number: usize) -> Arc<Record> {
+        let key = format!("k{number}").into();
+        let record = KeyValue { key, mod_revision: 2, create_revision: 2, version: 1, ..Default::default() };
+        Record::from_wire(&record.encode_to_vec()).unwrap()
+    }
+
+    /// Only the count used to be sent of keys that are sorted by something else than the key.
+    #[test]
+    fn a_list_is_sent_whole_and_in_its_order() {
+        let (store, _writer) = Store::new(Limits { bytes: 0, age: 0 });
+        for count in [0, 1, 10, 11, 100] {
+            let records: Vec<_> = (0..count).rev().map(record).collect();
+            let keys: Vec<_> = records.iter().map(|record| record.key().to_vec()).collect();
+            let selection = Selection { count: count as u64, more: false, records: Records::List(records) };
+            let mut chunks = Chunks::new(&store.view(), selection, Values::Sent);
+            let mut sent = Vec::new();
+            while let Some(Ok(data)) = chunks.next().map(Frame::into_data) {
+                let chunk = RangeStreamResponse::decode(&data[grpc::PREFIX..]).unwrap().range_response.unwrap();
+                assert!(!chunk.kvs.is_empty() || count == 0, "no chunk is empty");
+                sent.extend(chunk.kvs.iter().map(|record| record.key.to_vec()));
+            }
+            assert_eq!(sent, keys);
+        }
+    }
 }

@@ -97,6 +97,15 @@ impl Task {
             tracing::debug!(%status, next = self.next.0, "a relayed watch is tried again");
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
+            self.reprove().await;
+        }
+    }
+
+    /// The upstream may have come back with another history, of which nothing may follow on what was relayed of the old one.
+    /// The feed finds out, and then the watcher is cancelled.
+    async fn reprove(&self) {
+        if let Some(prefix) = self.shared.cache.prefixes().get(self.relay.lane.unwrap_or(0)) {
+            prefix.reprove().await;
         }
     }
 

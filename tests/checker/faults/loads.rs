@@ -43,6 +43,8 @@ impl Director {
         self.wait(pause).await;
         self.compact_to(self.recorder.position()).await;
         link.reset();
+        // What the link still holds must be gone before it is whole again.
+        self.wait(50).await;
         link.heal();
     }
 

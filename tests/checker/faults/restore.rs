@@ -44,6 +44,7 @@ impl Director {
         self.world.cluster.restart(0).await;
         let end = self.world.cluster.client(0).revision().await.expect("an etcd that nobody disturbs answers");
         self.recorder.until(end).await;
+        self.recorder.stop();
         self.world.cluster.kill(0);
         self.ended.push(self.recorder.history());
     }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use millpond::proto::etcdserverpb::{
     self as pb, RangeRequest, TxnRequest, TxnResponse, request_op::Request, response_op::Response,
 };
+use millpond::proto::mvccpb::KeyValue;
 use millpond::status::Status;
 use tonic::Code;
 
@@ -44,7 +45,7 @@ fn breach(check: &'static str, call: &Call, text: &str) -> Breach {
     let answer = match &call.outcome {
         Some(Ok(answer)) => {
             let text = format!("{answer:?}");
-            text.chars().take(1500).collect()
+            text.chars().take(600).collect()
         }
         other => format!("{other:?}"),
     };
@@ -72,7 +73,7 @@ fn evaluation(case: &Case, placing: &Placing, call: &Call, answer: &Answer, coun
         match check(&case.histories[era]) {
             Ok(()) => return None,
             Err(text) => {
-                difference += &format!("\n    in history {era}: {}", text.chars().take(3000).collect::<String>())
+                difference += &format!("\n    in history {era}: {}", text.chars().take(1500).collect::<String>())
             }
         }
     }
@@ -82,8 +83,18 @@ fn evaluation(case: &Case, placing: &Placing, call: &Call, answer: &Answer, coun
 fn range(history: &History, request: &RangeRequest, found: &pb::RangeResponse) -> Result<(), String> {
     let header = found.header.ok_or("no header")?;
     let expected = pb::RangeResponse { header: Some(header), ..select(history, request, header.revision)? };
+    let apart = difference(&expected.kvs, &found.kvs);
     let (expected, found) = (Ok(Answer::Range(expected)), Ok(Answer::Range(found.clone())));
-    outcomes(&Operation::Range(request.clone()), &expected, &found)
+    outcomes(&Operation::Range(request.clone()), &expected, &found).map_err(|text| format!("{apart}\n    {text}"))
+}
+
+/// The records that are in one list only.
+fn difference(expected: &[KeyValue], found: &[KeyValue]) -> String {
+    let only = |these: &[KeyValue], those: &[KeyValue]| {
+        let only: Vec<String> = these.iter().filter(|one| !those.contains(one)).map(|one| format!("{one:?}")).collect();
+        only.join("\n        ").chars().take(1000).collect::<String>()
+    };
+    format!("only expected: {}\n    only found: {}", only(expected, found), only(found, expected))
 }
 
 /// What the request selects, when the answer says that `present` is the newest revision.

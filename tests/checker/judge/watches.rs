@@ -1,12 +1,14 @@
 //! Watches: each watcher was sent exactly the events of its range from its start on, in order, each revision whole, none
 //! missing and none twice; and what it was told of its progress was so.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use millpond::proto::mvccpb::Event;
 
 use super::{
     super::{
         history::History,
-        record::{Item, Life, Told},
+        record::{Item, Life, Target, Told},
     },
     Breach, Case, Counts, brief,
     placing::Placing,
@@ -26,7 +28,31 @@ struct Wrong {
 }
 
 pub fn judge(case: &Case, placing: &Placing, counts: &mut Counts) -> Vec<Breach> {
-    case.lives.iter().filter_map(|life| judge_life(case, placing, counts, life)).collect()
+    let mut breaches: Vec<Breach> =
+        case.lives.iter().filter_map(|life| judge_life(case, placing, counts, life)).collect();
+    breaches.extend(changes(case));
+    breaches
+}
+
+/// How many caches a Millpond has, each of which finds out about another history by itself.
+const CACHES: usize = 2;
+
+/// Cancellations that no compaction explains come with a change of history: once for each, and each cache.
+fn changes(case: &Case) -> Vec<Breach> {
+    let mut changes: BTreeMap<(Target, usize), BTreeSet<i64>> = BTreeMap::new();
+    for life in case.lives.iter() {
+        for item in &life.items {
+            let Told::Compacted(at) = item.told else { continue };
+            let era = case.eras.at(item.tick);
+            let explained = (0..=era).any(|era| at <= case.eras.compacted(era, item.tick));
+            if !explained {
+                changes.entry((life.target, era)).or_default().insert(at);
+            }
+        }
+    }
+    let often = changes.into_iter().filter(|(_, at)| at.len() > CACHES);
+    let text = |((target, era), at)| format!("{target:?} told of changes of history at {at:?} within history {era}");
+    often.map(text).map(|text| Breach { check: CANCELLED, tick: 0, size: text.len(), text }).collect()
 }
 
 fn judge_life(case: &Case, placing: &Placing, counts: &mut Counts, life: &Life) -> Option<Breach> {
@@ -38,7 +64,7 @@ fn judge_life(case: &Case, placing: &Placing, counts: &mut Counts, life: &Life) 
     let lowest = if life.over { first } else { case.eras.last() };
     let mut nearest: Option<Wrong> = None;
     for era in lowest..=last {
-        let replay = Replay { case, life, era, history: &case.histories[era], is_old: first < case.eras.last() };
+        let replay = Replay { case, life, era, history: &case.histories[era] };
         match replay.run() {
             Ok(()) => return None,
             Err(wrong) if nearest.as_ref().is_none_or(|nearest| nearest.item <= wrong.item) => nearest = Some(wrong),
@@ -72,8 +98,6 @@ struct Replay<'a> {
     life: &'a Life,
     era: usize,
     history: &'a History,
-    /// Whether the watcher may be of a history that has ended.
-    is_old: bool,
 }
 
 impl Replay<'_> {
@@ -140,8 +164,12 @@ impl Replay<'_> {
     fn compacted(&self, next: i64, item: &Item, at: i64) -> Result<(), String> {
         let eras = &self.case.eras;
         let compacted = (self.era..=eras.at(item.tick)).map(|era| eras.compacted(era, item.tick)).max().unwrap_or(0);
-        let ended = self.is_old || eras.ended_between(self.life.begin, item.tick);
-        if next < compacted || ended {
+        // A Millpond finds out about another history some time after that began; [`changes`] counts how often.
+        // A feed that was compacted past, and finds no key that was left alone meanwhile, cannot know whether this is still
+        // the same history: then whoever had not been told more goes down with it.
+        let told = self.life.items.iter().take_while(|other| other.tick < item.tick).map(|other| other.revision).max();
+        let may_be_doubted = told.is_none_or(|told| told < compacted);
+        if next < compacted || may_be_doubted || eras.at(item.tick) > 0 {
             return Ok(());
         }
         Err(format!(
