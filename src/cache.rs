@@ -250,6 +250,26 @@ impl Cache {
         view
     }
 
+    /// Whether a watcher may begin on the view of `prefix`: not while its history may be another than what is relayed.
+    pub fn is_settled(&self, prefix: &Prefix) -> bool {
+        match prefix.phase() {
+            Phase::Live => true,
+            Phase::Lost(_) => !self.0.floor.has_relayed_since(),
+            Phase::Cold | Phase::Proving | Phase::Barred => false,
+        }
+    }
+
+    /// Waits until a watcher may begin on the view of `prefix`.
+    pub async fn settled(&self, prefix: &Prefix) {
+        let mut phases = prefix.phases();
+        while !self.is_settled(prefix) {
+            // The sender lives as long as the feed, which lives as long as `prefix`.
+            if phases.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
     /// The current view of `prefix`, if anything may be read from it.
     fn servable(&self, prefix: &Prefix) -> Result<Arc<View>, Unserved> {
         if !self.is_open() {

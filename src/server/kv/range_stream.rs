@@ -22,6 +22,7 @@ use super::{
     reads::{check, range_of},
 };
 use crate::{
+    cache::Unserved,
     proto::etcdserverpb::{RangeRequest, RangeResponse, RangeStreamResponse},
     server::{
         body::{Body, BodyError, failure_trailers, success_trailers},
@@ -61,6 +62,7 @@ impl Kv {
                 }
                 None => "revision_not_in_memory",
             },
+            Err(Unserved::NoConsensus(status)) => return Err(status),
             Err(unserved) => unserved.label(),
         };
         self.count_unserved("RangeStream", unserved);

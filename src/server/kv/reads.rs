@@ -4,6 +4,7 @@ use ::http::{HeaderValue, Response};
 
 use super::{Call, Consensus, Kv, answer, decode};
 use crate::{
+    cache::Unserved,
     proto::etcdserverpb::{
         RangeRequest,
         range_request::{SortOrder, SortTarget},
@@ -55,6 +56,8 @@ impl Kv {
                 }
                 None => "revision_not_in_memory",
             },
+            // The cluster has had as long as etcd would give it.
+            Err(Unserved::NoConsensus(status)) => return Err(status),
             Err(unserved) => unserved.label(),
         };
         self.metrics.count("Range", unserved);

@@ -190,24 +190,33 @@ impl Stream {
         }
     }
 
-    /// Creates a watcher at once if its range is cached and loaded; otherwise only the cluster knows what the present is.
+    /// Creates a watcher at once if the view of its range can be relied on. While that is being found out, the request
+    /// waits; where there is no view, only the cluster knows what the present is.
     fn take_create(&mut self, request: WatchCreateRequest) {
         let options = WatchOptions::from_request(&request);
-        let loaded = self
-            .shared
-            .cache
-            .covering(&options.range)
-            .filter(|(_, prefix)| prefix.store().view().is_loaded())
-            .map(|(_, prefix)| self.shared.cache.present(prefix));
+        let cache = &self.shared.cache;
+        let loaded = cache.covering(&options.range).filter(|(_, prefix)| prefix.store().view().is_loaded());
         match loaded {
-            Some(now) => self.create(request, now),
+            Some((_, prefix)) if cache.is_settled(prefix) => {
+                let now = cache.present(prefix);
+                self.create(request, now);
+            }
+            Some((lane, _)) => {
+                let cache = cache.clone();
+                let settled = async move {
+                    let prefix = &cache.prefixes()[lane];
+                    cache.settled(prefix).await;
+                    cache.present(prefix)
+                };
+                self.opening = Some(Box::new((request, Box::pin(settled))));
+            }
             None => {
-                let cache = self.shared.cache.clone();
-                let waiting = async move {
+                let cache = cache.clone();
+                let asked = async move {
                     let proof = cache.consensus().ask().await;
                     (proof.responder, proof.revision)
                 };
-                self.opening = Some(Box::new((request, Box::pin(waiting))));
+                self.opening = Some(Box::new((request, Box::pin(asked))));
             }
         }
     }
