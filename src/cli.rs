@@ -1,6 +1,6 @@
 //! The commands: what the program does for each set of arguments, and its exit status.
 //!
-//! - [`bench`]: a load generator.
+//! - [`mod@bench`]: a load generator.
 //! - [`check`]: comparisons of endpoints, of a cache with its upstream, and of a data directory with itself.
 //! - [`transfer`]: import, export and restore of embedded stores.
 //! - [`flags`]: one flag per setting.

@@ -1,5 +1,7 @@
 //! Many connections and streams: those that nobody reads, that are cancelled in masses, that wait, and the listener's end.
 
+#![allow(clippy::disallowed_methods, reason = "what a test sends to itself is few")]
+
 mod proxy;
 
 use std::{

@@ -1,5 +1,7 @@
 //! Forwarding seen from both ends: what a misbehaving or watchful upstream gets, and what the client gets in turn.
 
+#![allow(clippy::disallowed_methods, reason = "what a test sends to itself is few")]
+
 mod proxy;
 
 use std::{

@@ -7,7 +7,7 @@
 //! - [`wire`], [`link`], [`messages`]: HTTP/2, sockets, gRPC framing.
 //! - [`requests`], [`fill`]: what is asked, and the keys it is asked about.
 //! - [`calls`], [`watchers`], [`writer`], [`loads`]: the loads.
-//! - [`drive`]: threads, warm-up, the window that counts, CPU time.
+//! - [`mod@drive`]: threads, warm-up, the window that counts, CPU time.
 //! - [`tally`], [`report`]: counts and figures.
 
 use std::io::IsTerminal;

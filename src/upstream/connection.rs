@@ -119,7 +119,7 @@ pub(super) async fn http2(dial: &Arc<dyn Dial>, name: &str, class: Class, tuning
 /// Opens an HTTP/1.1 connection, for what etcd serves beside gRPC.
 ///
 /// # Errors
-/// As [`http2`].
+/// As [`http2()`].
 pub(super) async fn http1(
     dial: &Arc<dyn Dial>,
     name: &str,
