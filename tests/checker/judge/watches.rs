@@ -167,7 +167,10 @@ impl Replay<'_> {
         // A Millpond finds out about another history some time after that began; [`changes`] counts how often.
         // A feed that was compacted past, and finds no key that was left alone meanwhile, cannot know whether this is still
         // the same history: then whoever had not been told more goes down with it.
-        let told = self.life.items.iter().take_while(|other| other.tick < item.tick).map(|other| other.revision).max();
+        let before = self.life.items.iter().take_while(|other| other.tick < item.tick);
+        // The header of a creation is the present, of which the watcher has been sent nothing yet.
+        let sent = before.filter(|other| matches!(other.told, Told::Events(_) | Told::Progress));
+        let told = sent.map(|other| other.revision).max();
         let may_be_doubted = told.is_none_or(|told| told < compacted);
         if next < compacted || may_be_doubted || eras.at(item.tick) > 0 {
             return Ok(());
