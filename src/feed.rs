@@ -251,7 +251,7 @@ impl Feed {
         match continuity {
             Continuity::Proven => self.retry_index(at).await?,
             Continuity::Nothing => self.load(at, &header).await?,
-            Continuity::Doubtful => self.reload(at, &header).await?,
+            Continuity::Doubtful(why) => self.resolve(at, &header, why).await?,
             Continuity::Broken(why) => {
                 warn!(endpoint = self.upstream.name(at), why, "the upstream has another history: beginning anew");
                 self.load(at, &header).await?;
@@ -280,13 +280,34 @@ impl Feed {
         Ok(())
     }
 
+    /// Finds out whether a doubtful history is ours: by everything at our own revision, while that can still be read.
+    async fn resolve(&mut self, at: EndpointId, header: &ResponseHeader, doubt: &str) -> Result<(), End> {
+        let (endpoint, revision) = (self.upstream.name(at), self.writer.position().revision);
+        match self.list(at, revision).await {
+            Ok(listed) if self.is_same(&listed) => {
+                info!(endpoint, revision = revision.0, doubt, "everything is as it was: the history goes on");
+                self.retry_index(at).await
+            }
+            Ok(_) => {
+                warn!(endpoint, revision = revision.0, doubt, "the upstream has another history: beginning anew");
+                self.load(at, header).await
+            }
+            Err(End::Failed(status)) if status == Status::COMPACTED => self.reload(at, header, doubt).await,
+            Err(end) => Err(end),
+        }
+    }
+
     /// Lists anew, and goes on in the same epoch if the list agrees with the old state.
-    async fn reload(&mut self, at: EndpointId, header: &ResponseHeader) -> Result<(), End> {
+    async fn reload(&mut self, at: EndpointId, header: &ResponseHeader, doubt: &str) -> Result<(), End> {
         let listed = self.list(at, Revision::ZERO).await?;
-        let position = self.writer.position();
-        let agrees = self.agrees(&listed);
-        info!(endpoint = self.upstream.name(at), agrees, revision = listed.revision.0, "listed anew after a gap");
-        self.adopt(listed, position.epoch + u64::from(!agrees), header);
+        let (endpoint, revision) = (self.upstream.name(at), listed.revision.0);
+        let disagreement = self.disagreement(&listed);
+        match &disagreement {
+            None => info!(endpoint, revision, doubt, "listed anew: the history goes on"),
+            Some(why) => warn!(endpoint, revision, doubt, why, "listed anew: the upstream may have another history"),
+        }
+        let epoch = self.writer.position().epoch + u64::from(disagreement.is_some());
+        self.adopt(listed, epoch, header);
         Ok(())
     }
 

@@ -23,7 +23,7 @@ pub(super) enum Continuity {
     /// It is ours.
     Proven,
     /// It may be ours; only a comparison of everything can tell.
-    Doubtful,
+    Doubtful(&'static str),
     /// It is another one.
     Broken(&'static str),
 }
@@ -42,7 +42,7 @@ impl Feed {
             return Ok(Continuity::Broken("the revision went back"));
         }
         if header.raft_term < view.responder.raft_term {
-            return Ok(Continuity::Doubtful);
+            return Ok(Continuity::Doubtful("the term has fallen"));
         }
         match self.writer.last_entry() {
             Some(entry) => self.confirm_entry(at, &entry).await,
@@ -52,7 +52,7 @@ impl Feed {
 
     /// Looks for the last event applied, at its revision.
     async fn confirm_entry(&self, at: EndpointId, entry: &Entry) -> Result<Continuity, End> {
-        let Some(event) = entry.events.last() else { return Ok(Continuity::Doubtful) };
+        let Some(event) = entry.events.last() else { return Ok(Continuity::Doubtful("an entry without events")) };
         let found = match self.record_at(at, event.record.key(), entry.revision).await? {
             Ok(found) => found,
             Err(doubt) => return Ok(doubt),
@@ -83,7 +83,7 @@ impl Feed {
     /// When nothing has happened since the list: as many keys at its revision, the newest one as it is here, and no newer.
     async fn confirm_list(&self, at: EndpointId) -> Result<Continuity, End> {
         let view = self.writer.store().view_owned();
-        let Some(tree) = &view.tree else { return Ok(Continuity::Doubtful) };
+        let Some(tree) = &view.tree else { return Ok(Continuity::Doubtful("there is no index")) };
         let revision = view.revision();
         let newest = tree.iter_from(b"").max_by_key(|record| record.mod_revision());
         let bound = newest.map_or(Revision::ZERO, |record| record.mod_revision());
@@ -130,22 +130,33 @@ impl Feed {
                     .map_or(0, |field| field.value.int());
                 Ok(Ok((Page::decode(&message)?, count)))
             }
-            Err(status) if status == Status::COMPACTED => Ok(Err(Continuity::Doubtful)),
+            Err(status) if status == Status::COMPACTED => Ok(Err(Continuity::Doubtful("its revision is compacted"))),
             Err(status) if status == Status::FUTURE_REVISION => Ok(Err(Continuity::Broken("the revision went back"))),
             Err(status) => Err(status.into()),
         }
     }
 
-    /// The full check: does a new list agree with the old state? Every key that is said not to have changed since must be
-    /// as it was here, and at least one such key, or no key at all on both sides, must bear witness.
-    pub(super) fn agrees(&self, listed: &Listed) -> bool {
+    /// Whether a list at our own revision is what we have.
+    pub(super) fn is_same(&self, listed: &Listed) -> bool {
         let view = self.writer.store().view_owned();
-        let (Some(old), Some(new)) = (&view.tree, &listed.tree) else { return false };
+        let (Some(ours), Some(theirs)) = (&view.tree, &listed.tree) else { return false };
+        let mut pairs = ours.iter_from(b"").zip(theirs.iter_from(b""));
+        ours.len() == theirs.len() && pairs.all(|(ours, theirs)| ours.same_version(theirs))
+    }
+
+    /// When that cannot be read any more: does a new list agree with the old state? Every key that is said not to have
+    /// changed since must be as it was here, and at least one such key must bear witness. Gives the reason why it does not agree.
+    pub(super) fn disagreement(&self, listed: &Listed) -> Option<String> {
+        let view = self.writer.store().view_owned();
+        let (Some(old), Some(new)) = (&view.tree, &listed.tree) else { return Some("there is no index".into()) };
         if listed.revision < view.revision() {
-            return false;
+            return Some(format!("the list is at {}, behind {}", listed.revision, view.revision()));
         }
         let mut unchanged = new.iter_from(b"").filter(|record| record.mod_revision() <= view.revision()).peekable();
-        unchanged.peek().is_some()
-            && unchanged.all(|record| old.get(record.key()).is_some_and(|known| known.same_version(record)))
+        if unchanged.peek().is_none() {
+            return Some("no key is left to bear witness".into());
+        }
+        let differs = |record: &&Arc<Record>| !old.get(record.key()).is_some_and(|known| known.same_version(record));
+        unchanged.find(differs).map(|record| format!("{record:?} was {:?}", old.get(record.key())))
     }
 }
