@@ -28,7 +28,7 @@ use support::random::seed;
 use tokio::time::Instant;
 
 /// How long the checker runs when nothing else is asked for.
-const USUAL: Duration = Duration::from_secs(90);
+const USUAL: Duration = Duration::from_secs(60);
 /// How long one run lasts; a longer check is many runs, each with servers and a seed of its own.
 const RUN: Duration = Duration::from_secs(30);
 
