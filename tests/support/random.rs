@@ -218,8 +218,17 @@ impl Generator {
         pb::CompactionRequest { revision, physical: self.chance(2) }
     }
 
-    /// A transaction, nested at most `depth` deep.
+    /// A transaction, nested at most `depth` deep. One that puts a key without its value or lease after it deleted that key
+    /// makes etcd itself crash, so deletions and such puts do not come together.
     pub fn txn(&mut self, bounds: Bounds, depth: usize) -> pb::TxnRequest {
+        let mut txn = self.nested_txn(bounds, depth);
+        if deletes(&txn) {
+            spell_out(&mut txn);
+        }
+        txn
+    }
+
+    fn nested_txn(&mut self, bounds: Bounds, depth: usize) -> pb::TxnRequest {
         let compares = self.below(4);
         pb::TxnRequest {
             compare: (0..compares).map(|_| self.compare(bounds)).collect(),
@@ -239,7 +248,7 @@ impl Generator {
             0..4 => Some(Op::RequestRange(self.range(bounds))),
             4..9 => Some(Op::RequestPut(self.put())),
             9 => Some(Op::RequestDeleteRange(self.delete())),
-            10 if depth > 0 => Some(Op::RequestTxn(self.txn(bounds, depth - 1))),
+            10 if depth > 0 => Some(Op::RequestTxn(self.nested_txn(bounds, depth - 1))),
             _ => Some(Op::RequestPut(self.put())),
         };
         pb::RequestOp { request }
@@ -272,4 +281,24 @@ impl Generator {
 /// Whether a request sorts by something in which records can tie.
 pub fn can_tie(request: &pb::RangeRequest) -> bool {
     SortTarget::try_from(request.sort_target).is_ok_and(|target| target != SortTarget::Key)
+}
+
+/// Whether a transaction may delete something.
+fn deletes(txn: &pb::TxnRequest) -> bool {
+    txn.success.iter().chain(&txn.failure).any(|op| match &op.request {
+        Some(Op::RequestDeleteRange(_)) => true,
+        Some(Op::RequestTxn(inner)) => deletes(inner),
+        _ => false,
+    })
+}
+
+/// Lets every put of a transaction say its value and lease itself.
+fn spell_out(txn: &mut pb::TxnRequest) {
+    for op in txn.success.iter_mut().chain(&mut txn.failure) {
+        match &mut op.request {
+            Some(Op::RequestPut(put)) => (put.ignore_value, put.ignore_lease) = (false, false),
+            Some(Op::RequestTxn(inner)) => spell_out(inner),
+            _ => {}
+        }
+    }
 }
