@@ -301,7 +301,8 @@ impl Feed {
     async fn reload(&mut self, at: EndpointId, header: &ResponseHeader, doubt: &str) -> Result<(), End> {
         let listed = self.list(at, Revision::ZERO).await?;
         let (endpoint, revision) = (self.upstream.name(at), listed.revision.0);
-        let disagreement = self.disagreement(&listed);
+        let term_held = header.raft_term >= self.writer.store().view().responder.raft_term;
+        let disagreement = self.disagreement(&listed, term_held);
         match &disagreement {
             None => info!(endpoint, revision, doubt, "listed anew: the history goes on"),
             Some(why) => warn!(endpoint, revision, doubt, why, "listed anew: the upstream may have another history"),

@@ -145,15 +145,17 @@ impl Feed {
     }
 
     /// When that cannot be read any more: does a new list agree with the old state? Every key that is said not to have
-    /// changed since must be as it was here, and at least one such key must bear witness. Gives the reason why it does not agree.
-    pub(super) fn disagreement(&self, listed: &Listed) -> Option<String> {
+    /// changed since must be as it was here. Where no such key is left to bear witness, the term decides (`term_held`): every
+    /// watcher's next revision is below the compaction then, and is told of it either way. Gives the reason why it does not
+    /// agree.
+    pub(super) fn disagreement(&self, listed: &Listed, term_held: bool) -> Option<String> {
         let view = self.writer.store().view_owned();
         let (Some(old), Some(new)) = (&view.tree, &listed.tree) else { return Some("there is no index".into()) };
         if listed.revision < view.revision() {
             return Some(format!("the list is at {}, behind {}", listed.revision, view.revision()));
         }
         let mut unchanged = new.iter_from(b"").filter(|record| record.mod_revision() <= view.revision()).peekable();
-        if unchanged.peek().is_none() {
+        if unchanged.peek().is_none() && !term_held {
             return Some("no key is left to bear witness".into());
         }
         let differs = |record: &&Arc<Record>| !old.get(record.key()).is_some_and(|known| known.same_version(record));
