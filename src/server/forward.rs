@@ -79,7 +79,7 @@ impl Manner {
 
 /// Forwards a gRPC call and gives etcd's answer, or a failure in etcd's words.
 ///
-/// `observer` is told the header of the answer's first message before the client can read it; it is for KV calls.
+/// `observer` is told the header of the answer before the client can read that; it is for KV calls.
 pub async fn forward(
     upstream: &Upstream,
     connection: &Connection,
@@ -87,6 +87,7 @@ pub async fn forward(
     observer: Option<Arc<dyn AnswerObserver>>,
 ) -> Response<Body> {
     let manner = Manner::of(request.uri().path());
+    let encoding = encoding_of(request.uri().path());
     let deadline = deadline(request.headers());
     let hold = manner.enables_auth.then(|| upstream.suspect_auth());
     let stop = manner.endless.then(|| connection.stop().clone());
@@ -96,12 +97,17 @@ pub async fn forward(
         None => relaying.await,
     };
     match forwarded {
-        Ok(forwarded) => answer(forwarded, Encoding::Grpc, observer, hold).map(|body| body.until(stop)),
+        Ok(forwarded) => answer(forwarded, encoding, observer, hold).map(|body| body.until(stop)),
         Err(status) => {
             tracing::debug!(peer = %connection.peer, %status, "forwarded call failed");
             response::error(&status)
         }
     }
+}
+
+/// Where the header stands in the answer to a KV call.
+fn encoding_of(path: &str) -> Encoding {
+    if path.ends_with("/RangeStream") { Encoding::GrpcChunks } else { Encoding::Grpc }
 }
 
 /// What `relaying` gives, unless the server leaves first.

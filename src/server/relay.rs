@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use http_body::{Body, Frame, SizeHint};
 use prost::{
     Message,
@@ -25,6 +25,10 @@ use crate::{
 
 /// A response header is below 50 bytes of protobuf, and below 200 of JSON.
 const PEEK_LIMIT: usize = 512;
+/// How a message begins that begins with field 1, when that has a length.
+const FIRST_FIELD: u8 = 0x0a;
+/// The longest that the number and the length of such a field can be.
+const LONGEST_KEY: usize = 11;
 
 /// Is told the header of a KV answer before the client can read the answer.
 pub trait AnswerObserver: Send + Sync {
@@ -35,8 +39,10 @@ pub trait AnswerObserver: Send + Sync {
 /// How an answer is written.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Encoding {
-    /// gRPC messages.
+    /// gRPC messages, of which the first has the header.
     Grpc,
+    /// The messages of a RangeStream, of which the last has the header.
+    GrpcChunks,
     /// JSON, as etcd's gateway writes it.
     Json,
 }
@@ -120,7 +126,10 @@ pub struct Peek {
     observer: Arc<dyn AnswerObserver>,
     sent: Instant,
     encoding: Encoding,
+    /// The beginning of the message that is looked at.
     seen: BytesMut,
+    /// What is still to come of a message without a header.
+    skip: usize,
 }
 
 /// What the beginning of an answer shows.
@@ -135,60 +144,86 @@ enum Found {
 impl Peek {
     /// Tells `observer` about the answer to a request that was sent at `sent`.
     pub fn new(observer: Arc<dyn AnswerObserver>, sent: Instant, encoding: Encoding) -> Self {
-        Self { observer, sent, encoding, seen: BytesMut::new() }
+        Self { observer, sent, encoding, seen: BytesMut::new(), skip: 0 }
     }
 
     /// Looks at the next bytes; true when there is nothing more to look for.
-    fn look(&mut self, data: &[u8]) -> bool {
-        let found = if self.seen.is_empty() {
-            find(self.encoding, data)
-        } else {
-            let room = PEEK_LIMIT.saturating_sub(self.seen.len()).min(data.len());
+    fn look(&mut self, mut data: &[u8]) -> bool {
+        while !data.is_empty() {
+            let skipped = self.skip.min(data.len());
+            self.skip -= skipped;
+            data = data.get(skipped..).unwrap_or_default();
+            let before = self.seen.len();
+            let room = PEEK_LIMIT.saturating_sub(before).min(data.len());
             self.seen.extend_from_slice(data.get(..room).unwrap_or_default());
-            find(self.encoding, &self.seen)
-        };
-        match found {
-            Found::Header(header) => {
-                self.observer.answered(self.sent, header);
-                true
-            }
-            Found::Nothing => true,
-            Found::Part => {
-                if self.seen.is_empty() {
-                    self.seen.extend_from_slice(data.get(..PEEK_LIMIT).unwrap_or(data));
+            match find(self.encoding, &self.seen) {
+                Found::Header(header) => {
+                    self.observer.answered(self.sent, header);
+                    return true;
                 }
-                self.seen.len() >= PEEK_LIMIT
+                Found::Part if self.seen.len() < PEEK_LIMIT => return false,
+                _ if self.encoding != Encoding::GrpcChunks => return true,
+                _ => {
+                    self.skip = framed_len(&self.seen).saturating_sub(before);
+                    self.seen.clear();
+                }
             }
         }
+        false
     }
+}
+
+/// The length of a message with its prefix; there is a whole prefix.
+fn framed_len(framed: &[u8]) -> usize {
+    grpc::split(framed).map_or(framed.len(), |(length, _)| length.saturating_add(grpc::PREFIX))
 }
 
 fn find(encoding: Encoding, beginning: &[u8]) -> Found {
     match encoding {
-        Encoding::Grpc => find_in_message(beginning),
+        Encoding::Grpc => find_in_message(beginning, find_header),
+        Encoding::GrpcChunks => find_in_message(beginning, find_in_chunk),
         Encoding::Json => find_in_json(beginning),
     }
 }
 
-/// The header is field 1 of every KV answer, and written first.
-fn find_in_message(framed: &[u8]) -> Found {
-    let Some((prefix, mut message)) = framed.split_first_chunk::<{ grpc::PREFIX }>() else { return Found::Part };
-    let [_, a, b, c, d] = *prefix;
-    let whole = message.len() >= u32::from_be_bytes([a, b, c, d]) as usize;
-    let parsed = (|| {
-        let (field, wire) = decode_key(&mut message).ok()?;
-        let length = decode_varint(&mut message).ok()?;
-        Some((field == 1 && wire == WireType::LengthDelimited, usize::try_from(length).ok()?))
-    })();
-    match parsed {
-        Some((true, length)) if message.remaining() >= length => message
+fn find_in_message(framed: &[u8], find: fn(&[u8], bool) -> Found) -> Found {
+    let Some((length, rest)) = grpc::split(framed) else { return Found::Part };
+    find(rest.get(..length).unwrap_or(rest), rest.len() >= length)
+}
+
+/// The header is field 1 of every KV answer, and written first. `whole` says that nothing follows `answer`.
+fn find_header(answer: &[u8], whole: bool) -> Found {
+    match first_field(answer) {
+        Some((length, header)) if header.len() >= length => header
             .get(..length)
             .and_then(|header| ResponseHeader::decode(header).ok())
             .map_or(Found::Nothing, Found::Header),
-        Some((false, _)) => Found::Nothing,
-        _ if whole => Found::Nothing,
-        _ => Found::Part,
+        Some(_) if !whole => Found::Part,
+        None if !whole && may_begin(answer) => Found::Part,
+        _ => Found::Nothing,
     }
+}
+
+/// A chunk of a RangeStream has an answer to a Range as its field 1.
+fn find_in_chunk(chunk: &[u8], whole: bool) -> Found {
+    match first_field(chunk) {
+        Some((length, answer)) => find_header(answer.get(..length).unwrap_or(answer), whole || answer.len() >= length),
+        None if !whole && may_begin(chunk) => Found::Part,
+        None => Found::Nothing,
+    }
+}
+
+/// Whether field 1 may turn out to stand at the beginning, once there is more of the message.
+fn may_begin(message: &[u8]) -> bool {
+    message.len() < LONGEST_KEY && message.first().is_none_or(|key| *key == FIRST_FIELD)
+}
+
+/// The length of field 1, where the message begins with that, and what is there of it and of what follows.
+fn first_field(mut message: &[u8]) -> Option<(usize, &[u8])> {
+    let (field, wire) = decode_key(&mut message).ok()?;
+    let length = decode_varint(&mut message).ok()?;
+    let is_first = field == 1 && wire == WireType::LengthDelimited;
+    Some((usize::try_from(length).ok().filter(|_| is_first)?, message))
 }
 
 /// The gateway writes `{"header":{"cluster_id":"…","member_id":"…","revision":"…","raft_term":"…"},…`.
@@ -218,7 +253,10 @@ mod tests {
     use parking_lot::Mutex;
 
     use super::*;
-    use crate::proto::etcdserverpb::RangeResponse;
+    use crate::proto::{
+        etcdserverpb::{RangeResponse, RangeStreamResponse},
+        mvccpb::KeyValue,
+    };
 
     #[derive(Default)]
     struct Noted(Mutex<Vec<ResponseHeader>>);
@@ -252,6 +290,23 @@ mod tests {
                 let chunks: Vec<&[u8]> = bytes.chunks(size).collect();
                 assert_eq!(look(encoding, &chunks), [HEADER], "{encoding:?} cut at {size}");
             }
+        }
+    }
+
+    /// The last message of a RangeStream has the header, after any number of messages without.
+    #[test]
+    fn the_header_of_a_stream_is_found_however_it_is_cut() {
+        let chunk = |header, bytes| {
+            let value = vec![b'v'; bytes].into();
+            let kvs = vec![KeyValue { key: "k".into(), value, ..Default::default() }];
+            let answer = RangeResponse { header, kvs, ..Default::default() };
+            grpc::frame(&RangeStreamResponse { range_response: Some(answer) }).to_vec()
+        };
+        let empty = grpc::frame(&RangeStreamResponse::default()).to_vec();
+        let stream = [chunk(None, 1), empty, chunk(None, 700), chunk(None, 300), chunk(Some(HEADER), 900)].concat();
+        for size in 1..stream.len() {
+            let chunks: Vec<&[u8]> = stream.chunks(size).collect();
+            assert_eq!(look(Encoding::GrpcChunks, &chunks), [HEADER], "cut at {size}");
         }
     }
 

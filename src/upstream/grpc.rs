@@ -30,6 +30,13 @@ pub fn prefix(length: usize) -> [u8; PREFIX] {
     [0, a, b, c, d]
 }
 
+/// What the prefix of a message says of its length, and what is there of the message and of what follows it; nothing while
+/// the prefix is not whole.
+pub fn split(framed: &[u8]) -> Option<(usize, &[u8])> {
+    let ([_, a, b, c, d], rest) = framed.split_first_chunk::<PREFIX>()?;
+    Some((u32::from_be_bytes([*a, *b, *c, *d]) as usize, rest))
+}
+
 /// The outcome that headers or trailers tell: `None` when they tell none, `Some(Ok(()))` for a success.
 pub fn outcome(headers: &HeaderMap) -> Option<Result<(), Status>> {
     let code = headers.get("grpc-status")?;

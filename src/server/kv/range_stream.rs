@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use ::http::{HeaderValue, Request, Response, header::CONTENT_TYPE};
+use ::http::{HeaderMap, HeaderValue, Request, Response, header::CONTENT_TYPE};
 use bytes::{BufMut, Bytes, BytesMut};
 use http_body::{Body as HttpBody, Frame};
 use http_body_util::{BodyExt, StreamBody};
@@ -20,6 +20,7 @@ use super::{
     answer::{Run, Values, put_record, wrapped_len},
     decode,
     reads::{check, range_of},
+    relayed_observer,
 };
 use crate::{
     cache::Unserved,
@@ -27,6 +28,7 @@ use crate::{
     server::{
         body::{Body, BodyError, failure_trailers, success_trailers},
         forward::forward,
+        relay::AnswerObserver,
         response,
     },
     status::Status,
@@ -35,7 +37,7 @@ use crate::{
         range::{Records, Selection, has_custom_order, has_filters},
         wire::{int_field_len, put_bytes_head, put_int_field},
     },
-    upstream::{ForwardClass, RequestBody, Route, Upstream, grpc},
+    upstream::{ForwardClass, ForwardedBody, RequestBody, Route, Upstream, grpc},
 };
 
 /// Keys in the first chunk, as in etcd; each further one may have twice as many, up to a size.
@@ -71,12 +73,14 @@ impl Kv {
 
     async fn relay_stream(&self, call: Call<'_>, request: RangeRequest) -> Response<Body> {
         let upstream = self.cache.upstream();
+        let observer = relayed_observer(&self.cache);
         if self.cache.gate().has_range_stream {
             let body = RequestBody::full(super::framed(&call.message));
-            return forward(upstream, call.connection, Request::from_parts(call.head, body), None).await;
+            return forward(upstream, call.connection, Request::from_parts(call.head, body), Some(observer)).await;
         }
         let (sender, mut chunks) = mpsc::channel(1);
-        tokio::spawn(page_through(upstream.clone(), request, call.head.headers, sender));
+        let pages = Pages { upstream: upstream.clone(), metadata: call.head.headers, observer };
+        tokio::spawn(pages.through(request, sender));
         let frames = futures_util::stream::poll_fn(move |cx| chunks.poll_recv(cx));
         response::streaming(Body::boxed(StreamBody::new(frames)))
     }
@@ -191,74 +195,77 @@ impl HttpBody for Chunks {
 
 type Chunk = Result<Frame<Bytes>, BodyError>;
 
-/// Puts a stream together from Range pages at one revision.
-async fn page_through(
+/// A stream that is put together from Range pages at one revision.
+struct Pages {
     upstream: Upstream,
-    request: RangeRequest,
-    metadata: ::http::HeaderMap,
-    chunks: mpsc::Sender<Chunk>,
-) {
-    let trailers = match pages(&upstream, request, &metadata, &chunks).await {
-        Ok(()) => success_trailers(),
-        Err(status) => failure_trailers(&status),
-    };
-    // A client that has gone needs no trailers.
-    let _ = chunks.send(Ok(Frame::trailers(trailers))).await;
+    metadata: HeaderMap,
+    observer: Arc<dyn AnswerObserver>,
 }
 
-async fn pages(
-    upstream: &Upstream,
-    mut request: RangeRequest,
-    metadata: &::http::HeaderMap,
-    chunks: &mpsc::Sender<Chunk>,
-) -> Result<(), Status> {
-    let mut left = if request.limit > 0 { request.limit } else { i64::MAX };
-    let mut size = FIRST_CHUNK as i64;
-    let mut header = None;
-    let mut sent = 0;
-    loop {
-        request.limit = size.min(left);
-        let mut page = ask(upstream, &request, metadata).await?;
-        if request.keys_only {
-            page.kvs.iter_mut().for_each(|kv| kv.lease = 0);
+impl Pages {
+    async fn through(self, request: RangeRequest, chunks: mpsc::Sender<Chunk>) {
+        let trailers = match self.send(request, &chunks).await {
+            Ok(()) => success_trailers(),
+            Err(status) => failure_trailers(&status),
+        };
+        // A client that has gone needs no trailers.
+        let _ = chunks.send(Ok(Frame::trailers(trailers))).await;
+    }
+
+    async fn send(&self, mut request: RangeRequest, chunks: &mpsc::Sender<Chunk>) -> Result<(), Status> {
+        let mut left = if request.limit > 0 { request.limit } else { i64::MAX };
+        let mut size = FIRST_CHUNK as i64;
+        let mut header = None;
+        let mut sent = 0;
+        loop {
+            request.limit = size.min(left);
+            let mut page = self.ask(&request).await?;
+            if request.keys_only {
+                page.kvs.iter_mut().for_each(|kv| kv.lease = 0);
+            }
+            let first = header.get_or_insert(page.header.take().unwrap_or_default());
+            if request.revision == 0 {
+                request.revision = first.revision;
+            }
+            left -= page.kvs.len() as i64;
+            let next = page.kvs.last().map(|kv| Bytes::from([&kv.key[..], &[0]].concat()));
+            let last = !page.more || left <= 0 || next.is_none() || request.count_only;
+            if last {
+                page.header = header.take();
+                page.count += sent;
+            } else {
+                sent += page.kvs.len() as i64;
+                (page.count, page.more) = (0, false);
+            }
+            let chunk = RangeStreamResponse { range_response: Some(page) };
+            let gone = chunks.send(Ok(Frame::data(grpc::frame(&chunk)))).await.is_err();
+            let Some(next) = next.filter(|_| !last && !gone) else { return Ok(()) };
+            request.key = next;
+            size = (size * 2).min(LARGEST_PAGE);
         }
-        let first = header.get_or_insert(page.header.take().unwrap_or_default());
-        if request.revision == 0 {
-            request.revision = first.revision;
+    }
+
+    async fn ask(&self, request: &RangeRequest) -> Result<RangeResponse, Status> {
+        let mut call = Request::post("/etcdserverpb.KV/Range").body(RequestBody::full(grpc::frame(request)));
+        if let Ok(call) = &mut call {
+            call.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            for name in ["te", "token", "authorization"] {
+                self.metadata.get(name).map(|value| call.headers_mut().insert(name, value.clone()));
+            }
         }
-        left -= page.kvs.len() as i64;
-        let next = page.kvs.last().map(|kv| Bytes::from([&kv.key[..], &[0]].concat()));
-        let last = !page.more || left <= 0 || next.is_none() || request.count_only;
-        if last {
-            page.header = header.take();
-            page.count += sent;
-        } else {
-            sent += page.kvs.len() as i64;
-            (page.count, page.more) = (0, false);
+        let call = call.map_err(|error| Status::new(Code::Internal, error.to_string()))?;
+        let forwarded = self.upstream.forward(Route::Preferred, ForwardClass::Unary, call).await?;
+        let sent = forwarded.sent;
+        let page = read_page(forwarded.response).await?;
+        if let Some(header) = &page.header {
+            self.observer.answered(sent, *header);
         }
-        let chunk = RangeStreamResponse { range_response: Some(page) };
-        let gone = chunks.send(Ok(Frame::data(grpc::frame(&chunk)))).await.is_err();
-        let Some(next) = next.filter(|_| !last && !gone) else { return Ok(()) };
-        request.key = next;
-        size = (size * 2).min(LARGEST_PAGE);
+        Ok(page)
     }
 }
 
-async fn ask(
-    upstream: &Upstream,
-    request: &RangeRequest,
-    metadata: &::http::HeaderMap,
-) -> Result<RangeResponse, Status> {
-    let mut call = Request::post("/etcdserverpb.KV/Range").body(RequestBody::full(grpc::frame(request)));
-    if let Ok(call) = &mut call {
-        call.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        for name in ["te", "token", "authorization"] {
-            metadata.get(name).map(|value| call.headers_mut().insert(name, value.clone()));
-        }
-    }
-    let call = call.map_err(|error| Status::new(Code::Internal, error.to_string()))?;
-    let forwarded = upstream.forward(Route::Preferred, ForwardClass::Unary, call).await?;
-    let (head, body) = forwarded.response.into_parts();
+async fn read_page(response: Response<ForwardedBody>) -> Result<RangeResponse, Status> {
+    let (head, body) = response.into_parts();
     if let Some(Err(status)) = grpc::outcome(&head.headers) {
         return Err(status);
     }
