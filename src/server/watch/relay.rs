@@ -3,6 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use prost::Message;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, mpsc},
@@ -151,17 +152,17 @@ impl Task {
 
     async fn pass_on(&mut self, sender: &StreamSender<WatchRequest>, receiver: &mut StreamReceiver) -> End {
         let trusted = self.shared.cache.gate().progress_is_proof;
+        // Etcd may send progress ahead of `created`, and of events that it holds back until then: nobody asks before.
+        let created = receiver.next().await;
+        if let Some(end) = self.take_message(created, trusted).await {
+            return end;
+        }
         // One that ends by itself asks for progress by itself, for a quiet range has no events that show how far it is.
         let mut pause = FIRST_PAUSE;
         let mut ask = Instant::now() + pause;
         loop {
-            let response = tokio::select! {
-                message = receiver.next() => match message.map(|message| message.map(WatchResponse::decode)) {
-                    Some(Ok(Ok(response))) => response,
-                    Some(Ok(Err(error))) => return End::Failed(Status::unavailable(error.to_string())),
-                    Some(Err(status)) => return End::Failed(status),
-                    None => return End::Failed(Status::unavailable("the upstream ended the watch")),
-                },
+            let message = tokio::select! {
+                message = receiver.next() => message,
                 () = self.ask.notified() => {
                     ask_for_progress(sender).await;
                     continue;
@@ -173,9 +174,18 @@ impl Task {
                     continue;
                 }
             };
-            if let Some(end) = self.take(response, trusted).await {
+            if let Some(end) = self.take_message(message, trusted).await {
                 return end;
             }
+        }
+    }
+
+    async fn take_message(&mut self, message: Option<Result<Bytes, Status>>, trusted: bool) -> Option<End> {
+        match message.map(|message| message.map(WatchResponse::decode)) {
+            Some(Ok(Ok(response))) => self.take(response, trusted).await,
+            Some(Ok(Err(error))) => Some(End::Failed(Status::unavailable(error.to_string()))),
+            Some(Err(status)) => Some(End::Failed(status)),
+            None => Some(End::Failed(Status::unavailable("the upstream ended the watch"))),
         }
     }
 
