@@ -4,6 +4,7 @@
 //! call went through consensus, proof of how far the cluster has got.
 
 mod answer;
+mod held;
 mod range_stream;
 mod reads;
 mod txn;
@@ -16,8 +17,10 @@ use std::{
 use ::http::{Request, Response, request::Parts};
 use bytes::Bytes;
 use hyper::body::Incoming;
-use prometheus::{IntCounterVec, Opts, Registry};
+use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 use prost::Message;
+
+use held::Holder;
 
 use super::{
     body::{Body, read_message, read_only_message},
@@ -52,6 +55,7 @@ pub struct Settings {
 #[derive(Clone)]
 pub struct Metrics {
     reads: IntCounterVec,
+    given_up: IntCounter,
 }
 
 impl Metrics {
@@ -66,7 +70,12 @@ impl Metrics {
         );
         let reads = IntCounterVec::new(opts, &["method", "answered"])?;
         registry.register(Box::new(reads.clone()))?;
-        Ok(Self { reads })
+        let given_up = IntCounter::new(
+            "millpond_server_answers_given_up_total",
+            "Large answers from memory that were given up because the client had stopped reading.",
+        )?;
+        registry.register(Box::new(given_up.clone()))?;
+        Ok(Self { reads, given_up })
     }
 
     fn count(&self, method: &str, answered: &str) {
@@ -79,7 +88,8 @@ pub struct Kv {
     cache: Cache,
     settings: Settings,
     metrics: Metrics,
-    hot: prometheus::IntCounter,
+    hot: IntCounter,
+    holder: Arc<Holder>,
 }
 
 /// A call as it is passed from one step to the next: its head, and its message to be relayed if need be.
@@ -99,10 +109,12 @@ enum Consensus {
 }
 
 impl Kv {
-    /// The service on `cache`.
+    /// The service on `cache`, within a runtime.
     pub fn new(cache: Cache, settings: Settings, metrics: Metrics) -> Self {
         let hot = metrics.reads.with_label_values(&["Range", "memory"]);
-        Self { cache, settings, metrics, hot }
+        let holder = Holder::new(metrics.given_up.clone());
+        tokio::spawn(Holder::look_after(Arc::downgrade(&holder)));
+        Self { cache, settings, metrics, hot, holder }
     }
 
     /// Answers a call whose path begins with [`SERVICE`].

@@ -5,8 +5,10 @@ use ::http::{
     header::{CONTENT_TYPE, HeaderMap},
 };
 use bytes::{BufMut, Bytes, BytesMut};
+use http_body::Frame;
+use http_body_util::StreamBody;
 
-use super::body::{Body, UnaryBody, write_status};
+use super::body::{Body, BodyError, UnaryBody, success_trailers, write_status};
 use crate::{
     status::Status,
     upstream::grpc::{PREFIX, prefix},
@@ -32,6 +34,13 @@ pub fn streaming(body: Body) -> Response<Body> {
     let mut response = Response::new(body);
     response.headers_mut().insert(CONTENT_TYPE, GRPC);
     response
+}
+
+/// A gRPC success that is written piece by piece. An error breaks it off: hyper asks for nothing after one.
+pub fn pieces(pieces: impl Iterator<Item = Result<Bytes, BodyError>> + Send + 'static) -> Response<Body> {
+    let trailers = std::iter::once_with(|| Ok(Frame::trailers(success_trailers())));
+    let frames = pieces.map(|piece| piece.map(Frame::data)).chain(trailers);
+    streaming(Body::boxed(StreamBody::new(futures_util::stream::iter(frames))))
 }
 
 /// A failure before any message.

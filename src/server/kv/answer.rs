@@ -1,22 +1,17 @@
 //! Range answers put together from the bytes of records. A large run of the tree is written piece by piece, as the client
 //! takes it, so that it is never in memory as a whole.
 
-use std::{
-    pin::Pin,
-    task::{Context, Poll},
-};
-
 use ::http::Response;
 use bytes::{BufMut, Bytes, BytesMut};
-use http_body::{Body as HttpBody, Frame};
 
+use super::held::{Held, Holder, Rest};
 use crate::{
     server::{
-        body::{Body, BodyError, success_trailers},
+        body::{Body, BodyError},
         response,
     },
     store::{
-        KeyRange, Record, Tree, View,
+        Record, View,
         range::{Records, Selection},
         wire::{bytes_field_len, int_field_len, put_bytes_head, put_int_field},
     },
@@ -65,12 +60,12 @@ fn tail(selection: &Selection) -> Vec<u8> {
 }
 
 /// The answer to a Range request.
-pub(super) fn range(view: &View, selection: Selection, values: Values) -> Response<Body> {
+pub(super) fn range(holder: &Holder, view: &View, selection: Selection, values: Values) -> Response<Body> {
     let tail = tail(&selection);
     if let (Records::Run(_, _, sums), Values::Sent) = (&selection.records, values)
         && sums.wire > EAGER
     {
-        return piecewise(view, selection, &tail);
+        return piecewise(holder, view, selection, tail);
     }
     let expected = match values {
         Values::Sent => selection.records.sums().wire as usize,
@@ -103,77 +98,42 @@ pub(super) fn put_records(out: &mut impl BufMut, records: &Records, values: Valu
     }
 }
 
-fn piecewise(view: &View, selection: Selection, tail: &[u8]) -> Response<Body> {
+fn piecewise(holder: &Holder, view: &View, selection: Selection, tail: Vec<u8>) -> Response<Body> {
     let Records::Run(tree, range, sums) = selection.records else { return response::framed(Bytes::new()) };
     let header = view.responder.field_len(view.revision());
     let mut head = BytesMut::with_capacity(PREFIX + header + PIECE);
     head.put_slice(&prefix(header + sums.wire as usize + tail.len()));
     view.responder.put(&mut head, view.revision());
-    let body =
-        Piecewise { run: Some(Run { tree, range }), piece: head, tail: Bytes::copy_from_slice(tail), done: false };
-    response::streaming(Body::boxed(body))
+    let rest = Some(holder.hold(Rest::Run { tree, range }));
+    response::pieces(Pieces { rest, piece: head, tail })
 }
 
-/// What is left to write of a run.
-pub(super) struct Run {
-    pub(super) tree: Tree,
-    pub(super) range: KeyRange,
-}
-
-impl Run {
-    /// Writes records until `out` holds `until` bytes or `most` have been written. True when the run is at its end.
-    pub(super) fn write(&mut self, out: &mut BytesMut, until: usize, most: usize, values: Values) -> bool {
-        let mut next = None;
-        for (written, record) in self.tree.range(&self.range).enumerate() {
-            if out.len() >= until || written == most {
-                next = Some(Bytes::copy_from_slice(record.key()));
-                break;
-            }
-            put_record(out, record, values);
-        }
-        match next {
-            Some(next) => {
-                self.range.start = next;
-                false
-            }
-            None => true,
-        }
-    }
-}
-
-/// The body of a large answer: pieces of a run, then the tail, then the trailers.
-struct Piecewise {
-    run: Option<Run>,
+/// A large answer: pieces of a run, then the tail.
+struct Pieces {
+    rest: Option<Held>,
     piece: BytesMut,
-    tail: Bytes,
-    done: bool,
+    tail: Vec<u8>,
 }
 
-impl Piecewise {
-    fn next(&mut self) -> Option<Frame<Bytes>> {
-        let Some(run) = &mut self.run else {
-            return (!std::mem::replace(&mut self.done, true)).then(|| Frame::trailers(success_trailers()));
-        };
+impl Iterator for Pieces {
+    type Item = Result<Bytes, BodyError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let rest = self.rest.as_mut()?;
         let mut piece = std::mem::take(&mut self.piece);
         piece.reserve(PIECE);
-        if run.write(&mut piece, PIECE, usize::MAX, Values::Sent) {
-            self.run = None;
-            piece.put_slice(&self.tail);
+        match rest.write(&mut piece, PIECE, usize::MAX, Values::Sent) {
+            Ok(false) => {}
+            Ok(true) => {
+                self.rest = None;
+                piece.put_slice(&self.tail);
+            }
+            Err(error) => {
+                self.rest = None;
+                return Some(Err(error));
+            }
         }
-        Some(Frame::data(piece.freeze()))
-    }
-}
-
-impl HttpBody for Piecewise {
-    type Data = Bytes;
-    type Error = BodyError;
-
-    fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        Poll::Ready(self.get_mut().next().map(Ok))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.done
+        Some(Ok(piece.freeze()))
     }
 }
 
@@ -206,7 +166,8 @@ mod tests {
     }
 
     async fn answer(view: &View, request: &RangeRequest, values: Values) -> RangeResponse {
-        let response = range(view, select(view, request).unwrap(), values);
+        let holder = Holder::new(prometheus::IntCounter::new("given_up", "for the test").unwrap());
+        let response = range(&holder, view, select(view, request).unwrap(), values);
         let body = response.into_body().collect().await.unwrap();
         assert!(body.trailers().is_some());
         let bytes = body.to_bytes();

@@ -1,15 +1,11 @@
 //! RangeStream: one Range in chunks, from memory whatever the upstream's version. Where only the upstream can answer, it is
 //! relayed to etcd 3.7, and put together from Range pages at a pinned revision on older ones.
 
-use std::{
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-};
+use std::sync::Arc;
 
 use ::http::{HeaderMap, HeaderValue, Request, Response, header::CONTENT_TYPE};
 use bytes::{BufMut, Bytes, BytesMut};
-use http_body::{Body as HttpBody, Frame};
+use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use prost::Message;
 use tokio::sync::mpsc;
@@ -17,8 +13,9 @@ use tonic::Code;
 
 use super::{
     Call, Kv,
-    answer::{Run, Values, put_record, wrapped_len},
+    answer::{Values, wrapped_len},
     decode,
+    held::{Held, Holder, Rest},
     reads::{check, range_of},
     relayed_observer,
 };
@@ -33,9 +30,9 @@ use crate::{
     },
     status::Status,
     store::{
-        Record, Responder, Revision, View,
+        Responder, Revision, View,
         range::{Records, Selection, has_custom_order, has_filters},
-        wire::{int_field_len, put_bytes_head, put_int_field},
+        wire::{put_bytes_head, put_int_field},
     },
     upstream::{ForwardClass, ForwardedBody, RequestBody, Route, Upstream, grpc},
 };
@@ -58,7 +55,7 @@ impl Kv {
                     self.count_unserved("RangeStream", "memory");
                     // Only 3.7 has chunks, and it leaves out leases with values: so do we, whatever the upstream's version.
                     let values = if request.keys_only { Values::LeftOutWithLease } else { Values::Sent };
-                    let mut response = response::streaming(Body::boxed(Chunks::new(&view, selection, values)));
+                    let mut response = response::pieces(Chunks::new(&self.holder, &view, selection, values));
                     self.tell_age(&range, &mut response);
                     return Ok(response);
                 }
@@ -97,99 +94,63 @@ fn check_streamable(request: &RangeRequest) -> Result<(), Status> {
     Ok(())
 }
 
-/// What is left to send of a selection.
-enum Rest {
-    /// In key order.
-    Run(Run),
-    /// By something else than the key: etcd sorts so when no order is asked for, though a stream has no other.
-    List(std::vec::IntoIter<Arc<Record>>),
-}
-
-impl Rest {
-    /// As [`Run::write`].
-    fn write(&mut self, out: &mut BytesMut, until: usize, most: usize, values: Values) -> bool {
-        match self {
-            Self::Run(run) => run.write(out, until, most, values),
-            Self::List(records) => {
-                let mut left = most;
-                while left > 0 && out.len() < until {
-                    let Some(record) = records.next() else { return true };
-                    put_record(out, &record, values);
-                    left -= 1;
-                }
-                records.as_slice().is_empty()
-            }
-        }
-    }
-}
-
 /// A selection in chunks. Header, `more` and `count` stand in the last one.
 struct Chunks {
     responder: Responder,
     revision: Revision,
-    rest: Option<Rest>,
+    rest: Option<Held>,
     keys: usize,
     more: bool,
     count: u64,
     values: Values,
-    done: bool,
 }
 
 impl Chunks {
-    fn new(view: &View, selection: Selection, values: Values) -> Self {
+    fn new(holder: &Holder, view: &View, selection: Selection, values: Values) -> Self {
         let rest = match selection.records {
-            Records::Run(tree, range, _) => Rest::Run(Run { tree, range }),
+            Records::Run(tree, range, _) => Rest::Run { tree, range },
             Records::List(records) => Rest::List(records.into_iter()),
         };
         Self {
             responder: view.responder,
             revision: view.revision(),
-            rest: Some(rest),
+            rest: Some(holder.hold(rest)),
             keys: FIRST_CHUNK,
             more: selection.more,
             count: selection.count,
             values,
-            done: false,
         }
     }
 
-    fn next(&mut self) -> Option<Frame<Bytes>> {
-        let Some(rest) = &mut self.rest else {
-            return (!std::mem::replace(&mut self.done, true)).then(|| Frame::trailers(success_trailers()));
-        };
-        let mut records = BytesMut::new();
-        let last = rest.write(&mut records, CHUNK_BYTES, self.keys, self.values);
-        self.keys = self.keys.saturating_mul(2);
+    fn chunk(&mut self, records: &[u8], last: bool) -> Bytes {
         let mut head = BytesMut::new();
+        let mut tail = Vec::new();
         if last {
-            self.rest = None;
             self.responder.put(&mut head, self.revision);
+            put_int_field(&mut tail, 3, self.more.into());
+            put_int_field(&mut tail, 4, self.count as i64);
         }
-        let tail = if last { int_field_len(self.more.into()) + int_field_len(self.count as i64) } else { 0 };
-        let length = head.len() + records.len() + tail;
+        let length = head.len() + records.len() + tail.len();
         let mut out = BytesMut::with_capacity(grpc::PREFIX + wrapped_len(length));
         out.put_slice(&grpc::prefix(wrapped_len(length)));
         put_bytes_head(&mut out, 1, length);
-        out.put_slice(&head);
-        out.put_slice(&records);
-        if last {
-            put_int_field(&mut out, 3, self.more.into());
-            put_int_field(&mut out, 4, self.count as i64);
-        }
-        Some(Frame::data(out.freeze()))
+        [&head, records, &tail].into_iter().for_each(|part| out.put_slice(part));
+        out.freeze()
     }
 }
 
-impl HttpBody for Chunks {
-    type Data = Bytes;
-    type Error = BodyError;
+impl Iterator for Chunks {
+    type Item = Result<Bytes, BodyError>;
 
-    fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        Poll::Ready(self.get_mut().next().map(Ok))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.done
+    fn next(&mut self) -> Option<Self::Item> {
+        let rest = self.rest.as_mut()?;
+        let mut records = BytesMut::new();
+        let written = rest.write(&mut records, CHUNK_BYTES, self.keys, self.values);
+        self.keys = self.keys.saturating_mul(2);
+        if !matches!(written, Ok(false)) {
+            self.rest = None;
+        }
+        Some(written.map(|last| self.chunk(&records, last)))
     }
 }
 
@@ -283,7 +244,7 @@ mod tests {
     use super::*;
     use crate::{
         proto::mvccpb::KeyValue,
-        store::{Limits, Store},
+        store::{Limits, Record, Store},
     };
 
     fn record(number: usize) -> Arc<Record> {
@@ -300,9 +261,10 @@ mod tests {
             let records: Vec<_> = (0..count).rev().map(record).collect();
             let keys: Vec<_> = records.iter().map(|record| record.key().to_vec()).collect();
             let selection = Selection { count: count as u64, more: false, records: Records::List(records) };
-            let mut chunks = Chunks::new(&store.view(), selection, Values::Sent);
+            let holder = Holder::new(prometheus::IntCounter::new("given_up", "for the test").unwrap());
             let mut sent = Vec::new();
-            while let Some(Ok(data)) = chunks.next().map(Frame::into_data) {
+            for data in Chunks::new(&holder, &store.view(), selection, Values::Sent) {
+                let data = data.unwrap();
                 let chunk = RangeStreamResponse::decode(&data[grpc::PREFIX..]).unwrap().range_response.unwrap();
                 assert!(!chunk.kvs.is_empty() || count == 0, "no chunk is empty");
                 sent.extend(chunk.kvs.iter().map(|record| record.key.to_vec()));

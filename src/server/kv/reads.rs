@@ -50,7 +50,7 @@ impl Kv {
                 Some(selection) => {
                     self.hot.inc();
                     let keys_only = self.keys_only(&request);
-                    let mut response = answer::range(&view, selection, keys_only);
+                    let mut response = answer::range(&self.holder, &view, selection, keys_only);
                     self.tell_age(&range, &mut response);
                     return Ok(response);
                 }

@@ -1,0 +1,190 @@
+//! What large answers have still to write, and for how long a client that stops reading may keep it.
+//!
+//! A run of the tree holds on to its view: whatever is overwritten meanwhile stays in memory for it. HTTP/2 lets a client
+//! stop reading for ever, and then nobody asks the answer for its next piece, so runs are looked after from outside.
+
+use std::{
+    io,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use parking_lot::Mutex;
+use prometheus::IntCounter;
+use tokio::time::sleep;
+
+use super::answer::{Values, put_record};
+use crate::{
+    server::body::BodyError,
+    store::{KeyRange, Record, Tree},
+};
+
+/// Between two looks at who has stopped reading.
+const SWEEP: Duration = Duration::from_secs(15);
+/// So many looks in a row may find that nothing was read: a minute, as for relayed answers.
+const PATIENCE: u32 = 4;
+
+/// Records that are still to be written.
+pub(super) enum Rest {
+    /// In key order.
+    Run {
+        /// The tree of the answer's view.
+        tree: Tree,
+        /// What is left of the range.
+        range: KeyRange,
+    },
+    /// By something else than the key: etcd sorts so when no order is asked for, though a stream has no other.
+    List(std::vec::IntoIter<Arc<Record>>),
+}
+
+impl Rest {
+    /// Writes records until `out` holds `until` bytes or `most` have been written. True when none is left.
+    fn write(&mut self, out: &mut BytesMut, until: usize, most: usize, values: Values) -> bool {
+        match self {
+            Self::Run { tree, range } => {
+                let mut next = None;
+                for (written, record) in tree.range(range).enumerate() {
+                    if out.len() >= until || written == most {
+                        next = Some(Bytes::copy_from_slice(record.key()));
+                        break;
+                    }
+                    put_record(out, record, values);
+                }
+                let Some(next) = next else { return true };
+                range.start = next;
+                false
+            }
+            Self::List(records) => {
+                let mut left = most;
+                while left > 0 && out.len() < until {
+                    let Some(record) = records.next() else { return true };
+                    put_record(out, &record, values);
+                    left -= 1;
+                }
+                records.as_slice().is_empty()
+            }
+        }
+    }
+}
+
+/// Looks after what is still to be written.
+pub(super) struct Holder {
+    slots: Mutex<Vec<Weak<Slot>>>,
+    given_up: IntCounter,
+}
+
+/// A rest that its client has to keep reading.
+pub(super) struct Held(Arc<Slot>);
+
+struct Slot {
+    rest: Mutex<Option<Rest>>,
+    /// How many looks in a row have found that nothing was read.
+    idle: AtomicU32,
+}
+
+impl Holder {
+    /// Counts the answers that were given up in `given_up`.
+    pub(super) fn new(given_up: IntCounter) -> Arc<Self> {
+        Arc::new(Self { slots: Mutex::default(), given_up })
+    }
+
+    /// Looks after everything for as long as there is somebody else who needs the holder.
+    pub(super) async fn look_after(holder: Weak<Self>) {
+        while let Some(holder) = holder.upgrade() {
+            holder.sweep();
+            drop(holder);
+            sleep(SWEEP).await;
+        }
+    }
+
+    /// Takes a rest into care.
+    pub(super) fn hold(&self, rest: Rest) -> Held {
+        let slot = Arc::new(Slot { rest: Mutex::new(Some(rest)), idle: AtomicU32::new(0) });
+        self.slots.lock().push(Arc::downgrade(&slot));
+        Held(slot)
+    }
+
+    fn sweep(&self) {
+        let mut slots = self.slots.lock();
+        slots.retain(|slot| slot.upgrade().is_some_and(|slot| self.keeps(&slot)));
+        let fitting = slots.len() * 2;
+        slots.shrink_to(fitting);
+    }
+
+    fn keeps(&self, slot: &Slot) -> bool {
+        if slot.idle.fetch_add(1, Ordering::Relaxed) < PATIENCE {
+            return true;
+        }
+        if slot.rest.lock().take().is_some() {
+            self.given_up.inc();
+        }
+        false
+    }
+}
+
+impl Held {
+    /// Writes records until `out` holds `until` bytes or `most` have been written. True when none is left.
+    ///
+    /// # Errors
+    /// When the answer was given up.
+    pub(super) fn write(
+        &mut self,
+        out: &mut BytesMut,
+        until: usize,
+        most: usize,
+        values: Values,
+    ) -> Result<bool, BodyError> {
+        self.0.idle.store(0, Ordering::Relaxed);
+        let mut rest = self.0.rest.lock();
+        let given_up = || BodyError(io::Error::new(io::ErrorKind::TimedOut, "the client had stopped reading").into());
+        Ok(rest.as_mut().ok_or_else(given_up)?.write(out, until, most, values))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Limits, Position, Revision, Store};
+
+    fn rest(keys: u32) -> Rest {
+        let (store, mut writer) = Store::new(Limits { bytes: 0, age: 0 });
+        let record =
+            |number: u32| Record::new(format!("k{number:04}").as_bytes(), b"v", Revision(2), Revision(3), 1, 0);
+        writer.reset(Position { epoch: 1, revision: Revision(10) }, Some((0..keys).map(record).collect()));
+        writer.publish(0);
+        let tree = store.view().tree.clone().expect("the store has an index");
+        Rest::Run { tree, range: KeyRange::everything() }
+    }
+
+    fn holder() -> Arc<Holder> {
+        Holder::new(IntCounter::new("given_up", "for the test").unwrap())
+    }
+
+    #[test]
+    fn whoever_reads_on_keeps_its_run_to_the_end() {
+        let holder = holder();
+        let mut held = holder.hold(rest(10));
+        for written in 1..=10 {
+            (0..PATIENCE).for_each(|_| holder.sweep());
+            let last = held.write(&mut BytesMut::new(), usize::MAX, 1, Values::Sent).unwrap();
+            assert_eq!(last, written == 10);
+        }
+        drop(held);
+        holder.sweep();
+        assert!(holder.slots.lock().is_empty() && holder.given_up.get() == 0);
+    }
+
+    #[test]
+    fn whoever_stops_reading_loses_it() {
+        let holder = holder();
+        let mut held = holder.hold(rest(10));
+        assert!(!held.write(&mut BytesMut::new(), usize::MAX, 5, Values::Sent).unwrap());
+        (0..=PATIENCE).for_each(|_| holder.sweep());
+        assert!(held.0.rest.lock().is_none() && holder.given_up.get() == 1);
+        assert!(held.write(&mut BytesMut::new(), usize::MAX, 5, Values::Sent).is_err());
+    }
+}
