@@ -13,7 +13,13 @@ mod floor;
 mod metrics;
 mod prefix;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::{sync::watch, time::timeout};
 
@@ -23,12 +29,11 @@ pub use metrics::Metrics;
 pub use prefix::Prefix;
 
 use crate::{
-    feed::Phase,
+    feed::{Phase, Signals},
     status::Status,
     store::{KeyRange, Limits, Responder, Revision, View},
-    upstream::{AuthState, Gate, Upstream},
+    upstream::{AuthState, ConnectionNumber, Gate, Upstream},
 };
-use floor::Floor;
 
 /// What a cache is told.
 #[derive(Clone, Debug)]
@@ -108,7 +113,8 @@ struct Shared {
     settings: Settings,
     prefixes: Vec<Prefix>,
     consensus: Consensus,
-    floor: Arc<Floor>,
+    /// The newest connection over which clients were told something.
+    heard: AtomicU64,
     auth: watch::Receiver<AuthState>,
     metrics: Metrics,
 }
@@ -123,14 +129,13 @@ impl Cache {
         settings: Settings,
         registry: &prometheus::Registry,
     ) -> Result<Self, prometheus::Error> {
-        let floor = Arc::new(Floor::default());
-        let started =
-            settings.prefixes.iter().map(|range| Prefix::start(range, &upstream, &settings, &floor, registry));
+        let started = settings.prefixes.iter().map(|range| Prefix::start(range, &upstream, &settings, registry));
         let prefixes = started.collect::<Result<_, _>>()?;
         let metrics = Metrics::register(registry)?;
         let consensus = Consensus::start(upstream.clone(), metrics.clone());
         let (auth, interval) = (upstream.auth(), settings.check_interval);
-        let cache = Self(Arc::new(Shared { upstream, settings, prefixes, consensus, floor, auth, metrics }));
+        let cache =
+            Self(Arc::new(Shared { upstream, settings, prefixes, consensus, heard: AtomicU64::new(0), auth, metrics }));
         if !interval.is_zero() {
             tokio::spawn(check::keep_checking(Arc::downgrade(&cache.0), interval));
         }
@@ -172,9 +177,11 @@ impl Cache {
         self.0.prefixes.iter().all(|prefix| prefix.phase() == Phase::Live)
     }
 
-    /// Notes the header of a KV answer that is relayed to a client: nothing older may be served from now on.
-    pub fn note_relayed(&self, revision: Revision) {
-        self.0.floor.raise(revision);
+    /// Notes the header of a KV answer that is relayed to a client, and the connection that it came over: from now on
+    /// nothing older is served, and nothing of another history.
+    pub fn note_relayed(&self, revision: Revision, connection: ConnectionNumber) {
+        self.0.heard.fetch_max(connection.0, Ordering::AcqRel);
+        self.0.prefixes.iter().for_each(|prefix| prefix.raise(revision, connection));
     }
 
     /// Notes that the cluster has been compacted at `revision`.
@@ -182,15 +189,10 @@ impl Cache {
         self.0.prefixes.iter().for_each(|prefix| prefix.note_compacted(revision));
     }
 
-    /// The highest revision that we have relayed.
-    pub fn floor(&self) -> Revision {
-        self.0.floor.revision()
-    }
-
     /// Who answers from `prefix`, and the revision that its clients may take for the present.
     pub fn present(&self, prefix: &Prefix) -> (Responder, Revision) {
         let view = prefix.store().view();
-        (view.responder, view.revision().max(self.floor()))
+        (view.responder, view.revision().max(prefix.floor()))
     }
 
     /// A view of `range` that is not behind anything that we have relayed. It may be older than what the cluster has.
@@ -200,15 +202,20 @@ impl Cache {
     pub async fn serializable(&self, range: &KeyRange) -> Result<Arc<View>, Unserved> {
         let (_, prefix) = self.covering(range).ok_or(Unserved::NotCached)?;
         let view = self.servable(prefix)?;
-        let floor = self.floor();
-        if view.revision() >= floor {
-            return Ok(self.show(view));
+        self.confirm(prefix, self.heard()).await?;
+        let floor = prefix.floor();
+        if view.revision() >= floor && view.position.epoch == prefix.store().view().position.epoch {
+            return Ok(self.show(prefix, view));
         }
         drop(view);
         prefix.want(floor);
         let reached = timeout(self.0.settings.floor_patience, prefix.store().reached(floor)).await;
         reached.map_err(|_| Unserved::Behind)?;
-        Ok(self.show(self.servable(prefix)?))
+        let view = self.servable(prefix)?;
+        if view.revision() < floor {
+            return Err(Unserved::Proving);
+        }
+        Ok(self.show(prefix, view))
     }
 
     /// A view of `range` that has every write acknowledged, to anybody, before the call.
@@ -230,6 +237,7 @@ impl Cache {
             prefix.doubt(before.position);
             return Err(Unserved::Proving);
         }
+        self.confirm(prefix, proof.connection.max(self.heard())).await?;
         if prefix.store().view().revision() < proof.revision {
             prefix.want(proof.revision);
             let reached = timeout(self.0.settings.view_patience, prefix.store().reached(proof.revision)).await;
@@ -239,32 +247,55 @@ impl Cache {
         if view.position.epoch != before.position.epoch || view.revision() < proof.revision {
             return Err(Unserved::Proving);
         }
-        Ok(self.show(view))
+        Ok(self.show(prefix, view))
     }
 
-    /// Sees to it that nobody who was answered from one prefix is answered from another that is behind it.
-    fn show(&self, view: Arc<View>) -> Arc<View> {
+    /// Sees to it that nobody who was answered from one prefix is answered from another that is behind it, or of another
+    /// history.
+    fn show(&self, prefix: &Prefix, view: Arc<View>) -> Arc<View> {
         if self.0.prefixes.len() > 1 {
-            self.0.floor.raise(view.revision());
+            self.note_relayed(view.revision(), prefix.confirmed());
         }
         view
+    }
+
+    fn heard(&self) -> ConnectionNumber {
+        ConnectionNumber(self.0.heard.load(Ordering::Acquire))
+    }
+
+    /// Makes sure that `connection` leads to the history of the prefix's view. While the feed has lost its upstream, only
+    /// what had been shown before is known.
+    async fn confirm(&self, prefix: &Prefix, connection: ConnectionNumber) -> Result<(), Unserved> {
+        if prefix.confirmed() >= connection {
+            return Ok(());
+        }
+        prefix.want_confirmed(connection);
+        if prefix.phase() != Phase::Live {
+            return Err(Unserved::Proving);
+        }
+        let confirmed = timeout(self.0.settings.view_patience, prefix.confirm(connection)).await;
+        confirmed.map_err(|_| Unserved::Proving)
     }
 
     /// Whether a watcher may begin on the view of `prefix`: not while its history may be another than what is relayed.
     pub fn is_settled(&self, prefix: &Prefix) -> bool {
         match prefix.phase() {
-            Phase::Live => true,
-            Phase::Lost(_) => !self.0.floor.has_relayed_since(),
+            Phase::Live | Phase::Lost(_) => prefix.confirmed() >= self.heard(),
             Phase::Cold | Phase::Proving | Phase::Barred => false,
         }
     }
 
     /// Waits until a watcher may begin on the view of `prefix`.
     pub async fn settled(&self, prefix: &Prefix) {
-        let mut phases = prefix.phases();
+        let Signals { mut phase, mut trust } = prefix.signals();
         while !self.is_settled(prefix) {
-            // The sender lives as long as the feed, which lives as long as `prefix`.
-            if phases.changed().await.is_err() {
+            prefix.want_confirmed(self.heard());
+            // The senders live as long as the feed, which lives as long as `prefix`.
+            let changed = tokio::select! {
+                changed = phase.changed() => changed,
+                changed = trust.changed() => changed,
+            };
+            if changed.is_err() {
                 return;
             }
         }
@@ -276,11 +307,7 @@ impl Cache {
             return Err(Unserved::Barred);
         }
         match prefix.phase() {
-            Phase::Live => {}
-            // The upstream is back for those whose calls are relayed; whether its history is still the view's, the feed has
-            // yet to find out.
-            Phase::Lost(_) if self.0.floor.has_relayed_since() => return Err(Unserved::Proving),
-            Phase::Lost(_) => {}
+            Phase::Live | Phase::Lost(_) => {}
             Phase::Cold => return Err(Unserved::Cold),
             Phase::Proving => return Err(Unserved::Proving),
             Phase::Barred => return Err(Unserved::Barred),

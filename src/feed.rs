@@ -29,7 +29,7 @@ use crate::{
     proto::etcdserverpb::ResponseHeader,
     status::Status,
     store::{KeyRange, Position, Revision, Tree, Writer},
-    upstream::{AuthState, EndpointId, Upstream},
+    upstream::{AuthState, ConnectionNumber, EndpointId, Link, Upstream},
 };
 use list::Listed;
 pub use metrics::Metrics;
@@ -62,6 +62,24 @@ pub enum Phase {
     Barred,
 }
 
+/// Which connections lead to the history that the view belongs to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Trust {
+    /// All up to this one, as far as the servers that they led to are still there.
+    pub confirmed: ConnectionNumber,
+    /// But for those up to this one: they were open when another history was still there.
+    pub parted: ConnectionNumber,
+}
+
+/// What a feed lets others know.
+#[derive(Clone)]
+pub struct Signals {
+    /// What it is doing.
+    pub phase: watch::Receiver<Phase>,
+    /// Whom it has shown to be of the view's history.
+    pub trust: watch::Receiver<Trust>,
+}
+
 /// What others need of the feed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Demand {
@@ -71,6 +89,8 @@ pub struct Demand {
     pub compacted: Revision,
     /// Grows when an answer contradicted the view: continuity is to be proven anew.
     pub doubts: u64,
+    /// Something was heard over this connection, so where it leads must be known.
+    pub confirm: ConnectionNumber,
     /// Grows when the state was found to differ from the upstream's: it is to be thrown away.
     pub rebuilds: u64,
 }
@@ -111,6 +131,9 @@ pub struct Feed {
     writer: Writer,
     demand: watch::Receiver<Demand>,
     phase: watch::Sender<Phase>,
+    trust: watch::Sender<Trust>,
+    /// Since when the view has not been known to be the upstream's present.
+    lost: Option<Instant>,
     metrics: Metrics,
     started: Instant,
     /// When to try again to build an index that was too large, and how long to wait if it still is.
@@ -126,33 +149,35 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 /// For one question to an endpoint.
 const DEADLINE: Duration = Duration::from_secs(5);
+const RANGE: &str = "/etcdserverpb.KV/Range";
 
 impl Feed {
-    /// A feed that fills `writer`'s store. [`Feed::run`] is to be spawned. The receiver tells what it is doing.
+    /// A feed that fills `writer`'s store. [`Feed::run`] is to be spawned.
     pub fn new(
         upstream: Upstream,
         settings: Settings,
         writer: Writer,
         demand: watch::Receiver<Demand>,
         metrics: Metrics,
-    ) -> (Self, watch::Receiver<Phase>) {
+    ) -> (Self, Signals) {
         let (phase, phases) = watch::channel(Phase::Cold);
+        let (trust, trusts) = watch::channel(Trust::default());
         let started = Instant::now();
-        (
-            Self {
-                upstream,
-                settings,
-                writer,
-                demand,
-                phase,
-                metrics,
-                started,
-                retry_index: None,
-                heard: 0,
-                rebuilt: 0,
-            },
-            phases,
-        )
+        let feed = Self {
+            upstream,
+            settings,
+            writer,
+            demand,
+            phase,
+            trust,
+            lost: None,
+            metrics,
+            started,
+            retry_index: None,
+            heard: 0,
+            rebuilt: 0,
+        };
+        (feed, Signals { phase: phases, trust: trusts })
     }
 
     /// Follows the upstream for ever.
@@ -200,17 +225,39 @@ impl Feed {
         }
     }
 
-    fn enter(&self, phase: Phase) {
+    fn enter(&mut self, phase: Phase) {
+        match phase {
+            Phase::Live => self.lost = None,
+            _ => self.lost = self.lost.or_else(|| self.is_loaded().then(Instant::now)),
+        }
         self.metrics.phase(phase);
         self.phase.send_if_modified(|current| std::mem::replace(current, phase) != phase);
     }
 
     /// Notes that the upstream is gone, unless that is known already.
-    fn lose(&self) {
+    fn lose(&mut self) {
         let current = *self.phase.borrow();
         if matches!(current, Phase::Live | Phase::Proving | Phase::Barred) && self.is_loaded() {
-            self.enter(Phase::Lost(Instant::now()));
+            self.enter(Phase::Lost(self.lost.unwrap_or_else(Instant::now)));
         }
+    }
+
+    /// Connections up to `number` have been shown to lead to the view's history.
+    fn confirm(&self, number: ConnectionNumber) {
+        self.trust.send_if_modified(|trust| {
+            let further = trust.confirmed < number;
+            trust.confirmed = trust.confirmed.max(number);
+            further
+        });
+    }
+
+    /// The connections that have been confirmed lead to another history than the one that is to be published.
+    fn part(&self) {
+        self.trust.send_modify(|trust| trust.parted = trust.confirmed);
+    }
+
+    fn is_asked_to_confirm(&self) -> bool {
+        self.demand.borrow().confirm > self.trust.borrow().confirmed
     }
 
     fn is_loaded(&self) -> bool {
@@ -242,24 +289,25 @@ impl Feed {
         if self.is_loaded() {
             self.enter(Phase::Proving);
         }
-        let header = self.examine(at).await?;
+        let link = self.upstream.connect(at).await?;
+        let header = self.examine(&link).await?;
         let rebuilds = self.demand.borrow().rebuilds;
         let continuity = match rebuilds == self.rebuilt {
-            true => self.continuity(at, &header).await?,
+            true => self.continuity(&link, &header).await?,
             false => Continuity::Broken("the state was found to differ"),
         };
         match continuity {
-            Continuity::Proven => self.retry_index(at).await?,
-            Continuity::Nothing => self.load(at, &header).await?,
-            Continuity::Doubtful(why) => self.resolve(at, &header, why).await?,
+            Continuity::Proven => self.retry_index(&link).await?,
+            Continuity::Nothing => self.load(&link, &header).await?,
+            Continuity::Doubtful(why) => self.resolve(&link, &header, why).await?,
             Continuity::Broken(why) => {
                 warn!(endpoint = self.upstream.name(at), why, "the upstream has another history: beginning anew");
-                self.load(at, &header).await?;
+                self.load(&link, &header).await?;
             }
         }
         self.rebuilt = rebuilds;
         self.note_responder(&header);
-        self.follow(at).await
+        self.follow(&link).await
     }
 
     fn note_responder(&mut self, header: &ResponseHeader) {
@@ -274,33 +322,33 @@ impl Feed {
     }
 
     /// Begins a new epoch with a list.
-    async fn load(&mut self, at: EndpointId, header: &ResponseHeader) -> Result<(), End> {
-        let listed = self.list(at, Revision::ZERO).await?;
+    async fn load(&mut self, link: &Link, header: &ResponseHeader) -> Result<(), End> {
+        let listed = self.list(link, Revision::ZERO).await?;
         self.adopt(listed, self.writer.position().epoch + 1, header);
         Ok(())
     }
 
     /// Finds out whether a doubtful history is ours: by everything at our own revision, while that can still be read.
-    async fn resolve(&mut self, at: EndpointId, header: &ResponseHeader, doubt: &str) -> Result<(), End> {
-        let (endpoint, revision) = (self.upstream.name(at), self.writer.position().revision);
-        match self.list(at, revision).await {
+    async fn resolve(&mut self, link: &Link, header: &ResponseHeader, doubt: &str) -> Result<(), End> {
+        let (endpoint, revision) = (self.upstream.name(link.at()), self.writer.position().revision);
+        match self.list(link, revision).await {
             Ok(listed) if self.is_same(&listed) => {
                 info!(endpoint, revision = revision.0, doubt, "everything is as it was: the history goes on");
-                self.retry_index(at).await
+                self.retry_index(link).await
             }
             Ok(_) => {
                 warn!(endpoint, revision = revision.0, doubt, "the upstream has another history: beginning anew");
-                self.load(at, header).await
+                self.load(link, header).await
             }
-            Err(End::Failed(status)) if status == Status::COMPACTED => self.reload(at, header, doubt).await,
+            Err(End::Failed(status)) if status == Status::COMPACTED => self.reload(link, header, doubt).await,
             Err(end) => Err(end),
         }
     }
 
     /// Lists anew, and goes on in the same epoch if the list agrees with the old state.
-    async fn reload(&mut self, at: EndpointId, header: &ResponseHeader, doubt: &str) -> Result<(), End> {
-        let listed = self.list(at, Revision::ZERO).await?;
-        let (endpoint, revision) = (self.upstream.name(at), listed.revision.0);
+    async fn reload(&mut self, link: &Link, header: &ResponseHeader, doubt: &str) -> Result<(), End> {
+        let listed = self.list(link, Revision::ZERO).await?;
+        let (endpoint, revision) = (self.upstream.name(link.at()), listed.revision.0);
         let term_held = header.raft_term >= self.writer.store().view().responder.raft_term;
         let disagreement = self.disagreement(&listed, term_held);
         match &disagreement {
@@ -316,16 +364,19 @@ impl Feed {
         let Listed { revision, tree } = listed;
         self.metrics.lists.inc();
         self.note_size(tree.as_ref());
+        if epoch != self.writer.position().epoch {
+            self.part();
+        }
         self.writer.reset(Position { epoch, revision }, tree);
         self.note_responder(header);
     }
 
     /// Tries again to build an index that was too large, for the revision at which the history stands.
-    async fn retry_index(&mut self, at: EndpointId) -> Result<(), End> {
+    async fn retry_index(&mut self, link: &Link) -> Result<(), End> {
         if self.retry_index.is_none_or(|(when, _)| Instant::now() < when) {
             return Ok(());
         }
-        let listed = self.list(at, self.writer.position().revision).await?;
+        let listed = self.list(link, self.writer.position().revision).await?;
         self.note_size(listed.tree.as_ref());
         self.writer.set_tree(listed.tree);
         self.publish();

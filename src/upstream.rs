@@ -38,11 +38,13 @@ pub use self::{
     forward::{Forwarded, ForwardedBody, Route},
     health::{AuthState, EndpointHealth, Health, Report, Standing},
     limits::ForwardClass,
+    pool::ConnectionNumber,
     version::{Gate, Version},
 };
 use self::{
     connection::Class,
     metrics::Metrics,
+    pool::Slot,
     shared::{Shared, decode},
 };
 use crate::status::Status;
@@ -103,15 +105,6 @@ impl Settings {
     }
 }
 
-/// Which connection a stream of our own runs on.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub enum ConnectionClass {
-    /// One of its own, for a feed's watch.
-    Feed,
-    /// Shared with other short-lived watches that read history.
-    CatchUp,
-}
-
 /// One etcd cluster. Cheap to clone; the probes end with the last clone.
 #[derive(Clone)]
 pub struct Upstream(Arc<Handle>);
@@ -151,41 +144,51 @@ impl Upstream {
         request: &Q,
         deadline: Duration,
     ) -> Result<A, Status> {
-        let message = self.unary_raw(at, path, request, deadline).await?;
-        decode(path, message)
+        Ok(self.unary_numbered(at, path, request, deadline).await?.0)
     }
 
-    /// As [`Upstream::unary`], with the answer's message as it came. Of any size.
+    /// As [`Upstream::unary`], with the connection that the answer came over.
     ///
     /// # Errors
     /// As [`Upstream::unary`].
-    pub async fn unary_raw<Q: Message>(
+    pub async fn unary_numbered<Q: Message, A: Message + Default>(
         &self,
         at: EndpointId,
         path: &'static str,
         request: &Q,
         deadline: Duration,
-    ) -> Result<Bytes, Status> {
-        self.shared().unary(at, Class::Own, path, &[], grpc::frame(request), deadline).await
+    ) -> Result<(A, ConnectionNumber), Status> {
+        let answered = self.shared().unary(at, Class::Own, path, &[], grpc::frame(request), deadline).await;
+        let (message, connection) = answered?;
+        Ok((decode(path, message)?, connection))
     }
 
-    /// A server-streaming or bidirectional call of our own. The first message may be sent at once; an error that follows
-    /// the opening is told by the receiver.
+    /// A short-lived watch that reads history, on a connection shared with others of its kind. The first message may be
+    /// sent at once; an error that follows the opening is told by the receiver.
     ///
     /// # Errors
     /// Unavailable when the endpoint cannot be reached.
-    pub async fn open_stream<Q: Message>(
+    pub async fn open_catch_up<Q: Message>(
         &self,
         at: EndpointId,
-        class: ConnectionClass,
         path: &'static str,
-        metadata: &[(&'static str, &'static str)],
     ) -> Result<(StreamSender<Q>, StreamReceiver), Status> {
-        let class = match class {
-            ConnectionClass::Feed => Class::Feed,
-            ConnectionClass::CatchUp => Class::CatchUp,
-        };
-        self.shared().open_stream(at, class, path, metadata).await
+        self.shared().open_stream(at, Class::CatchUp, path, &[]).await
+    }
+
+    /// A connection of its own, for a feed.
+    ///
+    /// # Errors
+    /// Unavailable when the endpoint cannot be reached.
+    pub async fn connect(&self, at: EndpointId) -> Result<Link, Status> {
+        let shared = self.shared().clone();
+        let slot = shared.member(at)?.pool.slot(Class::Feed).await.inspect_err(|_| shared.suspect(at))?;
+        Ok(Link { shared, at, slot: Arc::new(slot) })
+    }
+
+    /// The number of the connection that was opened last.
+    pub fn newest_connection(&self) -> ConnectionNumber {
+        self.shared().numbers.newest()
     }
 
     /// The endpoint to use now: the first usable one in configured order, those with a leader and a vote first, without
@@ -244,6 +247,51 @@ impl Upstream {
 
     fn shared(&self) -> &Arc<Shared> {
         &self.0.shared
+    }
+}
+
+/// A connection of its own to an endpoint: whatever is asked over it, the same server answers.
+pub struct Link {
+    shared: Arc<Shared>,
+    at: EndpointId,
+    slot: Arc<Slot>,
+}
+
+impl Link {
+    /// Where it leads.
+    pub fn at(&self) -> EndpointId {
+        self.at
+    }
+
+    /// Its place among all connections.
+    pub fn number(&self) -> ConnectionNumber {
+        self.slot.number()
+    }
+
+    /// One call; the answer's message as it came, of any size.
+    ///
+    /// # Errors
+    /// etcd's status; DeadlineExceeded after `deadline`; Unavailable when the connection is lost.
+    pub async fn unary_raw<Q: Message>(
+        &self,
+        path: &'static str,
+        request: &Q,
+        deadline: Duration,
+    ) -> Result<Bytes, Status> {
+        self.shared.unary_on(self.at, &self.slot, path, grpc::frame(request), deadline).await
+    }
+
+    /// A server-streaming or bidirectional call. The first message may be sent at once; an error that follows the opening
+    /// is told by the receiver.
+    ///
+    /// # Errors
+    /// When the request cannot be made.
+    pub fn open_stream<Q: Message>(
+        &self,
+        path: &'static str,
+        metadata: &[(&'static str, &'static str)],
+    ) -> Result<(StreamSender<Q>, StreamReceiver), Status> {
+        self.shared.stream_on(self.at, self.slot.clone(), path, metadata)
     }
 }
 

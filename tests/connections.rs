@@ -21,7 +21,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use millpond::{
     proto::etcdserverpb::{PutResponse, WatchRequest},
     server::{body::Body, response},
-    upstream::{ConnectionClass, Endpoint, ForwardClass, Route, Settings, Upstream, grpc},
+    upstream::{Endpoint, ForwardClass, Route, Settings, Upstream, grpc},
 };
 use prometheus::Registry;
 use proxy::{
@@ -114,7 +114,7 @@ async fn a_stop_lets_calls_finish_refuses_new_connections_and_ends_in_time() {
     let Proxy { served, .. } = options.start().await;
     let endpoint: Endpoint = served.address.parse().unwrap();
     let client = Upstream::start(Settings::new(vec![endpoint]), &Registry::new()).unwrap();
-    let watching = client.open_stream::<WatchRequest>(AT, ConnectionClass::Feed, WATCH, &[]).await.unwrap();
+    let watching = client.open_catch_up::<WatchRequest>(AT, WATCH).await.unwrap();
     entered.notified().await;
     let answer = put(&client);
     let (answer, ()) = tokio::join!(answer, async {

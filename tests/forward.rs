@@ -22,7 +22,7 @@ use millpond::{
         },
         v3lockpb::{LockRequest, UnlockRequest, lock_client::LockClient},
     },
-    upstream::{AuthState, ConnectionClass, Endpoint, EndpointId, Settings, Standing, Upstream, Version},
+    upstream::{AuthState, Endpoint, EndpointId, Settings, Standing, Upstream, Version},
 };
 use prometheus::Registry;
 use prost::Message;
@@ -79,7 +79,7 @@ async fn lease_keep_alive_is_a_transparent_stream_and_honours_half_close() {
     let grant = LeaseGrantRequest { ttl: 60, id: 4711 };
     client.lease.clone().lease_grant(grant).await.unwrap();
     let raw = raw(proxy.address());
-    let opened = raw.open_stream(AT, ConnectionClass::CatchUp, "/etcdserverpb.Lease/LeaseKeepAlive", &[]).await;
+    let opened = raw.open_catch_up(AT, "/etcdserverpb.Lease/LeaseKeepAlive").await;
     let (sender, mut receiver) = opened.unwrap();
     for (id, ttl) in [(4711, 60), (4711, 60), (1, 0)] {
         sender.send(&LeaseKeepAliveRequest { id }).await.unwrap();
@@ -145,9 +145,13 @@ async fn a_snapshot_streams_whole() {
 async fn a_path_that_etcd_does_not_know_gets_etcds_own_refusal() {
     let cluster = etcd().await;
     let proxy = Proxy::before(&[&cluster.endpoint(0)]).await;
+    let ask = async |address: &str, path| {
+        let link = raw(address).connect(AT).await.unwrap();
+        link.unary_raw(path, &SnapshotRequest::default(), PATIENCE).await
+    };
     for path in ["/etcdserverpb.KV/Frobnicate", "/future.Service/Call"] {
-        let through = raw(proxy.address()).unary_raw(AT, path, &SnapshotRequest::default(), PATIENCE).await;
-        let direct = raw(&cluster.endpoint(0)).unary_raw(AT, path, &SnapshotRequest::default(), PATIENCE).await;
+        let through = ask(proxy.address(), path).await;
+        let direct = ask(&cluster.endpoint(0), path).await;
         assert_eq!(through.as_ref().unwrap_err().code, Code::Unimplemented);
         assert_eq!(through, direct);
     }
@@ -158,7 +162,7 @@ async fn watching(upstream: &Upstream, key: &'static str) -> (impl Drop, millpon
     impl Drop for Open {
         fn drop(&mut self) {}
     }
-    let opened = upstream.open_stream(AT, ConnectionClass::Feed, "/etcdserverpb.Watch/Watch", &[]).await;
+    let opened = upstream.open_catch_up(AT, "/etcdserverpb.Watch/Watch").await;
     let (sender, mut receiver) = opened.unwrap();
     let create = WatchCreateRequest { key: key.into(), ..Default::default() };
     sender.send(&WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }).await.unwrap();

@@ -24,7 +24,7 @@ use millpond::{
         body::{Body, BodyError, success_trailers},
         response,
     },
-    upstream::{ConnectionClass, grpc},
+    upstream::grpc,
 };
 use proxy::{
     PATIENCE, Proxy,
@@ -141,7 +141,7 @@ async fn a_client_that_cancels_in_the_middle_of_a_stream_cancels_upstream() {
     .await;
     let proxy = Proxy::before(&[&upstream.address]).await;
     let client = client(&proxy);
-    let opened = client.open_stream::<WatchRequest>(AT, ConnectionClass::CatchUp, WATCH, &[]).await;
+    let opened = client.open_catch_up::<WatchRequest>(AT, WATCH).await;
     let (sender, mut receiver) = opened.unwrap();
     assert_eq!(receiver.next().await, Some(Ok(Bytes::from_static(b"x"))));
     assert!(drops.try_recv().is_err());
@@ -160,7 +160,7 @@ async fn a_reset_by_the_upstream_reaches_the_client_with_its_reason() {
         .await;
         let proxy = Proxy::before(&[&upstream.address]).await;
         let client = client(&proxy);
-        let opened = client.open_stream::<WatchRequest>(AT, ConnectionClass::CatchUp, WATCH, &[]).await;
+        let opened = client.open_catch_up::<WatchRequest>(AT, WATCH).await;
         let (_sender, mut receiver) = opened.unwrap();
         let end = loop {
             match receiver.next().await.unwrap() {
@@ -240,7 +240,7 @@ async fn a_connection_lost_in_the_middle_of_a_stream_is_unavailable() {
     .await;
     let proxy = Proxy::before(&[&upstream.address]).await;
     let client = client(&proxy);
-    let opened = client.open_stream::<WatchRequest>(AT, ConnectionClass::CatchUp, WATCH, &[]).await;
+    let opened = client.open_catch_up::<WatchRequest>(AT, WATCH).await;
     let (_sender, mut receiver) = opened.unwrap();
     assert_eq!(receiver.next().await, Some(Ok(Bytes::from_static(b"x"))));
     upstream.stop.cancel();

@@ -27,7 +27,7 @@ use crate::{
     proto::etcdserverpb::{RangeRequest, RangeResponse, ResponseHeader},
     status::Status,
     store::{Responder, Revision},
-    upstream::{EndpointId, Upstream},
+    upstream::{ConnectionNumber, EndpointId, Upstream},
 };
 
 /// After which a question is put to another endpoint.
@@ -48,13 +48,15 @@ pub struct Proof {
     pub responder: Responder,
     /// The cluster had got at least here when the request was sent.
     pub revision: Revision,
+    /// Over which connection that was heard.
+    pub connection: ConnectionNumber,
 }
 
 impl Proof {
     /// The proof in a header; none if the header is incomplete.
-    pub fn of(header: &ResponseHeader) -> Option<Self> {
+    pub fn of(header: &ResponseHeader, connection: ConnectionNumber) -> Option<Self> {
         let complete = header.cluster_id != 0 && header.revision > 0;
-        complete.then(|| Self { responder: header.into(), revision: Revision(header.revision) })
+        complete.then(|| Self { responder: header.into(), revision: Revision(header.revision), connection })
     }
 }
 
@@ -208,8 +210,9 @@ impl Asker {
 
     async fn question(&self, at: EndpointId) -> Result<Proof, Status> {
         let question = RangeRequest { key: Bytes::from_static(&[0]), limit: 1, count_only: true, ..Default::default() };
-        let answer: RangeResponse = self.upstream.unary(at, "/etcdserverpb.KV/Range", &question, DEADLINE).await?;
-        let proof = answer.header.as_ref().and_then(Proof::of);
+        let asked = self.upstream.unary_numbered(at, "/etcdserverpb.KV/Range", &question, DEADLINE);
+        let (answer, connection): (RangeResponse, _) = asked.await?;
+        let proof = answer.header.as_ref().and_then(|header| Proof::of(header, connection));
         proof.ok_or_else(|| Status::unavailable("an answer without a cluster or a revision"))
     }
 }
@@ -223,8 +226,12 @@ mod tests {
         Waiting { clock: AtomicU64::new(0), readers: Mutex::default(), arrived: Notify::new(), metrics }
     }
 
-    const PROOF: Proof =
-        Proof { responder: Responder { cluster_id: 1, member_id: 2, raft_term: 3 }, revision: Revision(9) };
+    const CONNECTION: ConnectionNumber = ConnectionNumber(1);
+    const PROOF: Proof = Proof {
+        responder: Responder { cluster_id: 1, member_id: 2, raft_term: 3 },
+        revision: Revision(9),
+        connection: CONNECTION,
+    };
 
     #[test]
     fn an_answer_serves_only_those_who_came_before_its_request_was_sent() {
@@ -251,8 +258,8 @@ mod tests {
     #[test]
     fn a_header_without_cluster_or_revision_proves_nothing() {
         let header = ResponseHeader { cluster_id: 1, revision: 2, ..Default::default() };
-        assert!(Proof::of(&header).is_some());
-        assert!(Proof::of(&ResponseHeader { cluster_id: 0, ..header }).is_none());
-        assert!(Proof::of(&ResponseHeader { revision: 0, ..header }).is_none());
+        assert!(Proof::of(&header, CONNECTION).is_some());
+        assert!(Proof::of(&ResponseHeader { cluster_id: 0, ..header }, CONNECTION).is_none());
+        assert!(Proof::of(&ResponseHeader { revision: 0, ..header }, CONNECTION).is_none());
     }
 }

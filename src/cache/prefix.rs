@@ -7,9 +7,9 @@ use tokio::{sync::watch, task::AbortHandle};
 use super::{Settings, floor::Floor};
 use crate::{
     fanout::Hub,
-    feed::{self, Demand, Feed, Phase},
+    feed::{self, Demand, Feed, Phase, Signals, Trust},
     store::{KeyRange, Position, Revision, Store},
-    upstream::Upstream,
+    upstream::{ConnectionNumber, Upstream},
 };
 
 /// One cached prefix. Its tasks end with it.
@@ -18,7 +18,8 @@ pub struct Prefix {
     store: Arc<Store>,
     hub: Arc<Hub>,
     demand: watch::Sender<Demand>,
-    phase: watch::Receiver<Phase>,
+    signals: Signals,
+    floor: Arc<Floor>,
     tasks: [AbortHandle; 3],
 }
 
@@ -27,7 +28,6 @@ impl Prefix {
         range: &KeyRange,
         upstream: &Upstream,
         settings: &Settings,
-        floor: &Arc<Floor>,
         registry: &prometheus::Registry,
     ) -> Result<Self, prometheus::Error> {
         let (store, writer) = Store::new(settings.history);
@@ -40,13 +40,14 @@ impl Prefix {
             cache_bytes: settings.cache_bytes / settings.prefixes.len().max(1),
             stall: settings.view_patience,
         };
-        let (feed, phase) = Feed::new(upstream.clone(), feed_settings, writer, demands, metrics);
+        let (feed, signals) = Feed::new(upstream.clone(), feed_settings, writer, demands, metrics);
+        let floor = Arc::new(Floor::default());
         let tasks = [
             tokio::spawn(feed.run()).abort_handle(),
             tokio::spawn(hub.clone().run()).abort_handle(),
-            tokio::spawn(mind(floor.clone(), hub.clone(), phase.clone())).abort_handle(),
+            tokio::spawn(mind(floor.clone(), hub.clone(), signals.clone())).abort_handle(),
         ];
-        Ok(Self { range: range.clone(), store, hub, demand, phase, tasks })
+        Ok(Self { range: range.clone(), store, hub, demand, signals, floor, tasks })
     }
 
     /// The keys.
@@ -66,12 +67,32 @@ impl Prefix {
 
     /// What its feed is doing.
     pub fn phase(&self) -> Phase {
-        *self.phase.borrow()
+        *self.signals.phase.borrow()
     }
 
     /// What its feed is doing, with a signal at every change.
     pub fn phases(&self) -> watch::Receiver<Phase> {
-        self.phase.clone()
+        self.signals.phase.clone()
+    }
+
+    /// What its feed lets others know.
+    pub(super) fn signals(&self) -> Signals {
+        self.signals.clone()
+    }
+
+    /// Up to which connection all lead to the view's history.
+    pub(super) fn confirmed(&self) -> ConnectionNumber {
+        self.signals.trust.borrow().confirmed
+    }
+
+    /// The highest revision that clients were given from elsewhere.
+    pub fn floor(&self) -> Revision {
+        self.floor.revision()
+    }
+
+    /// Notes that a client was given `revision` from elsewhere, by a server that `connection` leads to.
+    pub(super) fn raise(&self, revision: Revision, connection: ConnectionNumber) {
+        self.floor.raise(revision, connection);
     }
 
     /// For how long the upstream has been gone; none while it is there.
@@ -109,15 +130,23 @@ impl Prefix {
         }
     }
 
-    /// Lets the feed prove anew that this is the upstream's history, and waits until it has, or has nothing to prove.
-    pub async fn reprove(&self) {
-        let mut phases = self.phase.clone();
-        if *phases.borrow_and_update() == Phase::Live {
-            self.doubt(self.store.view().position);
-            // The sender lives as long as the feed, which lives as long as `self`: neither wait can fail.
-            let _ = phases.changed().await;
+    /// Lets the feed know that something was heard over `connection`.
+    pub(super) fn want_confirmed(&self, connection: ConnectionNumber) {
+        self.demand.send_if_modified(|demand| {
+            let further = demand.confirm < connection;
+            demand.confirm = demand.confirm.max(connection);
+            further
+        });
+    }
+
+    /// Waits until the view belongs to the history that `connection` leads to. Where that is another than now, the view is
+    /// of another epoch afterwards.
+    pub async fn confirm(&self, connection: ConnectionNumber) {
+        if self.confirmed() < connection {
+            self.want_confirmed(connection);
+            // The sender lives as long as the feed, which lives as long as `self`.
+            let _ = self.signals.trust.clone().wait_for(|trust| trust.confirmed >= connection).await;
         }
-        let _ = phases.wait_for(|phase| !matches!(phase, Phase::Lost(_) | Phase::Proving)).await;
     }
 
     pub(super) fn note_compacted(&self, revision: Revision) {
@@ -136,27 +165,25 @@ impl Drop for Prefix {
 }
 
 /// Keeps the floor true when the history changes, and ends the watchers' streams when authentication comes on.
-async fn mind(floor: Arc<Floor>, hub: Arc<Hub>, mut phase: watch::Receiver<Phase>) {
+async fn mind(floor: Arc<Floor>, hub: Arc<Hub>, signals: Signals) {
+    let Signals { mut phase, trust } = signals;
     let mut position = hub.store().position();
     let mut epoch = position.borrow().epoch;
     loop {
         tokio::select! {
-            // A loss is seen before the change of history that it may lead to.
-            biased;
             changed = phase.changed() => {
                 if changed.is_err() {
                     return;
                 }
-                match *phase.borrow_and_update() {
-                    Phase::Lost(_) | Phase::Proving => floor.part(),
-                    Phase::Barred => hub.end_all(&crate::status::Status::unavailable("authentication is on: watch again")),
-                    _ => {}
+                if *phase.borrow_and_update() == Phase::Barred {
+                    hub.end_all(&crate::status::Status::unavailable("authentication is on: watch again"));
                 }
             }
             changed = position.wait_for(|position| position.epoch != epoch) => {
                 let Ok(position) = changed else { return };
                 if epoch > 0 {
-                    floor.sink();
+                    let Trust { parted, .. } = *trust.borrow();
+                    floor.sink(parted);
                 }
                 epoch = position.epoch;
             }

@@ -2,6 +2,8 @@
 
 use std::{
     convert::Infallible,
+    future::{Future, pending},
+    pin::Pin,
     time::{Duration, Instant},
 };
 
@@ -9,12 +11,14 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use tokio::time::{sleep_until, timeout};
 
-use super::{Demand, End, Feed, Phase, decode::Response};
+use super::{DEADLINE, Demand, End, Feed, Phase, RANGE, decode::Response};
 use crate::{
-    proto::etcdserverpb::{WatchCreateRequest, WatchProgressRequest, WatchRequest, watch_request::RequestUnion},
+    proto::etcdserverpb::{
+        RangeRequest, WatchCreateRequest, WatchProgressRequest, WatchRequest, watch_request::RequestUnion,
+    },
     status::Status,
     store::{Change, KeyRange, Position, Revision},
-    upstream::{AuthState, ConnectionClass, EndpointId, StreamReceiver, StreamSender},
+    upstream::{AuthState, ConnectionNumber, EndpointId, Link, StreamReceiver, StreamSender},
 };
 
 /// Messages that are taken into one batch, if they are there already.
@@ -46,22 +50,34 @@ struct Chase {
     pause: Duration,
 }
 
+/// A question under way whose answer confirms all connections up to this one.
+type Confirming<'a> = Option<Pin<Box<dyn Future<Output = Result<ConnectionNumber, End>> + Send + 'a>>>;
+
 impl Feed {
     /// Follows the upstream from the writer's position on.
-    pub(super) async fn follow(&mut self, at: EndpointId) -> Result<Infallible, End> {
-        let mut stream = self.open_watch(at).await?;
+    pub(super) async fn follow(&mut self, link: &Link) -> Result<Infallible, End> {
+        let at = link.at();
+        let mut stream = self.open_watch(link).await?;
+        self.confirm(link.number());
         self.enter(Phase::Live);
         let mut auth = self.upstream.auth();
         let doubts = self.demand.borrow().doubts;
         self.heed(doubts)?;
-        let mut chase = None;
+        let (mut chase, mut confirming): (_, Confirming<'_>) = (None, None);
         let mut housekeeping = Instant::now() + HOUSEKEEPING;
         loop {
             chase = self.chase(at, chase)?;
+            if confirming.is_none() && self.is_asked_to_confirm() {
+                confirming = Some(Box::pin(ask_again(link, self.upstream.newest_connection())));
+            }
             let wake = chase.map_or(housekeeping, |chase: Chase| chase.ask.min(housekeeping));
             tokio::select! {
                 message = stream.receiver.next() => self.take_batch(&mut stream, message)?,
                 Ok(()) = self.demand.changed() => self.heed(doubts)?,
+                confirmed = answer(&mut confirming) => {
+                    confirming = None;
+                    self.confirm(confirmed?);
+                }
                 Ok(()) = auth.changed() => {
                     if *auth.borrow_and_update() == AuthState::On {
                         return Err(End::Barred);
@@ -80,10 +96,10 @@ impl Feed {
         }
     }
 
-    async fn open_watch(&mut self, at: EndpointId) -> Result<Stream, End> {
+    async fn open_watch(&mut self, link: &Link) -> Result<Stream, End> {
         let path = "/etcdserverpb.Watch/Watch";
         let metadata = [("hasleader", "true")];
-        let (sender, receiver) = self.upstream.open_stream(at, ConnectionClass::Feed, path, &metadata).await?;
+        let (sender, receiver) = link.open_stream(path, &metadata)?;
         let range = &self.settings.range;
         let create = WatchCreateRequest {
             key: range.request_key(),
@@ -233,6 +249,22 @@ impl Feed {
             return Err(End::Again("trying whether the keyspace fits the cache limit again"));
         }
         Ok(())
+    }
+}
+
+/// Asks something over the feed's own connection, when the connection `newest` has been opened. The answer shows that both
+/// lead to the same server.
+async fn ask_again(link: &Link, newest: ConnectionNumber) -> Result<ConnectionNumber, End> {
+    let key = Bytes::from_static(&[0]);
+    let question = RangeRequest { key, serializable: true, count_only: true, ..Default::default() };
+    link.unary_raw(RANGE, &question, DEADLINE).await?;
+    Ok(newest)
+}
+
+async fn answer(confirming: &mut Confirming<'_>) -> Result<ConnectionNumber, End> {
+    match confirming {
+        Some(question) => question.await,
+        None => pending().await,
     }
 }
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tracing::debug;
 
-use super::{DEADLINE, End, Feed, decode::Page};
+use super::{DEADLINE, End, Feed, RANGE, decode::Page};
 use crate::{
     proto::etcdserverpb::RangeRequest,
     store::{Record, Revision, Tree},
-    upstream::{ConnectionClass, EndpointId},
+    upstream::Link,
 };
 
 /// What a page should weigh, in bytes: large, because etcd walks the whole range for each.
@@ -45,15 +45,15 @@ impl Filling {
 
 impl Feed {
     /// Lists the range at `revision`, or at the present when that is zero.
-    pub(super) async fn list(&self, at: EndpointId, revision: Revision) -> Result<Listed, End> {
+    pub(super) async fn list(&self, link: &Link, revision: Revision) -> Result<Listed, End> {
         let filling = Filling { tree: Tree::default(), bytes: 0, limit: self.settings.cache_bytes };
         let listed = if self.upstream.gate().has_range_stream {
-            self.list_by_stream(at, revision, filling).await?
+            self.list_by_stream(link, revision, filling).await?
         } else {
-            self.list_by_pages(at, revision, filling).await?
+            self.list_by_pages(link, revision, filling).await?
         };
         let keys = listed.tree.as_ref().map(Tree::len);
-        debug!(endpoint = self.upstream.name(at), revision = listed.revision.0, keys, "listed");
+        debug!(endpoint = self.upstream.name(link.at()), revision = listed.revision.0, keys, "listed");
         Ok(listed)
     }
 
@@ -63,14 +63,9 @@ impl Feed {
         RangeRequest { key, range_end, revision: revision.0, ..Default::default() }
     }
 
-    async fn list_by_stream(
-        &self,
-        at: EndpointId,
-        mut revision: Revision,
-        mut filling: Filling,
-    ) -> Result<Listed, End> {
+    async fn list_by_stream(&self, link: &Link, mut revision: Revision, mut filling: Filling) -> Result<Listed, End> {
         let path = "/etcdserverpb.KV/RangeStream";
-        let (sender, mut chunks) = self.upstream.open_stream(at, ConnectionClass::Feed, path, &[]).await?;
+        let (sender, mut chunks) = link.open_stream(path, &[])?;
         sender.send(&self.list_request(revision)).await?;
         sender.finish();
         let pinned = revision > Revision::ZERO;
@@ -80,7 +75,7 @@ impl Feed {
                 revision = page.header.map_or(revision, |header| Revision(header.revision));
             }
             if !filling.take(page.records) {
-                return self.too_large(at).await;
+                return self.too_large(link).await;
             }
         }
         if revision == Revision::ZERO {
@@ -89,10 +84,10 @@ impl Feed {
         Ok(Listed { revision, tree: Some(filling.tree) })
     }
 
-    async fn list_by_pages(&self, at: EndpointId, mut revision: Revision, mut filling: Filling) -> Result<Listed, End> {
+    async fn list_by_pages(&self, link: &Link, mut revision: Revision, mut filling: Filling) -> Result<Listed, End> {
         let mut request = RangeRequest { limit: FIRST_PAGE, ..self.list_request(revision) };
         loop {
-            let message = self.upstream.unary_raw(at, "/etcdserverpb.KV/Range", &request, PAGE_DEADLINE).await?;
+            let message = link.unary_raw(RANGE, &request, PAGE_DEADLINE).await?;
             let page = Page::decode(&message)?;
             if revision == Revision::ZERO {
                 revision = page.header.map_or(revision, |header| Revision(header.revision));
@@ -101,7 +96,7 @@ impl Feed {
             let last = page.records.last().map(|record| successor(record.key()));
             request.limit = next_limit(request.limit, message.len());
             if !filling.take(page.records) {
-                return self.too_large(at).await;
+                return self.too_large(link).await;
             }
             match last.filter(|_| page.more) {
                 Some(next) => request.key = next,
@@ -111,15 +106,15 @@ impl Feed {
     }
 
     /// The keyspace is over the limit: only where the history begins is needed.
-    async fn too_large(&self, at: EndpointId) -> Result<Listed, End> {
-        let header = self.examine(at).await?;
+    async fn too_large(&self, link: &Link) -> Result<Listed, End> {
+        let header = self.examine(link).await?;
         Ok(Listed { revision: Revision(header.revision), tree: None })
     }
 
     /// Asks, through consensus, who answers and how far the cluster has got.
-    pub(super) async fn examine(&self, at: EndpointId) -> Result<crate::proto::etcdserverpb::ResponseHeader, End> {
+    pub(super) async fn examine(&self, link: &Link) -> Result<crate::proto::etcdserverpb::ResponseHeader, End> {
         let question = RangeRequest { key: Bytes::from_static(&[0]), count_only: true, ..Default::default() };
-        let message = self.upstream.unary_raw(at, "/etcdserverpb.KV/Range", &question, DEADLINE).await?;
+        let message = link.unary_raw(RANGE, &question, DEADLINE).await?;
         Page::decode(&message)?.header.ok_or_else(|| End::Unreadable("an answer without a header".into()))
     }
 }

@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{DEADLINE, End, Feed, decode::Page, list::Listed};
+use super::{DEADLINE, End, Feed, RANGE, decode::Page, list::Listed};
 use crate::{
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
     status::Status,
     store::{Entry, Event, EventKind, Record, Revision},
-    upstream::EndpointId,
+    upstream::Link,
 };
 
 /// What is known of the history upstream.
@@ -30,7 +30,7 @@ pub(super) enum Continuity {
 
 impl Feed {
     /// Compares the upstream that answered with `header` to the state.
-    pub(super) async fn continuity(&self, at: EndpointId, header: &ResponseHeader) -> Result<Continuity, End> {
+    pub(super) async fn continuity(&self, link: &Link, header: &ResponseHeader) -> Result<Continuity, End> {
         let view = self.writer.store().view_owned();
         if !self.is_loaded() {
             return Ok(Continuity::Nothing);
@@ -45,15 +45,15 @@ impl Feed {
             return Ok(Continuity::Doubtful("the term has fallen"));
         }
         match self.writer.last_entry() {
-            Some(entry) => self.confirm_entry(at, &entry).await,
-            None => self.confirm_list(at).await,
+            Some(entry) => self.confirm_entry(link, &entry).await,
+            None => self.confirm_list(link).await,
         }
     }
 
     /// Looks for the last event applied, at its revision.
-    async fn confirm_entry(&self, at: EndpointId, entry: &Entry) -> Result<Continuity, End> {
+    async fn confirm_entry(&self, link: &Link, entry: &Entry) -> Result<Continuity, End> {
         let Some(event) = entry.events.last() else { return Ok(Continuity::Doubtful("an entry without events")) };
-        let found = match self.record_at(at, event.record.key(), entry.revision).await? {
+        let found = match self.record_at(link, event.record.key(), entry.revision).await? {
             Ok(found) => found,
             Err(doubt) => return Ok(doubt),
         };
@@ -61,14 +61,14 @@ impl Feed {
             EventKind::Put if found.as_ref().is_some_and(|found| found.same_version(&event.record)) => {
                 Ok(Continuity::Proven)
             }
-            EventKind::Delete if found.is_none() => self.confirm_deletion(at, event, entry.revision).await,
+            EventKind::Delete if found.is_none() => self.confirm_deletion(link, event, entry.revision).await,
             _ => Ok(Continuity::Broken("the last event is not to be found")),
         }
     }
 
     /// A key that is absent proves nothing; it must have been there just before.
-    async fn confirm_deletion(&self, at: EndpointId, event: &Event, revision: Revision) -> Result<Continuity, End> {
-        let before = match self.record_at(at, event.record.key(), revision.previous()).await? {
+    async fn confirm_deletion(&self, link: &Link, event: &Event, revision: Revision) -> Result<Continuity, End> {
+        let before = match self.record_at(link, event.record.key(), revision.previous()).await? {
             Ok(before) => before,
             Err(doubt) => return Ok(doubt),
         };
@@ -81,7 +81,7 @@ impl Feed {
     }
 
     /// When nothing has happened since the list: as many keys at its revision, the newest one as it is here, and no newer.
-    async fn confirm_list(&self, at: EndpointId) -> Result<Continuity, End> {
+    async fn confirm_list(&self, link: &Link) -> Result<Continuity, End> {
         let view = self.writer.store().view_owned();
         let Some(tree) = &view.tree else { return Ok(Continuity::Doubtful("there is no index")) };
         let revision = view.revision();
@@ -95,13 +95,13 @@ impl Feed {
             ..Default::default()
         };
         let newer = RangeRequest { min_mod_revision: bound.next().0, limit: 1, keys_only: true, ..everything.clone() };
-        let (count, none_newer) = match self.range_at(at, &newer).await? {
+        let (count, none_newer) = match self.range_at(link, &newer).await? {
             Ok((page, count)) => (count, page.records.is_empty()),
             Err(doubt) => return Ok(doubt),
         };
         let newest_same = match newest {
             None => true,
-            Some(newest) => match self.record_at(at, newest.key(), revision).await? {
+            Some(newest) => match self.record_at(link, newest.key(), revision).await? {
                 Ok(found) => found.is_some_and(|found| found.same_version(newest)),
                 Err(doubt) => return Ok(doubt),
             },
@@ -113,16 +113,16 @@ impl Feed {
     /// The record of `key` at `revision`, or what it means that the upstream does not tell.
     async fn record_at(
         &self,
-        at: EndpointId,
+        link: &Link,
         key: &[u8],
         revision: Revision,
     ) -> Result<Result<Option<Arc<Record>>, Continuity>, End> {
         let request = RangeRequest { key: Bytes::copy_from_slice(key), revision: revision.0, ..Default::default() };
-        Ok(self.range_at(at, &request).await?.map(|(page, _)| page.records.into_iter().next()))
+        Ok(self.range_at(link, &request).await?.map(|(page, _)| page.records.into_iter().next()))
     }
 
-    async fn range_at(&self, at: EndpointId, request: &RangeRequest) -> Result<Result<(Page, i64), Continuity>, End> {
-        match self.upstream.unary_raw(at, "/etcdserverpb.KV/Range", request, DEADLINE).await {
+    async fn range_at(&self, link: &Link, request: &RangeRequest) -> Result<Result<(Page, i64), Continuity>, End> {
+        match link.unary_raw(RANGE, request, DEADLINE).await {
             Ok(message) => {
                 let count = crate::store::wire::Fields::of(&message)
                     .filter_map(Result::ok)

@@ -171,7 +171,7 @@ pub(super) fn answer(
     head.extensions.clear();
     strip_hop_by_hop(&mut head.headers);
     let success = head.status.is_success();
-    let peek = observer.filter(|_| success).map(|observer| Peek::new(observer, forwarded.sent, encoding));
+    let peek = observer.filter(|_| success).map(|observer| Peek::new(observer, forwarded.connection, encoding));
     Response::from_parts(head, Body::Forwarded(Box::new(Relay::new(body, encoding, peek, hold))))
 }
 

@@ -9,10 +9,7 @@ mod range_stream;
 mod reads;
 mod txn;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use ::http::{Request, Response, request::Parts};
 use bytes::Bytes;
@@ -34,7 +31,7 @@ use crate::{
     proto::etcdserverpb::{CompactionRequest, ResponseHeader},
     status::Status,
     store::{KeyRange, Revision, View},
-    upstream::{RequestBody, grpc},
+    upstream::{ConnectionNumber, RequestBody, grpc},
 };
 
 /// The path of every method of the service begins so.
@@ -186,9 +183,9 @@ struct Observer {
 }
 
 impl AnswerObserver for Observer {
-    fn answered(&self, _sent: Instant, header: ResponseHeader) {
-        self.cache.note_relayed(Revision(header.revision));
-        if let (Some(sent), Some(proof)) = (self.sent, Proof::of(&header)) {
+    fn answered(&self, connection: ConnectionNumber, header: ResponseHeader) {
+        self.cache.note_relayed(Revision(header.revision), connection);
+        if let (Some(sent), Some(proof)) = (self.sent, Proof::of(&header, connection)) {
             self.cache.consensus().note(sent, proof);
         }
         if let Some(compacted) = self.compaction {

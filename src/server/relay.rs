@@ -5,7 +5,6 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Instant,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -20,7 +19,7 @@ use super::body::failure_trailers;
 use crate::{
     proto::etcdserverpb::ResponseHeader,
     status::Status,
-    upstream::{AuthHold, BodyError, ForwardedBody, grpc},
+    upstream::{AuthHold, BodyError, ConnectionNumber, ForwardedBody, grpc},
 };
 
 /// A response header is below 50 bytes of protobuf, and below 200 of JSON.
@@ -32,8 +31,8 @@ const LONGEST_KEY: usize = 11;
 
 /// Is told the header of a KV answer before the client can read the answer.
 pub trait AnswerObserver: Send + Sync {
-    /// `sent` is a moment just before the request was handed to the upstream connection. The answer is a success.
-    fn answered(&self, sent: Instant, header: ResponseHeader);
+    /// The answer came over `connection`, and is a success.
+    fn answered(&self, connection: ConnectionNumber, header: ResponseHeader);
 }
 
 /// How an answer is written.
@@ -124,7 +123,7 @@ impl Body for Relay {
 /// Looks for the response header at the beginning of an answer.
 pub struct Peek {
     observer: Arc<dyn AnswerObserver>,
-    sent: Instant,
+    connection: ConnectionNumber,
     encoding: Encoding,
     /// The beginning of the message that is looked at.
     seen: BytesMut,
@@ -142,9 +141,9 @@ enum Found {
 }
 
 impl Peek {
-    /// Tells `observer` about the answer to a request that was sent at `sent`.
-    pub fn new(observer: Arc<dyn AnswerObserver>, sent: Instant, encoding: Encoding) -> Self {
-        Self { observer, sent, encoding, seen: BytesMut::new(), skip: 0 }
+    /// Tells `observer` about the answer that comes over `connection`.
+    pub fn new(observer: Arc<dyn AnswerObserver>, connection: ConnectionNumber, encoding: Encoding) -> Self {
+        Self { observer, connection, encoding, seen: BytesMut::new(), skip: 0 }
     }
 
     /// Looks at the next bytes; true when there is nothing more to look for.
@@ -158,7 +157,7 @@ impl Peek {
             self.seen.extend_from_slice(data.get(..room).unwrap_or_default());
             match find(self.encoding, &self.seen) {
                 Found::Header(header) => {
-                    self.observer.answered(self.sent, header);
+                    self.observer.answered(self.connection, header);
                     return true;
                 }
                 Found::Part if self.seen.len() < PEEK_LIMIT => return false,
@@ -262,14 +261,14 @@ mod tests {
     struct Noted(Mutex<Vec<ResponseHeader>>);
 
     impl AnswerObserver for Noted {
-        fn answered(&self, _: Instant, header: ResponseHeader) {
+        fn answered(&self, _: ConnectionNumber, header: ResponseHeader) {
             self.0.lock().push(header);
         }
     }
 
     fn look(encoding: Encoding, chunks: &[&[u8]]) -> Vec<ResponseHeader> {
         let noted = Arc::new(Noted::default());
-        let mut peek = Peek::new(noted.clone(), Instant::now(), encoding);
+        let mut peek = Peek::new(noted.clone(), ConnectionNumber(1), encoding);
         for chunk in chunks {
             if peek.look(chunk) {
                 break;
@@ -324,7 +323,7 @@ mod tests {
     #[test]
     fn a_header_that_never_ends_is_given_up() {
         let noted = Arc::new(Noted::default());
-        let mut peek = Peek::new(noted, Instant::now(), Encoding::Grpc);
+        let mut peek = Peek::new(noted, ConnectionNumber(1), Encoding::Grpc);
         assert!(!peek.look(&[0, 255, 255, 255, 255, 0x0a, 0xff, 0xff, 0x01]));
         let given_up = (0..100).any(|_| peek.look(&[0; 64]));
         assert!(given_up && peek.seen.len() <= PEEK_LIMIT);

@@ -1,6 +1,6 @@
 //! Our own calls: unary ones, and streams whose messages stay undecoded.
 
-use std::{future::Future, marker::PhantomData, pin::Pin, time::Duration};
+use std::{future::Future, marker::PhantomData, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{
@@ -14,7 +14,11 @@ use prost::Message;
 use tokio::sync::mpsc;
 use tonic::Code;
 
-use super::{body::RequestBody, grpc, pool::Slot};
+use super::{
+    body::RequestBody,
+    grpc,
+    pool::{ConnectionNumber, Slot},
+};
 use crate::status::Status;
 
 /// Messages that wait for their stream to take them.
@@ -151,29 +155,38 @@ impl<Q: Message> StreamSender<Q> {
     pub fn finish(self) {}
 }
 
-type Opening = Pin<Box<dyn Future<Output = Result<(Response<Incoming>, Slot), Status>> + Send>>;
+type Opening = Pin<Box<dyn Future<Output = Result<(Response<Incoming>, Arc<Slot>), Status>> + Send>>;
 
 /// Receives the messages of a call. The call is cancelled when both its sides are dropped before its end.
-pub struct StreamReceiver(State);
+pub struct StreamReceiver {
+    connection: ConnectionNumber,
+    state: State,
+}
 
 enum State {
     /// A server may send its headers with its first message only.
     Opening(Opening),
-    Open(Reading, #[allow(dead_code, reason = "keeps the place on the connection")] Slot),
+    Open(Reading, #[allow(dead_code, reason = "keeps the place on the connection")] Arc<Slot>),
     Ended,
 }
 
 impl StreamReceiver {
     pub(super) fn new(
-        opening: impl Future<Output = Result<(Response<Incoming>, Slot), Status>> + Send + 'static,
+        connection: ConnectionNumber,
+        opening: impl Future<Output = Result<(Response<Incoming>, Arc<Slot>), Status>> + Send + 'static,
     ) -> Self {
-        Self(State::Opening(Box::pin(opening)))
+        Self { connection, state: State::Opening(Box::pin(opening)) }
+    }
+
+    /// Which connection the call is on.
+    pub fn connection(&self) -> ConnectionNumber {
+        self.connection
     }
 
     /// The next message, undecoded. `None` after a success; an error is the last item.
     pub async fn next(&mut self) -> Option<Result<Bytes, Status>> {
         loop {
-            let step = match &mut self.0 {
+            let step = match &mut self.state {
                 State::Opening(opening) => match opening.await {
                     Ok((response, slot)) => Reading::new(response).map(|reading| State::Open(reading, slot)),
                     Err(status) => Err(status),
@@ -186,9 +199,9 @@ impl StreamReceiver {
                 State::Ended => return None,
             };
             match step {
-                Ok(state) => self.0 = state,
+                Ok(state) => self.state = state,
                 Err(status) => {
-                    self.0 = State::Ended;
+                    self.state = State::Ended;
                     return Some(Err(status));
                 }
             }

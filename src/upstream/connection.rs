@@ -29,7 +29,7 @@ pub(super) enum Class {
     Unary,
     /// Clients' streams, and calls that may block for long.
     Stream,
-    /// A feed's watch: one stream to a connection.
+    /// A feed's list, its watch, and its questions beside them: a connection of its own for each feed.
     Feed,
     /// Short-lived watches that read history.
     CatchUp,
@@ -58,7 +58,7 @@ impl Class {
             Class::Own => 32,
             Class::Unary => 128,
             Class::Stream => 512,
-            Class::Feed => 1,
+            Class::Feed => 4,
             Class::CatchUp => 16,
         }
     }

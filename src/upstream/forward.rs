@@ -7,7 +7,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -19,7 +19,7 @@ use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    BodyError, EndpointId, ForwardClass, RequestBody, Upstream,
+    BodyError, ConnectionNumber, EndpointId, ForwardClass, RequestBody, Upstream,
     connection::Class,
     grpc,
     limits::{Limit, Permit},
@@ -41,8 +41,8 @@ pub enum Route {
 pub struct Forwarded {
     /// Who answers.
     pub at: EndpointId,
-    /// A moment just before the request was handed to the connection.
-    pub sent: Instant,
+    /// Over which connection.
+    pub connection: ConnectionNumber,
     /// The answer, from its headers on.
     pub response: Response<ForwardedBody>,
 }
@@ -108,11 +108,12 @@ impl Upstream {
             let member = shared.member(at)?;
             request = aim(request, member)?;
             match shared.send(at, connections, request).await {
-                Ok(Answer { response, slot, sent }) => {
+                Ok(Answer { response, slot }) => {
+                    let connection = slot.number();
                     let impatient = class == ForwardClass::Unary;
                     let live = |incoming| Live { incoming, impatient, _slot: Some(slot), _permit: permit };
                     let response = response.map(|incoming| ForwardedBody::new(live(incoming), shared, at));
-                    return Ok(Forwarded { at, sent, response });
+                    return Ok(Forwarded { at, connection, response });
                 }
                 Err(unsent) => match (unsent.request, route) {
                     (Some(given_back), Route::Preferred) => request = given_back,
@@ -130,12 +131,11 @@ impl Upstream {
     pub async fn forward_http1(&self, route: Route, request: Request<RequestBody>) -> Result<Forwarded, Status> {
         let shared = self.shared();
         let permit = shared.stream_limit.permit().await?;
-        let (at, mut connection) = shared.connect_http1(route).await?;
-        let sent = Instant::now();
-        let response = connection.send_request(request).await.map_err(|error| shared.failed(at, &error))?;
+        let (at, mut sender, connection) = shared.connect_http1(route).await?;
+        let response = sender.send_request(request).await.map_err(|error| shared.failed(at, &error))?;
         let live = |incoming| Live { incoming, impatient: false, _slot: None, _permit: permit };
         let response = response.map(|incoming| ForwardedBody::new(live(incoming), shared, at));
-        Ok(Forwarded { at, sent, response })
+        Ok(Forwarded { at, connection, response })
     }
 }
 
@@ -157,12 +157,15 @@ impl Shared {
         }
     }
 
-    async fn connect_http1(&self, route: Route) -> Result<(EndpointId, SendRequest<RequestBody>), Status> {
+    async fn connect_http1(
+        &self,
+        route: Route,
+    ) -> Result<(EndpointId, SendRequest<RequestBody>, ConnectionNumber), Status> {
         let mut tried = Vec::new();
         loop {
             let at = self.choose(route, &tried).await?;
             match (self.member(at)?.pool.http1().await, route) {
-                (Ok(connection), _) => return Ok((at, connection)),
+                (Ok((sender, connection)), _) => return Ok((at, sender, connection)),
                 (Err(status), Route::Member(_)) => {
                     self.suspect(at);
                     return Err(status);

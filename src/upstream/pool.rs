@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -20,12 +20,37 @@ use crate::status::Status;
 /// A connection without streams is closed after this time.
 const IDLE_LIMIT: Duration = Duration::from_secs(120);
 
+/// The place of a connection in the order in which connections to the upstream were opened, from one.
+///
+/// Behind an address there is one server at a time, though it may be replaced by one with another history. So if a server
+/// answers over connection A what was asked after connection B had been opened, and B was opened after A, then B leads to
+/// that server too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnectionNumber(pub u64);
+
+/// Numbers connections, over all endpoints of an upstream.
+#[derive(Clone, Default)]
+pub(super) struct Numbers(Arc<AtomicU64>);
+
+impl Numbers {
+    /// The number of a connection that has just been opened.
+    fn next(&self) -> ConnectionNumber {
+        ConnectionNumber(self.0.fetch_add(1, Ordering::SeqCst) + 1)
+    }
+
+    /// The newest number.
+    pub(super) fn newest(&self) -> ConnectionNumber {
+        ConnectionNumber(self.0.load(Ordering::SeqCst))
+    }
+}
+
 /// The connections to one endpoint.
 pub(super) struct Pool {
     name: String,
     dial: Arc<dyn Dial>,
     tuning: Tuning,
     metrics: Metrics,
+    numbers: Numbers,
     shelves: [Shelf; Class::ALL.len()],
 }
 
@@ -40,6 +65,7 @@ struct Shelf {
 
 struct Pooled {
     sender: Sender,
+    number: ConnectionNumber,
     class: Class,
     /// Calls on it; changed under the shelf's lock when it grows.
     streams: AtomicUsize,
@@ -60,6 +86,10 @@ impl Slot {
     pub(super) fn sender(&self) -> Sender {
         self.0.sender.clone()
     }
+
+    pub(super) fn number(&self) -> ConnectionNumber {
+        self.0.number
+    }
 }
 
 impl Drop for Slot {
@@ -70,8 +100,8 @@ impl Drop for Slot {
 }
 
 impl Pool {
-    pub(super) fn new(name: String, dial: Arc<dyn Dial>, tuning: Tuning, metrics: Metrics) -> Self {
-        Self { name, dial, tuning, metrics, shelves: Default::default() }
+    pub(super) fn new(name: String, dial: Arc<dyn Dial>, tuning: Tuning, metrics: Metrics, numbers: Numbers) -> Self {
+        Self { name, dial, tuning, metrics, numbers, shelves: Default::default() }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -112,6 +142,7 @@ impl Pool {
         self.metrics.dialed(&self.name, sender.is_ok());
         let pooled = Pooled {
             sender: sender?,
+            number: self.numbers.next(),
             class,
             streams: AtomicUsize::new(1),
             last_used: Mutex::new(Instant::now()),
@@ -127,10 +158,10 @@ impl Pool {
     /// As [`Pool::slot`].
     pub(super) async fn http1(
         &self,
-    ) -> Result<hyper::client::conn::http1::SendRequest<super::body::RequestBody>, Status> {
+    ) -> Result<(hyper::client::conn::http1::SendRequest<super::body::RequestBody>, ConnectionNumber), Status> {
         let sender = connection::http1(&self.dial, &self.name, self.tuning).await;
         self.metrics.dialed(&self.name, sender.is_ok());
-        sender
+        Ok((sender?, self.numbers.next()))
     }
 
     /// Lets no new call onto the present connections; those on them go on.

@@ -146,14 +146,14 @@ fn refuses_strangers(status: &Status) -> bool {
 async fn status(shared: &Shared, at: EndpointId) -> Result<StatusResponse, Status> {
     let deadline = shared.settings.connect_timeout;
     let question = grpc::frame(&StatusRequest::default());
-    let answer = shared.unary(at, Class::Probe, STATUS, &[], question, deadline).await?;
+    let (answer, _) = shared.unary(at, Class::Probe, STATUS, &[], question, deadline).await?;
     decode(STATUS, answer)
 }
 
 /// The version that the server tells everyone; `None` when it does not read like one.
 async fn version(shared: &Shared, at: EndpointId) -> Result<Option<Version>, Status> {
     let member = shared.member(at)?;
-    let mut connection = member.pool.http1().await?;
+    let (mut connection, _) = member.pool.http1().await?;
     let request = Request::builder()
         .method(Method::GET)
         .uri("/version")

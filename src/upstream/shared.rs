@@ -17,13 +17,13 @@ use tokio::{
 use tonic::Code;
 
 use super::{
-    AuthState, Endpoint, EndpointId, ForwardClass, Health, RequestBody, Settings, StreamReceiver, StreamSender,
-    UpstreamError, call,
+    AuthState, ConnectionNumber, Endpoint, EndpointId, ForwardClass, Health, RequestBody, Settings, StreamReceiver,
+    StreamSender, UpstreamError, call,
     connection::{Class, Tuning},
     grpc,
     limits::Limit,
     metrics::Metrics,
-    pool::{Pool, Slot},
+    pool::{Numbers, Pool, Slot},
     roster::Roster,
 };
 use crate::status::Status;
@@ -34,6 +34,7 @@ const HANDOVERS: usize = 3;
 pub(super) struct Shared {
     pub(super) settings: Settings,
     pub(super) members: Vec<MemberLink>,
+    pub(super) numbers: Numbers,
     pub(super) roster: Mutex<Roster>,
     pub(super) health: watch::Receiver<Health>,
     pub(super) auth: watch::Receiver<AuthState>,
@@ -58,13 +59,18 @@ impl Shared {
         if settings.endpoints.is_empty() {
             return Err(UpstreamError::NoEndpoints);
         }
-        let members: Result<Vec<MemberLink>, UpstreamError> =
-            settings.endpoints.iter().map(|endpoint| MemberLink::new(endpoint, &settings, &metrics)).collect();
+        let numbers = Numbers::default();
+        let members: Result<Vec<MemberLink>, UpstreamError> = settings
+            .endpoints
+            .iter()
+            .map(|endpoint| MemberLink::new(endpoint, &settings, &metrics, &numbers))
+            .collect();
         let members = members?;
         let names = members.iter().map(|member| member.pool.name().to_owned()).collect();
         let roster = Roster::new(names, metrics.clone());
         Ok(Self {
             members,
+            numbers,
             health: roster.health(),
             auth: roster.auth(),
             roster: Mutex::new(roster),
@@ -86,12 +92,12 @@ impl Shared {
         metadata: &[(&'static str, &'static str)],
         message: Bytes,
         deadline: Duration,
-    ) -> Result<Bytes, Status> {
+    ) -> Result<(Bytes, ConnectionNumber), Status> {
         let request =
             call::request(&self.member(at)?.authority, path, metadata, Some(deadline), RequestBody::full(message))?;
         let answer = timeout(deadline, async {
-            let answer = self.send(at, class, request).await.map_err(|unsent| unsent.status)?;
-            call::unary_message(answer.response).await
+            let Answer { response, slot, .. } = self.send(at, class, request).await.map_err(|unsent| unsent.status)?;
+            Ok((call::unary_message(response).await?, slot.number()))
         });
         answer.await.unwrap_or(Err(call::DEADLINE))
     }
@@ -103,19 +109,47 @@ impl Shared {
         path: &'static str,
         metadata: &[(&'static str, &'static str)],
     ) -> Result<(StreamSender<Q>, StreamReceiver), Status> {
+        let slot = self.member(at)?.pool.slot(class).await.inspect_err(|_| self.suspect(at))?;
+        self.stream_on(at, Arc::new(slot), path, metadata)
+    }
+
+    /// A stream on this very connection.
+    pub(super) fn stream_on<Q: Message>(
+        self: &Arc<Self>,
+        at: EndpointId,
+        slot: Arc<Slot>,
+        path: &'static str,
+        metadata: &[(&'static str, &'static str)],
+    ) -> Result<(StreamSender<Q>, StreamReceiver), Status> {
         let shared = self.clone();
-        let member = self.member(at)?;
-        let slot = member.pool.slot(class).await.inspect_err(|_| self.suspect(at))?;
         let (sender, body) = StreamSender::new();
-        let request = call::request(&member.authority, path, metadata, None, body)?;
+        let request = call::request(&self.member(at)?.authority, path, metadata, None, body)?;
         let answered = slot.sender().send_request(request);
-        let receiver = StreamReceiver::new(async move {
+        let receiver = StreamReceiver::new(slot.number(), async move {
             match answered.await {
                 Ok(response) => Ok((response, slot)),
                 Err(error) => Err(shared.failed(at, &error)),
             }
         });
         Ok((sender, receiver))
+    }
+
+    /// A call on this very connection.
+    pub(super) async fn unary_on(
+        &self,
+        at: EndpointId,
+        slot: &Slot,
+        path: &'static str,
+        message: Bytes,
+        deadline: Duration,
+    ) -> Result<Bytes, Status> {
+        let authority = &self.member(at)?.authority;
+        let request = call::request(authority, path, &[], Some(deadline), RequestBody::full(message))?;
+        let answer = timeout(deadline, async {
+            let response = slot.sender().send_request(request).await.map_err(|error| self.failed(at, &error))?;
+            call::unary_message(response).await
+        });
+        answer.await.unwrap_or(Err(call::DEADLINE))
     }
 
     /// Sends a request, dialling if need be.
@@ -134,9 +168,8 @@ impl Shared {
                     return Err(Unsent { status, request: Some(request) });
                 }
             };
-            let sent = Instant::now();
             match slot.sender().try_send_request(request).await {
-                Ok(response) => return Ok(Answer { response, slot, sent }),
+                Ok(response) => return Ok(Answer { response, slot }),
                 Err(mut error) => match error.take_message() {
                     Some(given_back) => request = given_back,
                     None => return Err(Unsent::lost(self.failed(at, error.error()))),
@@ -180,7 +213,12 @@ impl Shared {
 }
 
 impl MemberLink {
-    pub(super) fn new(endpoint: &Endpoint, settings: &Settings, metrics: &Metrics) -> Result<Self, UpstreamError> {
+    pub(super) fn new(
+        endpoint: &Endpoint,
+        settings: &Settings,
+        metrics: &Metrics,
+        numbers: &Numbers,
+    ) -> Result<Self, UpstreamError> {
         let name = endpoint.name().to_owned();
         let tuning = Tuning {
             connect_timeout: settings.connect_timeout,
@@ -191,7 +229,8 @@ impl MemberLink {
         let authority = name.parse();
         let authority =
             authority.map_err(|_| UpstreamError::Endpoint { endpoint: name.clone(), reason: "it is not host:port" })?;
-        Ok(Self { authority, pool: Pool::new(name, dialer, tuning, metrics.clone()), kick: Notify::new() })
+        let pool = Pool::new(name, dialer, tuning, metrics.clone(), numbers.clone());
+        Ok(Self { authority, pool, kick: Notify::new() })
     }
 }
 
@@ -202,7 +241,6 @@ pub(super) const NO_CONNECTION: Status = Status::fixed(Code::Unavailable, "there
 pub(super) struct Answer {
     pub(super) response: Response<Incoming>,
     pub(super) slot: Slot,
-    pub(super) sent: Instant,
 }
 
 /// A request that was not answered; `request` is there if nothing of it was handed to a live connection.

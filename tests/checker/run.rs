@@ -12,7 +12,10 @@ use super::{
     context::{Context, Stage},
     faults::{FaultLog, links, servers::Director},
     history::History,
-    judge::{Breach, Case, Counts, judge, watches::is_behind},
+    judge::{
+        Breach, Case, Counts, judge,
+        watches::{is_behind, is_outlived},
+    },
     record::Target,
     recorder::Recorder,
     world::{Link, World},
@@ -89,9 +92,12 @@ async fn drain(director: &mut Director) -> i64 {
     let start = Instant::now();
     while start.elapsed() < PATIENCE {
         let lives = director.context.notes.lives.lock().unwrap().clone();
+        let eras = director.context.timeline.eras();
         let waits = lives.iter().any(|life| {
             let life = life.lock().unwrap();
-            !life.over && (life.start.is_none() || is_behind(&life, life.next, &history, end))
+            let waits =
+                || life.start.is_none() || is_outlived(&life, &eras) || is_behind(&life, life.next, &history, end);
+            !life.over && waits()
         });
         if !waits {
             break;

@@ -216,10 +216,10 @@ impl Pages {
         }
         let call = call.map_err(|error| Status::new(Code::Internal, error.to_string()))?;
         let forwarded = self.upstream.forward(Route::Preferred, ForwardClass::Unary, call).await?;
-        let sent = forwarded.sent;
+        let connection = forwarded.connection;
         let page = read_page(forwarded.response).await?;
         if let Some(header) = &page.header {
-            self.observer.answered(sent, *header);
+            self.observer.answered(connection, *header);
         }
         Ok(page)
     }

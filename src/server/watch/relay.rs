@@ -20,11 +20,13 @@ use crate::{
     },
     status::Status,
     store::Revision,
-    upstream::{ConnectionClass, StreamReceiver, StreamSender},
+    upstream::{ConnectionNumber, StreamReceiver, StreamSender},
 };
 
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// The epoch of a prefix that has not been loaded yet.
+const NOTHING_LOADED: u64 = 0;
 
 /// What a relay has to say to its stream.
 pub(super) enum Report {
@@ -53,7 +55,9 @@ impl Drop for Handle {
 pub(super) fn start(shared: &Arc<Shared>, relay: Relay, reports: mpsc::Sender<Report>) -> Handle {
     let ask = Arc::new(Notify::new());
     let hub = relay.lane.and_then(|lane| shared.hubs.get(lane).cloned());
-    let task = Task { shared: shared.clone(), hub, next: relay.from, relay, reports, ask: ask.clone() };
+    let prefix = shared.cache.prefixes().get(relay.lane.unwrap_or(0));
+    let epoch = prefix.map_or(NOTHING_LOADED, |prefix| prefix.store().view().position.epoch);
+    let task = Task { shared: shared.clone(), hub, epoch, next: relay.from, relay, reports, ask: ask.clone() };
     Handle { ask, task: tokio::spawn(task.run()).abort_handle() }
 }
 
@@ -61,6 +65,8 @@ struct Task {
     shared: Arc<Shared>,
     /// Who can take over.
     hub: Option<Arc<Hub>>,
+    /// The epoch of the history that it relays.
+    epoch: u64,
     relay: Relay,
     /// The first revision that has not been relayed.
     next: Revision,
@@ -98,16 +104,22 @@ impl Task {
             tracing::debug!(%status, next = self.next.0, "a relayed watch is tried again");
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
-            self.reprove().await;
         }
     }
 
-    /// The upstream may have come back with another history, of which nothing may follow on what was relayed of the old one.
-    /// The feed finds out, and then the watcher is cancelled.
-    async fn reprove(&self) {
-        if let Some(prefix) = self.shared.cache.prefixes().get(self.relay.lane.unwrap_or(0)) {
-            prefix.reprove().await;
+    /// Whether what comes over `connection` follows on what was relayed before. If not, the upstream has come back with
+    /// another history, and the session learns from its hub that the watcher is to be cancelled.
+    async fn follows_on(&mut self, connection: ConnectionNumber) -> bool {
+        let Some(prefix) = self.shared.cache.prefixes().get(self.relay.lane.unwrap_or(0)) else { return true };
+        let epoch = || prefix.store().view().position.epoch;
+        if epoch() == NOTHING_LOADED {
+            return true;
         }
+        prefix.confirm(connection).await;
+        if self.epoch == NOTHING_LOADED {
+            self.epoch = epoch();
+        }
+        self.epoch == epoch()
     }
 
     /// Room among the relays of its kind. Those that end by themselves queue for it; the others do not.
@@ -125,11 +137,13 @@ impl Task {
         }
         let upstream = self.shared.cache.upstream().clone();
         let Some(at) = upstream.preferred(&[]) else { return End::Failed(Status::unavailable("no endpoint")) };
-        let opened = upstream.open_stream(at, ConnectionClass::CatchUp, super::PATH, &[]).await;
-        let (sender, mut receiver) = match opened {
+        let (sender, mut receiver) = match upstream.open_catch_up(at, super::PATH).await {
             Ok(opened) => opened,
             Err(status) => return End::Failed(status),
         };
+        if !self.follows_on(receiver.connection()).await {
+            return End::Over;
+        }
         let create = WatchRequest { request_union: Some(RequestUnion::CreateRequest(self.create_request())) };
         match sender.send(&create).await {
             Ok(()) => self.pass_on(&sender, &mut receiver).await,

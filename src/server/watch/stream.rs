@@ -180,8 +180,7 @@ impl Stream {
                 }
             }
             Some(RequestUnion::ProgressRequest(_)) => {
-                let floor = self.shared.cache.floor();
-                self.shared.cache.prefixes().iter().for_each(|prefix| prefix.want(floor));
+                self.shared.cache.prefixes().iter().for_each(|prefix| prefix.want(prefix.floor()));
                 if self.session.request_progress() {
                     self.ask_relays();
                 }

@@ -9,6 +9,7 @@ use super::{
     super::{
         history::History,
         record::{Item, Life, Target, Told},
+        timeline::Eras,
     },
     Breach, Case, Counts, brief,
     placing::Placing,
@@ -193,6 +194,11 @@ impl Replay<'_> {
         let missing = brief(self.history.watched(&self.life.request, next, self.case.end));
         Err(wrong(format!("from revision {next} on it misses:{missing}")))
     }
+}
+
+/// Whether the history of which a watcher was told something has ended, so that it has to be cancelled.
+pub fn is_outlived(life: &Life, eras: &Eras) -> bool {
+    life.items.iter().any(|item| eras.bound(item.tick, item.revision) < eras.last())
 }
 
 /// Whether a watcher that was sent everything before `next` has not been sent everything up to `end`.
