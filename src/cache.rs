@@ -181,7 +181,13 @@ impl Cache {
     /// nothing older is served, and nothing of another history.
     pub fn note_relayed(&self, revision: Revision, connection: ConnectionNumber) {
         self.0.heard.fetch_max(connection.0, Ordering::AcqRel);
-        self.0.prefixes.iter().for_each(|prefix| prefix.raise(revision, connection));
+        for prefix in &self.0.prefixes {
+            prefix.raise(revision, connection);
+            // At once: should the upstream be lost, it will be too late to ask.
+            if prefix.confirmed() < connection {
+                prefix.want_confirmed(connection);
+            }
+        }
     }
 
     /// Notes that the cluster has been compacted at `revision`.

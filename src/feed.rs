@@ -21,12 +21,13 @@ mod prove;
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tokio::{sync::watch, time::sleep};
 use tonic::Code;
 use tracing::{info, warn};
 
 use crate::{
-    proto::etcdserverpb::ResponseHeader,
+    proto::etcdserverpb::{RangeRequest, ResponseHeader},
     status::Status,
     store::{KeyRange, Position, Revision, Tree, Writer},
     upstream::{AuthState, ConnectionNumber, EndpointId, Link, Upstream},
@@ -45,6 +46,12 @@ pub struct Settings {
     /// How long the view may stay below a revision that is known to exist, without an event, before another endpoint is
     /// tried; ten times as long while there is no other.
     pub stall: Duration,
+}
+
+/// The cheapest question: who answers, and at which revision that member is.
+fn serializable_question() -> RangeRequest {
+    let key = Bytes::from_static(&[0]);
+    RangeRequest { key, serializable: true, count_only: true, ..Default::default() }
 }
 
 /// What the feed is doing, for those who read from its store.
@@ -290,10 +297,11 @@ impl Feed {
             self.enter(Phase::Proving);
         }
         let link = self.upstream.connect(at).await?;
-        let header = self.examine(&link).await?;
         let rebuilds = self.demand.borrow().rebuilds;
+        let witnessed = rebuilds == self.rebuilt && self.take_witness(&link).await;
+        let header = self.examine(&link).await?;
         let continuity = match rebuilds == self.rebuilt {
-            true => self.continuity(&link, &header).await?,
+            true => self.continuity(&link, &header, witnessed).await?,
             false => Continuity::Broken("the state was found to differ"),
         };
         match continuity {
@@ -308,6 +316,18 @@ impl Feed {
         self.rebuilt = rebuilds;
         self.note_responder(&header);
         self.follow(&link).await
+    }
+
+    /// Looks for proof that needs no consensus. With that, whatever the cluster is able to answer, the view may be read from
+    /// as when the upstream is gone.
+    async fn take_witness(&mut self, link: &Link) -> bool {
+        let newest = self.upstream.newest_connection();
+        let witnessed = self.is_loaded() && self.is_witnessed(link).await;
+        if witnessed {
+            self.confirm(newest);
+            self.lose();
+        }
+        witnessed
     }
 
     fn note_responder(&mut self, header: &ResponseHeader) {

@@ -11,11 +11,9 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use tokio::time::{sleep_until, timeout};
 
-use super::{DEADLINE, Demand, End, Feed, Phase, RANGE, decode::Response};
+use super::{DEADLINE, Demand, End, Feed, Phase, RANGE, decode::Response, serializable_question};
 use crate::{
-    proto::etcdserverpb::{
-        RangeRequest, WatchCreateRequest, WatchProgressRequest, WatchRequest, watch_request::RequestUnion,
-    },
+    proto::etcdserverpb::{WatchCreateRequest, WatchProgressRequest, WatchRequest, watch_request::RequestUnion},
     status::Status,
     store::{Change, KeyRange, Position, Revision},
     upstream::{AuthState, ConnectionNumber, EndpointId, Link, StreamReceiver, StreamSender},
@@ -255,9 +253,7 @@ impl Feed {
 /// Asks something over the feed's own connection, when the connection `newest` has been opened. The answer shows that both
 /// lead to the same server.
 async fn ask_again(link: &Link, newest: ConnectionNumber) -> Result<ConnectionNumber, End> {
-    let key = Bytes::from_static(&[0]);
-    let question = RangeRequest { key, serializable: true, count_only: true, ..Default::default() };
-    link.unary_raw(RANGE, &question, DEADLINE).await?;
+    link.unary_raw(RANGE, &serializable_question(), DEADLINE).await?;
     Ok(newest)
 }
 

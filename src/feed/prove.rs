@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{DEADLINE, End, Feed, RANGE, decode::Page, list::Listed};
+use super::{DEADLINE, End, Feed, RANGE, decode::Page, list::Listed, serializable_question};
 use crate::{
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
     status::Status,
@@ -28,14 +28,51 @@ pub(super) enum Continuity {
     Broken(&'static str),
 }
 
+/// Who is asked for proof.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Witness {
+    /// The cluster, through consensus.
+    Cluster,
+    /// The member at the other end, as it stands. It may be behind, but what it has, it has of its history.
+    Member,
+}
+
 impl Feed {
-    /// Compares the upstream that answered with `header` to the state.
-    pub(super) async fn continuity(&self, link: &Link, header: &ResponseHeader) -> Result<Continuity, End> {
+    /// Whether the member at the other end has the last event applied, so that its history is ours, whatever the cluster may
+    /// be able to say. False: that is not known.
+    pub(super) async fn is_witnessed(&self, link: &Link) -> bool {
+        let term = self.writer.store().view().responder.raft_term;
+        let answered = link.unary_raw(RANGE, &serializable_question(), DEADLINE).await;
+        let header = answered.ok().and_then(|message| Page::decode(&message).ok()?.header);
+        if header.is_none_or(|header| header.raft_term < term || !self.is_same_cluster(&header)) {
+            return false;
+        }
+        matches!(self.confirm_last(link, Witness::Member).await, Ok(Continuity::Proven))
+    }
+
+    fn is_same_cluster(&self, header: &ResponseHeader) -> bool {
+        header.cluster_id == self.writer.store().view().responder.cluster_id
+    }
+
+    async fn confirm_last(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
+        match self.writer.last_entry() {
+            Some(entry) => self.confirm_entry(link, witness, &entry).await,
+            None => self.confirm_list(link, witness).await,
+        }
+    }
+
+    /// Compares the upstream that answered with `header` to the state. `witnessed`: the last event has been found there.
+    pub(super) async fn continuity(
+        &self,
+        link: &Link,
+        header: &ResponseHeader,
+        witnessed: bool,
+    ) -> Result<Continuity, End> {
         let view = self.writer.store().view_owned();
         if !self.is_loaded() {
             return Ok(Continuity::Nothing);
         }
-        if header.cluster_id != view.responder.cluster_id {
+        if !self.is_same_cluster(header) {
             return Ok(Continuity::Broken("the cluster id is another"));
         }
         if header.revision < view.revision().0 {
@@ -44,16 +81,13 @@ impl Feed {
         if header.raft_term < view.responder.raft_term {
             return Ok(Continuity::Doubtful("the term has fallen"));
         }
-        match self.writer.last_entry() {
-            Some(entry) => self.confirm_entry(link, &entry).await,
-            None => self.confirm_list(link).await,
-        }
+        if witnessed { Ok(Continuity::Proven) } else { self.confirm_last(link, Witness::Cluster).await }
     }
 
     /// Looks for the last event applied, at its revision.
-    async fn confirm_entry(&self, link: &Link, entry: &Entry) -> Result<Continuity, End> {
+    async fn confirm_entry(&self, link: &Link, witness: Witness, entry: &Entry) -> Result<Continuity, End> {
         let Some(event) = entry.events.last() else { return Ok(Continuity::Doubtful("an entry without events")) };
-        let found = match self.record_at(link, event.record.key(), entry.revision).await? {
+        let found = match self.record_at(link, witness, event.record.key(), entry.revision).await? {
             Ok(found) => found,
             Err(doubt) => return Ok(doubt),
         };
@@ -61,14 +95,20 @@ impl Feed {
             EventKind::Put if found.as_ref().is_some_and(|found| found.same_version(&event.record)) => {
                 Ok(Continuity::Proven)
             }
-            EventKind::Delete if found.is_none() => self.confirm_deletion(link, event, entry.revision).await,
+            EventKind::Delete if found.is_none() => self.confirm_deletion(link, witness, event, entry.revision).await,
             _ => Ok(Continuity::Broken("the last event is not to be found")),
         }
     }
 
     /// A key that is absent proves nothing; it must have been there just before.
-    async fn confirm_deletion(&self, link: &Link, event: &Event, revision: Revision) -> Result<Continuity, End> {
-        let before = match self.record_at(link, event.record.key(), revision.previous()).await? {
+    async fn confirm_deletion(
+        &self,
+        link: &Link,
+        witness: Witness,
+        event: &Event,
+        revision: Revision,
+    ) -> Result<Continuity, End> {
+        let before = match self.record_at(link, witness, event.record.key(), revision.previous()).await? {
             Ok(before) => before,
             Err(doubt) => return Ok(doubt),
         };
@@ -81,7 +121,7 @@ impl Feed {
     }
 
     /// When nothing has happened since the list: as many keys at its revision, the newest one as it is here, and no newer.
-    async fn confirm_list(&self, link: &Link) -> Result<Continuity, End> {
+    async fn confirm_list(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
         let view = self.writer.store().view_owned();
         let Some(tree) = &view.tree else { return Ok(Continuity::Doubtful("there is no index")) };
         let revision = view.revision();
@@ -95,13 +135,13 @@ impl Feed {
             ..Default::default()
         };
         let newer = RangeRequest { min_mod_revision: bound.next().0, limit: 1, keys_only: true, ..everything.clone() };
-        let (count, none_newer) = match self.range_at(link, &newer).await? {
+        let (count, none_newer) = match self.range_at(link, witness, newer).await? {
             Ok((page, count)) => (count, page.records.is_empty()),
             Err(doubt) => return Ok(doubt),
         };
         let newest_same = match newest {
             None => true,
-            Some(newest) => match self.record_at(link, newest.key(), revision).await? {
+            Some(newest) => match self.record_at(link, witness, newest.key(), revision).await? {
                 Ok(found) => found.is_some_and(|found| found.same_version(newest)),
                 Err(doubt) => return Ok(doubt),
             },
@@ -114,15 +154,22 @@ impl Feed {
     async fn record_at(
         &self,
         link: &Link,
+        witness: Witness,
         key: &[u8],
         revision: Revision,
     ) -> Result<Result<Option<Arc<Record>>, Continuity>, End> {
         let request = RangeRequest { key: Bytes::copy_from_slice(key), revision: revision.0, ..Default::default() };
-        Ok(self.range_at(link, &request).await?.map(|(page, _)| page.records.into_iter().next()))
+        Ok(self.range_at(link, witness, request).await?.map(|(page, _)| page.records.into_iter().next()))
     }
 
-    async fn range_at(&self, link: &Link, request: &RangeRequest) -> Result<Result<(Page, i64), Continuity>, End> {
-        match link.unary_raw(RANGE, request, DEADLINE).await {
+    async fn range_at(
+        &self,
+        link: &Link,
+        witness: Witness,
+        request: RangeRequest,
+    ) -> Result<Result<(Page, i64), Continuity>, End> {
+        let request = RangeRequest { serializable: witness == Witness::Member, ..request };
+        match link.unary_raw(RANGE, &request, DEADLINE).await {
             Ok(message) => {
                 let count = crate::store::wire::Fields::of(&message)
                     .filter_map(Result::ok)
@@ -131,6 +178,9 @@ impl Feed {
                 Ok(Ok((Page::decode(&message)?, count)))
             }
             Err(status) if status == Status::COMPACTED => Ok(Err(Continuity::Doubtful("its revision is compacted"))),
+            Err(status) if status == Status::FUTURE_REVISION && witness == Witness::Member => {
+                Ok(Err(Continuity::Doubtful("the member is behind")))
+            }
             Err(status) if status == Status::FUTURE_REVISION => Ok(Err(Continuity::Broken("the revision went back"))),
             Err(status) => Err(status.into()),
         }
