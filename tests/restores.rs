@@ -12,6 +12,7 @@ use support::{
     fault::{FaultProxy, Faults},
     informer::{Informer, list},
     millpond::Millpond,
+    operation::range,
     toolchain::Release,
     watching::{WatchStream, create},
 };
@@ -132,4 +133,36 @@ async fn another_cluster_in_its_place() {
         direct.put(format!("k/{number:03}"), "another").await.unwrap();
     }
     stage.everyone_learns_of_it().await;
+}
+
+/// The last event of the prefix is in both histories; what came after it, in other prefixes, is not. The view has got past
+/// that, and the new history has events of the prefix there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_that_shares_the_last_event_of_a_quiet_prefix() {
+    let mut cluster = Cluster::single(Release::newest()).await;
+    let proxy = FaultProxy::start(&cluster.endpoint(0)).await;
+    let mut millpond = Millpond::start(std::slice::from_ref(&proxy.endpoint), &["--prefixes=k/"]).await;
+    let client = millpond.client();
+    client.put("k/00", "backed up").await.unwrap();
+    let backup = cluster.save_snapshot("backup.db").await;
+    for number in 0..10 {
+        client.put(format!("other/{number}"), "lost").await.unwrap();
+    }
+    // A consistent read brings the view of the prefix to the last revision, which has no event of the prefix.
+    assert_eq!(client.range(range("k/", "k0")).await.unwrap().count, 1);
+    let open = WatchStream::open(&client).await;
+    open.create(create("k/", "k0", 0));
+    open.until_count(1).await;
+    proxy.set(Faults { refuse: true, ..Faults::default() });
+    proxy.reset();
+    cluster.restore(&backup, &[]).await;
+    let direct = cluster.client(0);
+    for number in 1..=20 {
+        direct.put(format!("k/{number:02}"), "another").await.unwrap();
+    }
+    proxy.heal();
+    open.until("a cancelled watch", |all| all.iter().any(|response| response.canceled)).await;
+    let found = client.range(range("k/", "k0")).await.unwrap();
+    assert_eq!(found.kvs, direct.range(range("k/", "k0")).await.unwrap().kvs);
+    millpond.assert_well();
 }

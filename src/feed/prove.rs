@@ -55,10 +55,11 @@ impl Feed {
     }
 
     async fn confirm_last(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
-        match self.writer.last_entry() {
-            Some(entry) => self.confirm_entry(link, witness, &entry).await,
-            None => self.confirm_list(link, witness).await,
-        }
+        let Some(entry) = self.writer.last_entry() else { return self.confirm_list(link, witness).await };
+        let confirmed = self.confirm_entry(link, witness, &entry).await?;
+        // Progress has brought the view further; in another history something may have happened since.
+        let quiet_since = confirmed == Continuity::Proven && entry.revision < self.writer.position().revision;
+        if quiet_since { self.confirm_quiet(link, witness, entry.revision).await } else { Ok(confirmed) }
     }
 
     /// Compares the upstream that answered with `header` to the state. `witnessed`: the last event has been found there.
@@ -120,34 +121,43 @@ impl Feed {
         Ok(if same { Continuity::Proven } else { Continuity::Broken("the last deletion did not happen there") })
     }
 
-    /// When nothing has happened since the list: as many keys at its revision, the newest one as it is here, and no newer.
+    /// When nothing has happened since the list: the newest key is as it is here, and nothing has happened since that.
     async fn confirm_list(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
         let view = self.writer.store().view_owned();
         let Some(tree) = &view.tree else { return Ok(Continuity::Doubtful("there is no index")) };
-        let revision = view.revision();
-        let newest = tree.iter_from(b"").max_by_key(|record| record.mod_revision());
-        let bound = newest.map_or(Revision::ZERO, |record| record.mod_revision());
+        let Some(newest) = tree.iter_from(b"").max_by_key(|record| record.mod_revision()) else {
+            return self.confirm_quiet(link, witness, Revision::ZERO).await;
+        };
+        match self.record_at(link, witness, newest.key(), view.revision()).await? {
+            Ok(Some(found)) if found.same_version(newest) => {
+                self.confirm_quiet(link, witness, newest.mod_revision()).await
+            }
+            Ok(_) => Ok(Continuity::Broken("the listed state is not to be found")),
+            Err(doubt) => Ok(doubt),
+        }
+    }
+
+    /// Whether nothing has happened to the keys after `bound` up to our own revision: there are as many, and none is newer.
+    async fn confirm_quiet(&self, link: &Link, witness: Witness, bound: Revision) -> Result<Continuity, End> {
+        let view = self.writer.store().view_owned();
         let range = &self.settings.range;
-        let everything = RangeRequest {
+        let newer = RangeRequest {
             key: range.request_key(),
             range_end: range.request_end(),
-            revision: revision.0,
+            revision: view.revision().0,
+            min_mod_revision: bound.next().0,
+            limit: 1,
+            keys_only: true,
             ..Default::default()
         };
-        let newer = RangeRequest { min_mod_revision: bound.next().0, limit: 1, keys_only: true, ..everything.clone() };
-        let (count, none_newer) = match self.range_at(link, witness, newer).await? {
-            Ok((page, count)) => (count, page.records.is_empty()),
-            Err(doubt) => return Ok(doubt),
-        };
-        let newest_same = match newest {
-            None => true,
-            Some(newest) => match self.record_at(link, witness, newest.key(), revision).await? {
-                Ok(found) => found.is_some_and(|found| found.same_version(newest)),
-                Err(doubt) => return Ok(doubt),
-            },
-        };
-        let same = count == tree.len() as i64 && none_newer && newest_same;
-        Ok(if same { Continuity::Proven } else { Continuity::Broken("the listed state is not to be found") })
+        match self.range_at(link, witness, newer).await? {
+            Ok((page, count)) => {
+                let as_many = view.tree.as_ref().is_none_or(|tree| count == tree.len() as i64);
+                let same = as_many && page.records.is_empty();
+                Ok(if same { Continuity::Proven } else { Continuity::Broken("other things have happened there") })
+            }
+            Err(doubt) => Ok(doubt),
+        }
     }
 
     /// The record of `key` at `revision`, or what it means that the upstream does not tell.
