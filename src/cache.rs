@@ -9,7 +9,6 @@
 
 mod check;
 mod consensus;
-mod floor;
 mod metrics;
 mod prefix;
 

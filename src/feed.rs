@@ -14,12 +14,16 @@
 //! is ever made up from the difference of two states.
 
 mod decode;
+mod floor;
 mod follow;
 mod list;
 mod metrics;
 mod prove;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use tokio::{sync::watch, time::sleep};
@@ -32,6 +36,7 @@ use crate::{
     store::{KeyRange, Position, Revision, Tree, Writer},
     upstream::{AuthState, ConnectionNumber, EndpointId, Link, Upstream},
 };
+pub use floor::Floor;
 use list::Listed;
 pub use metrics::Metrics;
 use prove::Continuity;
@@ -137,6 +142,7 @@ pub struct Feed {
     settings: Settings,
     writer: Writer,
     demand: watch::Receiver<Demand>,
+    floor: Arc<Floor>,
     phase: watch::Sender<Phase>,
     trust: watch::Sender<Trust>,
     /// Since when the view has not been known to be the upstream's present.
@@ -159,12 +165,13 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const RANGE: &str = "/etcdserverpb.KV/Range";
 
 impl Feed {
-    /// A feed that fills `writer`'s store. [`Feed::run`] is to be spawned.
+    /// A feed that fills `writer`'s store. `floor` has what clients are told by others. [`Feed::run`] is to be spawned.
     pub fn new(
         upstream: Upstream,
         settings: Settings,
         writer: Writer,
         demand: watch::Receiver<Demand>,
+        floor: Arc<Floor>,
         metrics: Metrics,
     ) -> (Self, Signals) {
         let (phase, phases) = watch::channel(Phase::Cold);
@@ -175,6 +182,7 @@ impl Feed {
             settings,
             writer,
             demand,
+            floor,
             phase,
             trust,
             lost: None,
@@ -299,9 +307,11 @@ impl Feed {
         let link = self.upstream.connect(at).await?;
         let rebuilds = self.demand.borrow().rebuilds;
         let witnessed = rebuilds == self.rebuilt && self.take_witness(&link).await;
+        // Before the question: the cluster must have had this much when it answers.
+        let told = self.floor.revision();
         let header = self.examine(&link).await?;
         let continuity = match rebuilds == self.rebuilt {
-            true => self.continuity(&link, &header, witnessed).await?,
+            true => self.continuity(&link, &header, told, witnessed).await?,
             false => Continuity::Broken("the state was found to differ"),
         };
         match continuity {

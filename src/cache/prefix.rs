@@ -4,10 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::watch, task::AbortHandle};
 
-use super::{Settings, floor::Floor};
+use super::Settings;
 use crate::{
     fanout::Hub,
-    feed::{self, Demand, Feed, Phase, Signals, Trust},
+    feed::{self, Demand, Feed, Floor, Phase, Signals, Trust},
+    proto::mvccpb,
     store::{KeyRange, Position, Revision, Store},
     upstream::{ConnectionNumber, Upstream},
 };
@@ -40,8 +41,8 @@ impl Prefix {
             cache_bytes: settings.cache_bytes / settings.prefixes.len().max(1),
             stall: settings.view_patience,
         };
-        let (feed, signals) = Feed::new(upstream.clone(), feed_settings, writer, demands, metrics);
         let floor = Arc::new(Floor::default());
+        let (feed, signals) = Feed::new(upstream.clone(), feed_settings, writer, demands, floor.clone(), metrics);
         let tasks = [
             tokio::spawn(feed.run()).abort_handle(),
             tokio::spawn(hub.clone().run()).abort_handle(),
@@ -88,6 +89,11 @@ impl Prefix {
     /// The highest revision that clients were given from elsewhere.
     pub fn floor(&self) -> Revision {
         self.floor.revision()
+    }
+
+    /// Notes an event that a watcher is sent from elsewhere, by a server that `connection` leads to.
+    pub fn note_event(&self, event: &mvccpb::Event, connection: ConnectionNumber) {
+        self.floor.note_event(event, connection);
     }
 
     /// Notes that a client was given `revision` from elsewhere, by a server that `connection` leads to.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{DEADLINE, End, Feed, RANGE, decode::Page, list::Listed, serializable_question};
+use super::{DEADLINE, End, Feed, RANGE, decode::Page, floor::Seen, list::Listed, serializable_question};
 use crate::{
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
     status::Status,
@@ -55,6 +55,29 @@ impl Feed {
     }
 
     async fn confirm_last(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
+        let ours = self.confirm_state(link, witness).await?;
+        match self.floor.event().filter(|seen| seen.revision > self.writer.position().revision) {
+            Some(seen) if ours == Continuity::Proven => self.confirm_seen(link, witness, &seen).await,
+            _ => Ok(ours),
+        }
+    }
+
+    /// Looks for an event that a client was sent, of which the view does not know yet.
+    async fn confirm_seen(&self, link: &Link, witness: Witness, seen: &Seen) -> Result<Continuity, End> {
+        let found = match self.record_at(link, witness, &seen.key, seen.revision).await? {
+            Ok(found) => found.map(|found| (found.create_revision(), found.version(), found.mod_revision())),
+            Err(doubt) => return Ok(doubt),
+        };
+        let expected = seen.put.map(|(created, version)| (created, version, seen.revision));
+        let same = found == expected;
+        Ok(if same {
+            Continuity::Proven
+        } else {
+            Continuity::Broken("an event that a watcher was sent is not to be found")
+        })
+    }
+
+    async fn confirm_state(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
         let Some(entry) = self.writer.last_entry() else { return self.confirm_list(link, witness).await };
         let confirmed = self.confirm_entry(link, witness, &entry).await?;
         // Progress has brought the view further; in another history something may have happened since.
@@ -62,11 +85,13 @@ impl Feed {
         if quiet_since { self.confirm_quiet(link, witness, entry.revision).await } else { Ok(confirmed) }
     }
 
-    /// Compares the upstream that answered with `header` to the state. `witnessed`: the last event has been found there.
+    /// Compares the upstream that answered with `header` to the state. `told`: what clients had been told of before it was
+    /// asked. `witnessed`: the last event has been found there.
     pub(super) async fn continuity(
         &self,
         link: &Link,
         header: &ResponseHeader,
+        told: Revision,
         witnessed: bool,
     ) -> Result<Continuity, End> {
         let view = self.writer.store().view_owned();
@@ -76,7 +101,7 @@ impl Feed {
         if !self.is_same_cluster(header) {
             return Ok(Continuity::Broken("the cluster id is another"));
         }
-        if header.revision < view.revision().0 {
+        if header.revision < view.revision().max(told).0 {
             return Ok(Continuity::Broken("the revision went back"));
         }
         if header.raft_term < view.responder.raft_term {

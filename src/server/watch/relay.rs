@@ -13,6 +13,7 @@ use tokio::{
 
 use super::Shared;
 use crate::{
+    cache::Prefix,
     fanout::{Hub, Relay},
     proto::etcdserverpb::{
         WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse, watch_create_request::FilterType,
@@ -110,16 +111,17 @@ impl Task {
     /// Whether what comes over `connection` follows on what was relayed before. If not, the upstream has come back with
     /// another history, and the session learns from its hub that the watcher is to be cancelled.
     async fn follows_on(&mut self, connection: ConnectionNumber) -> bool {
-        let Some(prefix) = self.shared.cache.prefixes().get(self.relay.lane.unwrap_or(0)) else { return true };
+        let Some(prefix) = self.prefix() else { return true };
         let epoch = || prefix.store().view().position.epoch;
         if epoch() == NOTHING_LOADED {
             return true;
         }
         prefix.confirm(connection).await;
+        let now = epoch();
         if self.epoch == NOTHING_LOADED {
-            self.epoch = epoch();
+            self.epoch = now;
         }
-        self.epoch == epoch()
+        self.epoch == now
     }
 
     /// Room among the relays of its kind. Those that end by themselves queue for it; the others do not.
@@ -168,7 +170,7 @@ impl Task {
         let trusted = self.shared.cache.gate().progress_is_proof;
         // Etcd may send progress ahead of `created`, and of events that it holds back until then: nobody asks before.
         let created = receiver.next().await;
-        if let Some(end) = self.take_message(created, trusted).await {
+        if let Some(end) = self.take_message(created, receiver.connection(), trusted).await {
             return end;
         }
         // One that ends by itself asks for progress by itself, for a quiet range has no events that show how far it is.
@@ -188,22 +190,28 @@ impl Task {
                     continue;
                 }
             };
-            if let Some(end) = self.take_message(message, trusted).await {
+            if let Some(end) = self.take_message(message, receiver.connection(), trusted).await {
                 return end;
             }
         }
     }
 
-    async fn take_message(&mut self, message: Option<Result<Bytes, Status>>, trusted: bool) -> Option<End> {
+    async fn take_message(
+        &mut self,
+        message: Option<Result<Bytes, Status>>,
+        connection: ConnectionNumber,
+        trusted: bool,
+    ) -> Option<End> {
         match message.map(|message| message.map(WatchResponse::decode)) {
-            Some(Ok(Ok(response))) => self.take(response, trusted).await,
+            Some(Ok(Ok(response))) => self.take(response, connection, trusted).await,
             Some(Ok(Err(error))) => Some(End::Failed(Status::unavailable(error.to_string()))),
             Some(Err(status)) => Some(End::Failed(status)),
             None => Some(End::Failed(Status::unavailable("the upstream ended the watch"))),
         }
     }
 
-    async fn take(&mut self, response: WatchResponse, trusted: bool) -> Option<End> {
+    async fn take(&mut self, response: WatchResponse, connection: ConnectionNumber, trusted: bool) -> Option<End> {
+        self.note(&response, connection);
         let (slot, serial) = (self.relay.slot, self.relay.serial);
         let revision = response.header.as_ref().map_or(0, |header| header.revision);
         let last = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back();
@@ -219,6 +227,20 @@ impl Task {
             return Some(End::Over);
         }
         if self.has_arrived() { Some(self.report(Report::Reached(slot, serial)).await) } else { None }
+    }
+
+    /// What the client is about to be told has to be found in the history that the cache goes on with.
+    fn note(&self, response: &WatchResponse, connection: ConnectionNumber) {
+        let cache = &self.shared.cache;
+        if let (Some(prefix), Some(event)) = (self.prefix(), response.events.last()) {
+            prefix.note_event(event, connection);
+        }
+        cache.note_relayed(Revision(response.header.as_ref().map_or(0, |header| header.revision)), connection);
+    }
+
+    /// The prefix whose history decides over the watcher.
+    fn prefix(&self) -> Option<&Prefix> {
+        self.shared.cache.prefixes().get(self.relay.lane.unwrap_or(0))
     }
 
     /// Whether the history window holds everything that is still to come.

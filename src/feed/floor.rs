@@ -1,0 +1,138 @@
+//! What clients were told of a prefix by others than its view: the highest revision, below which nothing is served, and the
+//! newest event, which is to be found in the history that the view goes on with.
+
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicI64, Ordering},
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use crate::{proto::mvccpb, store::Revision, upstream::ConnectionNumber};
+
+/// Connections whose answers are kept apart; of more than that, the oldest are taken together.
+const REMEMBERED: usize = 256;
+
+/// What clients were told by others. Only a change of history takes back any of it.
+#[derive(Debug, Default)]
+pub struct Floor {
+    /// The highest of `heard`. Changed under its lock.
+    revision: AtomicI64,
+    heard: Mutex<Heard>,
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    /// The highest revision over each connection.
+    revisions: BTreeMap<ConnectionNumber, Revision>,
+    event: Option<(ConnectionNumber, Seen)>,
+}
+
+/// An event that a client was sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Seen {
+    pub(super) key: Bytes,
+    pub(super) revision: Revision,
+    /// The create revision and the version of what was put; none: it was deleted.
+    pub(super) put: Option<(Revision, i64)>,
+}
+
+impl Floor {
+    /// The highest revision that a client was told.
+    pub fn revision(&self) -> Revision {
+        Revision(self.revision.load(Ordering::Acquire))
+    }
+
+    /// Notes what a client is told over `connection`.
+    pub fn raise(&self, revision: Revision, connection: ConnectionNumber) {
+        let mut heard = self.heard.lock();
+        let highest = heard.revisions.entry(connection).or_default();
+        *highest = revision.max(*highest);
+        if heard.revisions.len() > REMEMBERED
+            && let Some((_, oldest)) = heard.revisions.pop_first()
+            && let Some(mut next) = heard.revisions.first_entry()
+        {
+            // Counted with a newer connection, it may survive its history: the floor is too high then, never too low.
+            *next.get_mut() = oldest.max(*next.get());
+        }
+        self.revision.fetch_max(revision.0, Ordering::AcqRel);
+    }
+
+    /// Notes an event that a client is sent over `connection`.
+    pub fn note_event(&self, event: &mvccpb::Event, connection: ConnectionNumber) {
+        let Some(record) = &event.kv else { return };
+        let mut heard = self.heard.lock();
+        if heard.event.as_ref().is_none_or(|(_, seen)| seen.revision.0 < record.mod_revision) {
+            let put = event.r#type() == mvccpb::event::EventType::Put;
+            let seen = Seen {
+                key: Bytes::copy_from_slice(&record.key),
+                revision: Revision(record.mod_revision),
+                put: put.then_some((Revision(record.create_revision), record.version)),
+            };
+            heard.event = Some((connection, seen));
+        }
+    }
+
+    /// The newest event that a client was sent.
+    pub(super) fn event(&self) -> Option<Seen> {
+        self.heard.lock().event.as_ref().map(|(_, seen)| seen.clone())
+    }
+
+    /// The history has changed: what was heard over connections up to `parted` is of the one that has ended.
+    pub fn sink(&self, parted: ConnectionNumber) {
+        let mut heard = self.heard.lock();
+        heard.revisions.retain(|connection, _| *connection > parted);
+        heard.event.take_if(|(connection, _)| *connection <= parted);
+        let highest = heard.revisions.values().max().copied().unwrap_or_default();
+        self.revision.store(highest.0, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn floor(heard: &[(i64, u64)]) -> Floor {
+        let floor = Floor::default();
+        heard.iter().for_each(|(revision, connection)| floor.raise(Revision(*revision), ConnectionNumber(*connection)));
+        floor
+    }
+
+    #[test]
+    fn sinks_to_what_was_heard_of_the_history_that_goes_on() {
+        let floor = floor(&[(100, 1), (90, 2), (7, 3), (5, 4)]);
+        assert_eq!(floor.revision(), Revision(100));
+        floor.sink(ConnectionNumber(2));
+        assert_eq!(floor.revision(), Revision(7));
+        floor.raise(Revision(6), ConnectionNumber(4));
+        assert_eq!(floor.revision(), Revision(7));
+        floor.sink(ConnectionNumber(9));
+        assert_eq!(floor.revision(), Revision::ZERO);
+    }
+
+    #[test]
+    fn of_many_connections_the_oldest_are_taken_together() {
+        let heard: Vec<_> = (0..10 * REMEMBERED as u64).map(|number| (5000 - number as i64, number)).collect();
+        let floor = floor(&heard);
+        assert_eq!(floor.heard.lock().revisions.len(), REMEMBERED);
+        floor.sink(ConnectionNumber(0));
+        assert_eq!(floor.revision(), Revision(5000));
+    }
+
+    #[test]
+    fn the_newest_event_is_kept_until_its_history_ends() {
+        let floor = Floor::default();
+        let event = |mod_revision, version| {
+            let record = mvccpb::KeyValue { key: "k".into(), mod_revision, version, ..Default::default() };
+            mvccpb::Event { kv: Some(record), ..Default::default() }
+        };
+        floor.note_event(&event(7, 2), ConnectionNumber(3));
+        floor.note_event(&event(5, 1), ConnectionNumber(4));
+        let seen = Seen { key: "k".into(), revision: Revision(7), put: Some((Revision::ZERO, 2)) };
+        floor.sink(ConnectionNumber(2));
+        assert_eq!(floor.event(), Some(seen));
+        floor.sink(ConnectionNumber(3));
+        assert_eq!(floor.event(), None);
+    }
+}
