@@ -189,6 +189,14 @@ impl Cache {
         }
     }
 
+    /// Notes that a client is told over `connection` that it has put `key`: this is to be found in the history that the
+    /// cache goes on with.
+    pub fn note_put(&self, key: &[u8], revision: Revision, connection: ConnectionNumber) {
+        if let Some(prefix) = self.0.prefixes.iter().find(|prefix| prefix.range().contains(key)) {
+            prefix.note_put(key, revision, connection);
+        }
+    }
+
     /// Notes that the cluster has been compacted at `revision`.
     pub fn note_compacted(&self, revision: Revision) {
         self.0.prefixes.iter().for_each(|prefix| prefix.note_compacted(revision));

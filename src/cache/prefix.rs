@@ -96,6 +96,14 @@ impl Prefix {
         self.floor.note_event(event, connection);
     }
 
+    /// Notes that a client is told, by a server that `connection` leads to, that it has put `key`.
+    pub(super) fn note_put(&self, key: &[u8], revision: Revision, connection: ConnectionNumber) {
+        // What the view knows already needs no other witness.
+        if self.store.view().revision() < revision {
+            self.floor.note_put(key, revision, connection);
+        }
+    }
+
     /// Notes that a client was given `revision` from elsewhere, by a server that `connection` leads to.
     pub(super) fn raise(&self, revision: Revision, connection: ConnectionNumber) {
         self.floor.raise(revision, connection);

@@ -29,13 +29,21 @@ struct Heard {
     event: Option<(ConnectionNumber, Seen)>,
 }
 
-/// An event that a client was sent.
+/// An event that a client knows of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
     pub(super) key: Bytes,
     pub(super) revision: Revision,
-    /// The create revision and the version of what was put; none: it was deleted.
-    pub(super) put: Option<(Revision, i64)>,
+    pub(super) what: What,
+}
+
+/// What a client knows of an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum What {
+    /// It was a put; with the create revision and the version, if they were told.
+    Put(Option<(Revision, i64)>),
+    /// It was a deletion.
+    Delete,
 }
 
 impl Floor {
@@ -62,19 +70,26 @@ impl Floor {
     /// Notes an event that a client is sent over `connection`.
     pub fn note_event(&self, event: &mvccpb::Event, connection: ConnectionNumber) {
         let Some(record) = &event.kv else { return };
+        let what = match event.r#type() {
+            mvccpb::event::EventType::Put => What::Put(Some((Revision(record.create_revision), record.version))),
+            mvccpb::event::EventType::Delete => What::Delete,
+        };
+        self.note(&record.key, Revision(record.mod_revision), what, connection);
+    }
+
+    /// Notes that a client is told over `connection` that it has put `key`.
+    pub fn note_put(&self, key: &[u8], revision: Revision, connection: ConnectionNumber) {
+        self.note(key, revision, What::Put(None), connection);
+    }
+
+    fn note(&self, key: &[u8], revision: Revision, what: What, connection: ConnectionNumber) {
         let mut heard = self.heard.lock();
-        if heard.event.as_ref().is_none_or(|(_, seen)| seen.revision.0 < record.mod_revision) {
-            let put = event.r#type() == mvccpb::event::EventType::Put;
-            let seen = Seen {
-                key: Bytes::copy_from_slice(&record.key),
-                revision: Revision(record.mod_revision),
-                put: put.then_some((Revision(record.create_revision), record.version)),
-            };
-            heard.event = Some((connection, seen));
+        if heard.event.as_ref().is_none_or(|(_, seen)| seen.revision < revision) {
+            heard.event = Some((connection, Seen { key: Bytes::copy_from_slice(key), revision, what }));
         }
     }
 
-    /// The newest event that a client was sent.
+    /// The newest event that a client knows of.
     pub(super) fn event(&self) -> Option<Seen> {
         self.heard.lock().event.as_ref().map(|(_, seen)| seen.clone())
     }
@@ -129,7 +144,8 @@ mod tests {
         };
         floor.note_event(&event(7, 2), ConnectionNumber(3));
         floor.note_event(&event(5, 1), ConnectionNumber(4));
-        let seen = Seen { key: "k".into(), revision: Revision(7), put: Some((Revision::ZERO, 2)) };
+        let what = What::Put(Some((Revision::ZERO, 2)));
+        let seen = Seen { key: "k".into(), revision: Revision(7), what };
         floor.sink(ConnectionNumber(2));
         assert_eq!(floor.event(), Some(seen));
         floor.sink(ConnectionNumber(3));

@@ -7,7 +7,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{DEADLINE, End, Feed, RANGE, decode::Page, floor::Seen, list::Listed, serializable_question};
+use super::{
+    DEADLINE, End, Feed, RANGE,
+    decode::Page,
+    floor::{Seen, What},
+    list::Listed,
+    serializable_question,
+};
 use crate::{
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
     status::Status,
@@ -62,19 +68,21 @@ impl Feed {
         }
     }
 
-    /// Looks for an event that a client was sent, of which the view does not know yet.
+    /// Looks for an event that a client knows of, of which the view does not know yet.
     async fn confirm_seen(&self, link: &Link, witness: Witness, seen: &Seen) -> Result<Continuity, End> {
         let found = match self.record_at(link, witness, &seen.key, seen.revision).await? {
-            Ok(found) => found.map(|found| (found.create_revision(), found.version(), found.mod_revision())),
+            Ok(found) => found,
             Err(doubt) => return Ok(doubt),
         };
-        let expected = seen.put.map(|(created, version)| (created, version, seen.revision));
-        let same = found == expected;
-        Ok(if same {
-            Continuity::Proven
-        } else {
-            Continuity::Broken("an event that a watcher was sent is not to be found")
-        })
+        let same = match (seen.what, &found) {
+            (What::Put(known), Some(found)) => {
+                let as_told = known.is_none_or(|known| known == (found.create_revision(), found.version()));
+                as_told && found.mod_revision() == seen.revision
+            }
+            (What::Delete, None) => true,
+            _ => false,
+        };
+        Ok(if same { Continuity::Proven } else { Continuity::Broken("an event that a client knows of is not there") })
     }
 
     async fn confirm_state(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
@@ -103,6 +111,9 @@ impl Feed {
         }
         if header.revision < view.revision().max(told).0 {
             return Ok(Continuity::Broken("the revision went back"));
+        }
+        if header.raft_term < view.responder.raft_term && told > view.revision() {
+            return Ok(Continuity::Broken("the term has fallen, and clients know more than can be compared"));
         }
         if header.raft_term < view.responder.raft_term {
             return Ok(Continuity::Doubtful("the term has fallen"));

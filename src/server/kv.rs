@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     cache::{Cache, Proof, Stamp, Unserved},
-    proto::etcdserverpb::{CompactionRequest, ResponseHeader},
+    proto::etcdserverpb::{CompactionRequest, PutRequest, ResponseHeader},
     status::Status,
     store::{KeyRange, Revision, View},
     upstream::{ConnectionNumber, RequestBody, grpc},
@@ -135,7 +135,8 @@ impl Kv {
             "RangeStream" => self.range_stream(call(message)).await,
             "Txn" => self.txn(call(message)).await,
             "Compact" => self.compact(call(message)).await,
-            "Put" | "DeleteRange" => Ok(self.relay(call(message), Consensus::Proof).await),
+            "Put" => Ok(self.put(call(message)).await),
+            "DeleteRange" => Ok(self.relay(call(message), Consensus::Proof).await),
             _ => Ok(self.relay(call(message), Consensus::Hearsay).await),
         };
         answered.unwrap_or_else(|status| response::error(&status))
@@ -143,19 +144,25 @@ impl Kv {
 
     /// Relays the call and takes note of what its answer shows.
     async fn relay(&self, call: Call<'_>, consensus: Consensus) -> Response<Body> {
-        self.relay_noting(call, consensus, None).await
+        self.relay_noting(call, consensus, Write::Other).await
     }
 
-    async fn relay_noting(&self, call: Call<'_>, consensus: Consensus, compaction: Option<Revision>) -> Response<Body> {
+    async fn relay_noting(&self, call: Call<'_>, consensus: Consensus, write: Write) -> Response<Body> {
         let sent = (consensus == Consensus::Proof).then(|| self.cache.consensus().stamp());
-        let observer = Observer { cache: self.cache.clone(), sent, compaction };
+        let observer = Observer { cache: self.cache.clone(), sent, write };
         let request = Request::from_parts(call.head, RequestBody::full(framed(&call.message)));
         forward(self.cache.upstream(), call.connection, request, Some(Arc::new(observer))).await
     }
 
+    async fn put(&self, call: Call<'_>) -> Response<Body> {
+        let put = PutRequest::decode(call.message.clone()).map(|request| Write::Put(request.key));
+        self.relay_noting(call, Consensus::Proof, put.unwrap_or(Write::Other)).await
+    }
+
     async fn compact(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
-        let revision = CompactionRequest::decode(call.message.clone()).map(|request| Revision(request.revision)).ok();
-        Ok(self.relay_noting(call, Consensus::Proof, revision).await)
+        let compact = CompactionRequest::decode(call.message.clone());
+        let compact = compact.map(|request| Write::Compact(Revision(request.revision)));
+        Ok(self.relay_noting(call, Consensus::Proof, compact.unwrap_or(Write::Other)).await)
     }
 
     /// The view that a read of `range` may be answered from.
@@ -171,7 +178,7 @@ impl Kv {
 
 /// An observer for relayed answers of other services, and of the JSON gateway: nothing older is served from then on.
 pub fn relayed_observer(cache: &Cache) -> Arc<dyn AnswerObserver> {
-    Arc::new(Observer { cache: cache.clone(), sent: None, compaction: None })
+    Arc::new(Observer { cache: cache.clone(), sent: None, write: Write::Other })
 }
 
 /// Takes note of a relayed answer before the client can read it.
@@ -179,7 +186,14 @@ struct Observer {
     cache: Cache,
     /// Drawn before the request was sent, if it goes through consensus.
     sent: Option<Stamp>,
-    compaction: Option<Revision>,
+    write: Write,
+}
+
+/// What a relayed call does, as far as its success tells something that its answer does not.
+enum Write {
+    Put(Bytes),
+    Compact(Revision),
+    Other,
 }
 
 impl AnswerObserver for Observer {
@@ -188,8 +202,10 @@ impl AnswerObserver for Observer {
         if let (Some(sent), Some(proof)) = (self.sent, Proof::of(&header, connection)) {
             self.cache.consensus().note(sent, proof);
         }
-        if let Some(compacted) = self.compaction {
-            self.cache.note_compacted(compacted);
+        match &self.write {
+            Write::Put(key) => self.cache.note_put(key, Revision(header.revision), connection),
+            Write::Compact(revision) => self.cache.note_compacted(*revision),
+            Write::Other => {}
         }
     }
 }

@@ -59,8 +59,7 @@ fn changes(case: &Case) -> Vec<Breach> {
 fn judge_life(case: &Case, placing: &Placing, counts: &mut Counts, life: &Life) -> Option<Breach> {
     count(life, counts);
     let first = placing.first_era(life);
-    let bounds = life.items.iter().map(|item| case.eras.bound(item.tick, item.revision));
-    let last = bounds.min().unwrap_or(case.eras.last());
+    let last = last_era(life, &case.eras);
     // Who is still alive must be in step with what there is now.
     let lowest = if life.over { first } else { case.eras.last() };
     let mut nearest: Option<Wrong> = None;
@@ -198,7 +197,15 @@ impl Replay<'_> {
 
 /// Whether the history of which a watcher was told something has ended, so that it has to be cancelled.
 pub fn is_outlived(life: &Life, eras: &Eras) -> bool {
-    life.items.iter().any(|item| eras.bound(item.tick, item.revision) < eras.last())
+    last_era(life, eras) < eras.last()
+}
+
+/// The last era that a watcher can belong to, after what it has been told.
+fn last_era(life: &Life, eras: &Eras) -> usize {
+    // Who named its start is told the present by its creation, but nothing follows from that.
+    let binds = |item: &&Item| life.request.start_revision == 0 || !matches!(item.told, Told::Created | Told::Resumed);
+    let bounds = life.items.iter().filter(binds).map(|item| eras.bound(item.tick, item.revision));
+    bounds.min().unwrap_or(eras.last())
 }
 
 /// Whether a watcher that was sent everything before `next` has not been sent everything up to `end`.
