@@ -97,9 +97,9 @@ impl Eras {
         asked.map(|(_, revision)| *revision).max().unwrap_or(0)
     }
 
-    /// Whether the history that was answered from before `earlier` may have ended by `later`.
-    pub fn ended_between(&self, earlier: Tick, later: Tick) -> bool {
-        self.0.iter().filter_map(|era| era.closed).any(|closed| earlier <= closed && closed <= later)
+    /// Whether `era` had ended by `tick`.
+    pub fn has_ended(&self, era: usize, tick: Tick) -> bool {
+        self.0[era].closed.is_some_and(|closed| closed < tick)
     }
 
     /// The last era to which somebody may belong who was told of `revision` at `tick`: after a history has ended, what it
@@ -126,7 +126,7 @@ mod tests {
         assert_eq!(eras.bound(told, 11), 0);
         assert_eq!(eras.bound(told, 10), 1);
         assert_eq!(eras.bound(timeline.tick(), 11), 1);
-        assert!(eras.ended_between(told, timeline.tick()));
+        assert!(eras.has_ended(0, timeline.tick()) && !eras.has_ended(0, told));
         assert_eq!((eras.at(told), eras.at(timeline.tick())), (0, 1));
     }
 }

@@ -1,7 +1,10 @@
 //! Watches: each watcher was sent exactly the events of its range from its start on, in order, each revision whole, none
 //! missing and none twice; and what it was told of its progress was so.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 use millpond::proto::mvccpb::Event;
 
@@ -58,25 +61,64 @@ fn changes(case: &Case) -> Vec<Breach> {
 
 fn judge_life(case: &Case, placing: &Placing, counts: &mut Counts, life: &Life) -> Option<Breach> {
     count(life, counts);
-    let first = placing.first_era(life);
-    let last = last_era(life, &case.eras);
-    // Who is still alive must be in step with what there is now.
-    let lowest = if life.over { first } else { case.eras.last() };
-    let mut nearest: Option<Wrong> = None;
-    for era in lowest..=last {
-        let replay = Replay { case, life, era, history: &case.histories[era] };
-        match replay.run() {
-            Ok(()) => return None,
-            Err(wrong) if nearest.as_ref().is_none_or(|nearest| nearest.item <= wrong.item) => nearest = Some(wrong),
-            Err(_) => {}
+    let follower = Follower { case, life };
+    let wrong = follower.follow(0, life.start.unwrap_or(0), placing.first_era(life)).err()?;
+    Some(breach(life, wrong))
+}
+
+/// Looks for histories that a watcher's items can be of.
+struct Follower<'a> {
+    case: &'a Case,
+    life: &'a Life,
+}
+
+impl Follower<'_> {
+    /// Whether the items from `from` on can be of `lowest` or a later history.
+    fn follow(&self, from: usize, next: i64, lowest: usize) -> Result<(), Wrong> {
+        let Self { case, life } = self;
+        let last = last_era(life, from..life.items.len(), &case.eras);
+        // Who is still alive must be in step with what there is now.
+        let first = if life.over { lowest } else { case.eras.last() };
+        let mut nearest: Option<Wrong> = None;
+        for era in first..=last {
+            match self.replay(era).whole(from, next) {
+                Ok(()) => return Ok(()),
+                Err(wrong) if nearest.as_ref().is_none_or(|nearest| nearest.item <= wrong.item) => {
+                    nearest = Some(wrong)
+                }
+                Err(_) => {}
+            }
         }
+        if self.has_come_back(from, next, lowest) {
+            return Ok(());
+        }
+        Err(nearest.unwrap_or_else(|| Wrong {
+            check: CANCELLED,
+            item: life.items.len(),
+            what: format!(
+                "its history ended and it was not told: it is of history {last} at most, and {first} goes on"
+            ),
+        }))
     }
-    let never = || Wrong {
-        check: CANCELLED,
-        item: life.items.len(),
-        what: format!("its history ended and it was not told: it is of history {last} at most, and {lowest} goes on"),
-    };
-    Some(breach(life, nearest.unwrap_or_else(never)))
+
+    /// Whether its history ended before it came back on another stream. A server cannot know that it is the same watcher,
+    /// and sends it what it asks for, of the history that there is now.
+    fn has_come_back(&self, from: usize, next: i64, lowest: usize) -> bool {
+        let Self { case, life } = self;
+        let again = (from + 1..life.items.len()).filter(|item| matches!(life.items[*item].told, Told::Resumed));
+        again.into_iter().any(|again| {
+            let eras = lowest..=last_era(life, from..again, &case.eras);
+            let ended = |era: &usize| case.eras.has_ended(*era, life.items[again].tick);
+            eras.into_iter().filter(ended).any(|era| {
+                let before = self.replay(era).run(from..again, next);
+                before.is_ok_and(|next| self.follow(again, next, era + 1).is_ok())
+            })
+        })
+    }
+
+    fn replay(&self, era: usize) -> Replay<'_> {
+        Replay { case: self.case, life: self.life, era, history: &self.case.histories[era] }
+    }
 }
 
 fn count(life: &Life, counts: &mut Counts) {
@@ -101,9 +143,15 @@ struct Replay<'a> {
 }
 
 impl Replay<'_> {
-    fn run(&self) -> Result<(), Wrong> {
-        let mut next = self.life.start.unwrap_or(0);
-        for (number, item) in self.life.items.iter().enumerate() {
+    /// Follows the items from `from` on, and looks for what is missing after them.
+    fn whole(&self, from: usize, next: i64) -> Result<(), Wrong> {
+        let next = self.run(from..self.life.items.len(), next)?;
+        if self.life.over { Ok(()) } else { self.finished(next) }
+    }
+
+    /// Follows these items. Gives the first revision that the watcher has not been sent.
+    fn run(&self, items: Range<usize>, mut next: i64) -> Result<i64, Wrong> {
+        for (number, item) in self.life.items.iter().enumerate().take(items.end).skip(items.start) {
             let wrong = |check, what| Wrong { check, item: number, what };
             match &item.told {
                 Told::Created | Told::Resumed => {}
@@ -119,7 +167,7 @@ impl Replay<'_> {
                 Told::Killed(how) => return Err(wrong(CANCELLED, how.clone())),
             }
         }
-        if self.life.over { Ok(()) } else { self.finished(next) }
+        Ok(next)
     }
 
     fn events(&self, next: i64, item: &Item, events: &[Event]) -> Result<(), String> {
@@ -195,16 +243,17 @@ impl Replay<'_> {
     }
 }
 
-/// Whether the history of which a watcher was told something has ended, so that it has to be cancelled.
+/// Whether the history of which a watcher was told something on its present stream has ended, so that it has to be cancelled.
 pub fn is_outlived(life: &Life, eras: &Eras) -> bool {
-    last_era(life, eras) < eras.last()
+    let came = life.items.iter().rposition(|item| matches!(item.told, Told::Resumed));
+    last_era(life, came.unwrap_or(0)..life.items.len(), eras) < eras.last()
 }
 
-/// The last era that a watcher can belong to, after what it has been told.
-fn last_era(life: &Life, eras: &Eras) -> usize {
+/// The last era that these items of a watcher can belong to.
+fn last_era(life: &Life, items: Range<usize>, eras: &Eras) -> usize {
     // Who named its start is told the present by its creation, but nothing follows from that.
     let binds = |item: &&Item| life.request.start_revision == 0 || !matches!(item.told, Told::Created | Told::Resumed);
-    let bounds = life.items.iter().filter(binds).map(|item| eras.bound(item.tick, item.revision));
+    let bounds = life.items[items].iter().filter(binds).map(|item| eras.bound(item.tick, item.revision));
     bounds.min().unwrap_or(eras.last())
 }
 
