@@ -246,6 +246,7 @@ impl Feed {
             _ => self.lost = self.lost.or_else(|| self.is_loaded().then(Instant::now)),
         }
         self.metrics.phase(phase);
+        self.metrics.lost(self.lost);
         self.phase.send_if_modified(|current| std::mem::replace(current, phase) != phase);
     }
 

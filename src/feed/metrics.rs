@@ -1,5 +1,7 @@
 //! What the feed lets an operator see.
 
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
 use prometheus::{IntCounter, IntGauge, IntGaugeVec, Opts, Registry};
 
 use super::Phase;
@@ -18,6 +20,7 @@ pub struct Metrics {
     index_bytes: IntGauge,
     history_bytes: IntGauge,
     window_start: IntGauge,
+    lost_since: IntGauge,
     phase: IntGaugeVec,
 }
 
@@ -52,6 +55,10 @@ impl Metrics {
             index_bytes: gauge("index_bytes", "Memory of the index, keys and values included.")?,
             history_bytes: gauge("history_bytes", "Memory of the history window.")?,
             window_start: gauge("window_start_revision", "First revision of the history window.")?,
+            lost_since: gauge(
+                "lost_since_seconds",
+                "Unix time since when the view has not been known to be the upstream's present; 0 while it is.",
+            )?,
             phase,
         })
     }
@@ -68,6 +75,13 @@ impl Metrics {
         for (index, name) in names.iter().enumerate() {
             self.phase.with_label_values(&[name]).set((index == current).into());
         }
+    }
+
+    /// `lost`: since when the view has not been known to be the upstream's present.
+    pub(super) fn lost(&self, lost: Option<Instant>) {
+        let since =
+            lost.and_then(|lost| SystemTime::now().checked_sub(lost.elapsed())?.duration_since(UNIX_EPOCH).ok());
+        self.lost_since.set(since.map_or(0, |since| since.as_secs() as i64));
     }
 
     pub(super) fn published(&self, store: &Store) {

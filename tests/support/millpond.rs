@@ -19,6 +19,7 @@ pub struct Millpond {
     /// `host:port` of metrics and health.
     pub admin: String,
     flags: Vec<String>,
+    environment: Vec<(&'static str, String)>,
     home: TempDir,
 }
 
@@ -30,8 +31,19 @@ impl Millpond {
         millpond
     }
 
+    /// Starts it with further variables in its environment, and waits until it is ready.
+    pub async fn start_in(environment: Vec<(&'static str, String)>, endpoints: &[String], flags: &[&str]) -> Self {
+        let mut millpond = Self::launch_in(environment, endpoints, flags);
+        millpond.ready().await;
+        millpond
+    }
+
     /// Starts it without waiting, as for an upstream that is down.
     pub fn launch(endpoints: &[String], flags: &[&str]) -> Self {
+        Self::launch_in(Vec::new(), endpoints, flags)
+    }
+
+    fn launch_in(environment: Vec<(&'static str, String)>, endpoints: &[String], flags: &[&str]) -> Self {
         let endpoint = format!("127.0.0.1:{}", ports::free());
         let admin = format!("127.0.0.1:{}", ports::free());
         let home = TempDir::with_prefix("millpond-").unwrap();
@@ -40,8 +52,8 @@ impl Millpond {
             all.push(format!("--endpoints={}", endpoints.join(",")));
         }
         all.extend(flags.iter().map(|flag| (*flag).to_owned()));
-        let process = serve(&all, &home);
-        Self { process, endpoint, admin, flags: all, home }
+        let process = serve(&all, &environment, &home);
+        Self { process, endpoint, admin, flags: all, environment, home }
     }
 
     /// A client of it.
@@ -52,7 +64,7 @@ impl Millpond {
     /// SIGKILL, then a start with the same flags and ports; waits until it is ready.
     pub async fn restart(&mut self) {
         self.process.kill();
-        self.process = serve(&self.flags, &self.home);
+        self.process = serve(&self.flags, &self.environment, &self.home);
         self.ready().await;
     }
 
@@ -94,10 +106,15 @@ pub async fn breathe(millis: u64) {
     tokio::time::sleep(Duration::from_millis(millis)).await;
 }
 
-fn serve(flags: &[String], home: &TempDir) -> Process {
+fn serve(flags: &[String], environment: &[(&'static str, String)], home: &TempDir) -> Process {
     let mut command = Command::new(env!("CARGO_BIN_EXE_millpond"));
     // What is meant for the tests is no setting.
-    command.env_remove("MILLPOND_CHECKER_SECONDS");
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("MILLPOND_") {
+            command.env_remove(name);
+        }
+    }
+    command.envs(environment.iter().map(|(name, value)| (name, value)));
     command.arg("serve").args(flags).current_dir(home.path());
     Process::start(command, &home.path().join("millpond.log"))
 }

@@ -9,6 +9,7 @@
 //! - [`etcdctl`]: the command line client.
 //! - [`raw`]: gRPC by hand, for bad input.
 //! - [`client`]: stubs and small calls.
+//! - [`clock`]: a wall clock that jumps.
 //! - [`informer`]: a client that lists and follows, and notices any gap.
 //! - [`traffic`]: writes and reads that go on under faults, and notice wrong answers.
 //! - [`operation`], [`random`], [`compare`], [`watching`], [`script`]: random requests, and the comparison of what comes back.
@@ -16,6 +17,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
 pub mod client;
+pub mod clock;
 pub mod compare;
 pub mod etcd;
 pub mod etcdctl;

@@ -1,0 +1,191 @@
+//! Times when the upstream is away, what happens when it is back, and a wall clock that jumps meanwhile.
+//!
+//! `MILLPOND_OUTAGE_SECONDS` sets how long the upstream is away.
+
+mod support;
+
+use std::{
+    env,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use millpond::proto::etcdserverpb as pb;
+use support::{
+    client::{Client, eventually},
+    clock::ClockShift,
+    etcd::Cluster,
+    millpond::{Millpond, breathe},
+    operation::range,
+    toolchain::Release,
+    watching::{WatchStream, create, revision_of},
+};
+
+const DAY: i64 = 86_400;
+
+/// A stream on a connection of its own, with a watcher of `k/` from `start` on.
+async fn parked(millpond: &Millpond, start: i64) -> WatchStream {
+    let stream = WatchStream::open(&millpond.client()).await;
+    stream.create(create("k/", "k0", start));
+    stream.until_count(1).await;
+    stream
+}
+
+async fn until_events(stream: &WatchStream, expected: &[i64]) {
+    let count = |responses: &[pb::WatchResponse]| responses.iter().map(|one| one.events.len()).sum::<usize>();
+    stream.until("all events", |responses| count(responses) >= expected.len()).await;
+    let found: Vec<i64> = stream.events().iter().map(revision_of).collect();
+    assert_eq!(found, expected);
+}
+
+async fn put(client: &Client, number: usize) -> i64 {
+    client.put(format!("k/{number:04}"), vec![b'v'; 1000]).await.unwrap()
+}
+
+/// How old a serializable answer says it is.
+async fn age(client: &Client) -> Option<Duration> {
+    let request = pb::RangeRequest { serializable: true, count_only: true, ..range("k/", "k0") };
+    let answer = client.kv.clone().range(request).await.expect("serializable reads go on");
+    let age = answer.metadata().get("millpond-age-ms")?;
+    Some(Duration::from_millis(age.to_str().unwrap().parse().unwrap()))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn watchers_parked_through_an_outage_go_on_without_a_gap() {
+    let outage = env::var("MILLPOND_OUTAGE_SECONDS").map_or(4, |text| text.parse().expect("a number of seconds"));
+    let mut cluster = Cluster::single(Release::newest()).await;
+    let mut millpond = Millpond::start(&cluster.endpoints(), &["--progress-interval=500ms"]).await;
+    let client = millpond.client();
+    let mut expected = vec![put(&client, 0).await];
+    let mut streams = Vec::new();
+    for _ in 0..50 {
+        streams.push(parked(&millpond, expected[0]).await);
+    }
+    assert_eq!(age(&client).await, None, "nothing is old while the upstream is there");
+    cluster.kill(0);
+    let gone = Instant::now();
+    eventually("an answer that says how old it is", async || age(&client).await).await;
+    while gone.elapsed() < Duration::from_secs(outage) {
+        let (before, age) = (gone.elapsed(), age(&client).await.expect("an age"));
+        assert!(age <= gone.elapsed() && age + Duration::from_secs(2) > before, "{age:?} after {before:?}");
+        assert!(millpond.metric("millpond_feed_lost_since_seconds").await > 0.0);
+        streams.push(parked(&millpond, expected[0]).await);
+        breathe(500).await;
+    }
+    cluster.restart(0).await;
+    for number in 1..20 {
+        expected.push(put(&cluster.client(0), number).await);
+    }
+    for stream in &streams {
+        until_events(stream, &expected).await;
+        assert!(stream.end().is_none(), "no stream was interrupted");
+    }
+    eventually("answers without an age", async || age(&client).await.is_none().then_some(())).await;
+    assert_eq!(millpond.metric("millpond_feed_lost_since_seconds").await, 0.0);
+    millpond.assert_well();
+}
+
+/// After an outage everybody asks for everything since long ago at once, which only the etcd has; who is up to date is
+/// served meanwhile, and nobody loses anything.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_herd_from_the_far_past_is_served_and_stalls_nobody() {
+    const HERD: usize = 40;
+    const WATCHERS: i64 = 10;
+    let cluster = Cluster::single(Release::newest()).await;
+    let mut millpond = Millpond::start(&cluster.endpoints(), &["--history-bytes=16KiB"]).await;
+    let client = millpond.client();
+    let mut expected = Vec::new();
+    for number in 0..300 {
+        expected.push(put(&cluster.client(0), number).await);
+    }
+    let window = millpond.metric("millpond_feed_window_start_revision").await;
+    assert!(window > expected[0] as f64, "the window begins at {window}, after the first event");
+    let current = parked(&millpond, 0).await;
+    let mut herd = Vec::new();
+    for _ in 0..HERD {
+        herd.push(WatchStream::open(&millpond.client()).await);
+    }
+    for stream in &herd {
+        (0..WATCHERS).for_each(|_| stream.create(create("k/", "k0", expected[0])));
+    }
+    let mut later = Vec::new();
+    for number in 300..320 {
+        later.push(put(&client, number).await);
+    }
+    until_events(&current, &later).await;
+    expected.extend(later);
+    for stream in &herd {
+        let all = expected.len() * WATCHERS as usize;
+        stream
+            .until("all events", |responses| responses.iter().map(|one| one.events.len()).sum::<usize>() >= all)
+            .await;
+        for watcher in 0..WATCHERS {
+            let responses = stream.responses();
+            let of_watcher = responses.iter().filter(|response| response.watch_id == watcher);
+            let found: Vec<i64> = of_watcher.flat_map(|response| &response.events).map(revision_of).collect();
+            assert_eq!(found, expected, "watcher {watcher}");
+        }
+    }
+    millpond.assert_well();
+}
+
+/// Whether a read through consensus, a write and a watch work, and nothing is lost on the way.
+async fn works(client: &Client, stream: &WatchStream, expected: &mut Vec<i64>) {
+    expected.push(put(client, expected.len()).await);
+    until_events(stream, expected).await;
+    let current = client.range(pb::RangeRequest { count_only: true, ..range("k/", "k0") }).await.unwrap();
+    assert_eq!(current.count, expected.len() as i64);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wall_clock_that_jumps_changes_nothing() {
+    let clock = ClockShift::new();
+    let mut cluster = Cluster::single(Release::newest()).await;
+    let flags = ["--progress-interval=500ms", "--history-age=1m"];
+    let mut millpond = Millpond::start_in(clock.environment(), &cluster.endpoints(), &flags).await;
+    let (client, stream) = (millpond.client(), parked(&millpond, 0).await);
+    let mut expected = Vec::new();
+    works(&client, &stream, &mut expected).await;
+    for days in [400, -400, 0, 1] {
+        clock.set(days * DAY);
+        works(&client, &stream, &mut expected).await;
+        cluster.kill(0);
+        eventually("an answer that says how old it is", async || age(&client).await).await;
+        assert!(age(&client).await.expect("an age") < Duration::from_secs(60));
+        cluster.restart(0).await;
+        eventually("a write", async || client.put("other", "v").await.ok()).await;
+        works(&client, &stream, &mut expected).await;
+        // A window that went by the wall clock would have lost its beginning.
+        until_events(&parked(&millpond, expected[0]).await, &expected).await;
+    }
+    let dates: std::collections::BTreeSet<String> =
+        millpond.process.log().lines().filter_map(|line| line.get(..10)).map(str::to_owned).collect();
+    assert!(dates.len() >= 4, "the clock has jumped, says the log: {dates:?}");
+    millpond.assert_well();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wall_clock_that_jumps_shortens_no_lease_of_the_embedded_store() {
+    let clock = ClockShift::new();
+    let mut millpond = Millpond::start_in(clock.environment(), &[], &[]).await;
+    let client = millpond.client();
+    let granted = client.lease.clone().lease_grant(pb::LeaseGrantRequest { id: 7, ttl: 300 }).await.unwrap();
+    assert_eq!(granted.into_inner().ttl, 300);
+    client.kv.clone().put(pb::PutRequest { key: "k".into(), lease: 7, ..Default::default() }).await.unwrap();
+    let remains = async || {
+        let request = pb::LeaseTimeToLiveRequest { id: 7, keys: true };
+        let answer = client.lease.clone().lease_time_to_live(request).await.unwrap().into_inner();
+        assert_eq!(answer.keys, [Bytes::from_static(b"k")]);
+        answer.ttl
+    };
+    for days in [2, -2, 0] {
+        clock.set(days * DAY);
+        breathe(600).await;
+        let left = remains().await;
+        assert!((240..=300).contains(&left), "{left} s remain of 300 with the clock {days} days away");
+        millpond.restart().await;
+        let left = eventually("the store", async || Some(remains().await)).await;
+        assert!((240..=300).contains(&left), "{left} s remain of 300 after a restart, with the clock {days} days away");
+    }
+    millpond.assert_well();
+}
