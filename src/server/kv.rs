@@ -132,10 +132,10 @@ impl Kv {
         let call = |message| Call { connection, message, head: head.clone() };
         let answered = match method {
             "Range" => self.range(call(message)).await,
-            "RangeStream" => self.range_stream(call(message)).await,
-            "Txn" => self.txn(call(message)).await,
-            "Compact" => self.compact(call(message)).await,
-            "Put" => Ok(self.put(call(message)).await),
+            "RangeStream" => Box::pin(self.range_stream(call(message))).await,
+            "Txn" => Box::pin(self.txn(call(message))).await,
+            "Compact" => Box::pin(self.compact(call(message))).await,
+            "Put" => Ok(Box::pin(self.put(call(message))).await),
             "DeleteRange" => Ok(self.relay(call(message), Consensus::Proof).await),
             _ => Ok(self.relay(call(message), Consensus::Hearsay).await),
         };
@@ -151,7 +151,7 @@ impl Kv {
         let sent = (consensus == Consensus::Proof).then(|| self.cache.consensus().stamp());
         let observer = Observer { cache: self.cache.clone(), sent, write };
         let request = Request::from_parts(call.head, RequestBody::full(framed(&call.message)));
-        forward(self.cache.upstream(), call.connection, request, Some(Arc::new(observer))).await
+        Box::pin(forward(self.cache.upstream(), call.connection, request, Some(Arc::new(observer)))).await
     }
 
     async fn put(&self, call: Call<'_>) -> Response<Body> {
