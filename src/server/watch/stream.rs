@@ -213,6 +213,7 @@ impl Stream {
                 let cache = cache.clone();
                 let asked = async move {
                     let proof = cache.consensus().ask().await;
+                    cache.note_relayed(proof.revision, proof.connection);
                     (proof.responder, proof.revision)
                 };
                 self.opening = Some(Box::new((request, Box::pin(asked))));

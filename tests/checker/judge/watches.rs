@@ -251,8 +251,8 @@ pub fn is_outlived(life: &Life, eras: &Eras) -> bool {
 
 /// The last era that these items of a watcher can belong to.
 fn last_era(life: &Life, items: Range<usize>, eras: &Eras) -> usize {
-    // Who named its start is told the present by its creation, but nothing follows from that.
-    let binds = |item: &&Item| life.request.start_revision == 0 || !matches!(item.told, Told::Created | Told::Resumed);
+    // A creation tells what the present was, of which nothing has been sent yet: nobody could recognise it later.
+    let binds = |item: &&Item| !matches!(item.told, Told::Created | Told::Resumed);
     let bounds = life.items[items].iter().filter(binds).map(|item| eras.bound(item.tick, item.revision));
     bounds.min().unwrap_or(eras.last())
 }
