@@ -62,8 +62,8 @@ async fn watchers_parked_through_an_outage_go_on_without_a_gap() {
         streams.push(parked(&millpond, expected[0]).await);
     }
     assert_eq!(age(&client).await, None, "nothing is old while the upstream is there");
-    cluster.kill(0);
     let gone = Instant::now();
+    cluster.kill(0);
     eventually("an answer that says how old it is", async || age(&client).await).await;
     while gone.elapsed() < Duration::from_secs(outage) {
         let (before, age) = (gone.elapsed(), age(&client).await.expect("an age"));
