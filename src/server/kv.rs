@@ -16,7 +16,6 @@ use bytes::Bytes;
 use hyper::body::Incoming;
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 use prost::Message;
-use tokio::time::Instant;
 
 use held::Holder;
 

@@ -13,7 +13,6 @@ use prost::{
     Message,
     encoding::{WireType, decode_key, decode_varint},
 };
-use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::body::failure_trailers;
