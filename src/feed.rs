@@ -20,13 +20,13 @@ mod list;
 mod metrics;
 mod prove;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tokio::{sync::watch, time::sleep};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
 use tonic::Code;
 use tracing::{info, warn};
 
@@ -97,8 +97,8 @@ pub struct Signals {
 pub struct Demand {
     /// What the upstream is known to have reached, and somebody waits for. Of another epoch: meaningless.
     pub goal: Position,
-    /// A compaction that is known to have been done.
-    pub compacted: Revision,
+    /// A compaction that is known to have been done. Of another epoch: meaningless.
+    pub compacted: Position,
     /// Grows when an answer contradicted the view: continuity is to be proven anew.
     pub doubts: u64,
     /// Something was heard over this connection, so where it leads must be known.

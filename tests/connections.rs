@@ -202,7 +202,11 @@ async fn an_upstream_in_this_process_is_reached_through_a_pipe() {
         pipes.try_send(far).map_err(|_| std::io::ErrorKind::BrokenPipe)?;
         Ok(near)
     };
-    let upstream = Upstream::start(Settings::new(vec![Endpoint::InProcess(Arc::new(dial))]), &Registry::new()).unwrap();
+    let upstream = Upstream::start(
+        Settings::new(vec![Endpoint::InProcess { name: "embedded".to_owned(), dial: Arc::new(dial) }]),
+        &Registry::new(),
+    )
+    .unwrap();
     assert_eq!(upstream.await_preferred(&[], PATIENCE).await, Some(AT));
     assert_eq!(upstream.name(AT), "embedded");
     let request = Request::post(FUTURE).body(Bytes::from_static(&[0; 5]).into()).unwrap();

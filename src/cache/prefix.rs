@@ -120,14 +120,7 @@ impl Prefix {
     /// Lets the feed know that somebody waits for the view to reach `revision`, which the cluster has.
     pub fn want(&self, revision: Revision) {
         let epoch = self.store.view().position.epoch;
-        self.demand.send_if_modified(|demand| {
-            let goal = Position { epoch, revision };
-            let further = demand.goal.epoch != epoch || demand.goal.revision < revision;
-            if further {
-                demand.goal = goal;
-            }
-            further
-        });
+        self.demand.send_if_modified(|demand| move_on(&mut demand.goal, Position { epoch, revision }));
     }
 
     /// Lets the feed know that an answer contradicted the view as it was at `seen`.
@@ -164,11 +157,8 @@ impl Prefix {
     }
 
     pub(super) fn note_compacted(&self, revision: Revision) {
-        self.demand.send_if_modified(|demand| {
-            let higher = demand.compacted < revision;
-            demand.compacted = demand.compacted.max(revision);
-            higher
-        });
+        let epoch = self.store.view().position.epoch;
+        self.demand.send_if_modified(|demand| move_on(&mut demand.compacted, Position { epoch, revision }));
     }
 }
 
@@ -176,6 +166,15 @@ impl Drop for Prefix {
     fn drop(&mut self) {
         self.tasks.iter().for_each(AbortHandle::abort);
     }
+}
+
+/// Moves `known` on to `to`, if that lies further or in another history. True when it did.
+fn move_on(known: &mut Position, to: Position) -> bool {
+    let further = known.epoch != to.epoch || known.revision < to.revision;
+    if further {
+        *known = to;
+    }
+    further
 }
 
 /// Keeps the floor true when the history changes, and ends the watchers' streams when authentication comes on.

@@ -183,7 +183,9 @@ fn router(
 
 fn upstream_settings(config: &Config, embedded: Option<&Engine>) -> Result<upstream::Settings, UpstreamError> {
     let endpoints = match embedded.cloned() {
-        Some(engine) => vec![Endpoint::InProcess(Arc::new(move || Ok(engine.connect())))],
+        Some(engine) => {
+            vec![Endpoint::InProcess { name: "embedded".to_owned(), dial: Arc::new(move || Ok(engine.connect())) }]
+        }
         None => config.endpoints.iter().map(|endpoint| endpoint.parse()).collect::<Result<_, _>>()?,
     };
     Ok(upstream::Settings {

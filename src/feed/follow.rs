@@ -4,12 +4,12 @@ use std::{
     convert::Infallible,
     future::{Future, pending},
     pin::Pin,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{DEADLINE, Demand, End, Feed, Phase, RANGE, decode::Response, serializable_question};
 use crate::{
@@ -81,7 +81,7 @@ impl Feed {
                         return Err(End::Barred);
                     }
                 }
-                () = sleep_until(wake.into()) => {
+                () = sleep_until(wake) => {
                     if Instant::now() >= housekeeping {
                         housekeeping = Instant::now() + HOUSEKEEPING;
                         self.keep_house()?;
@@ -190,8 +190,9 @@ impl Feed {
         if demand.doubts != doubts {
             return Err(End::Again("an answer contradicted the view"));
         }
-        if demand.compacted > self.writer.store().view().compacted {
-            self.writer.compacted(demand.compacted);
+        let Position { epoch, revision } = demand.compacted;
+        if epoch == self.writer.position().epoch && revision > self.writer.store().view().compacted {
+            self.writer.compacted(revision);
             self.publish();
         }
         Ok(())

@@ -1,8 +1,9 @@
 //! What the feed lets an operator see.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use prometheus::{IntCounter, IntGauge, IntGaugeVec, Opts, Registry};
+use tokio::time::Instant;
 
 use super::Phase;
 use crate::store::{Store, Tree};

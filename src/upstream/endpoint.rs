@@ -48,7 +48,12 @@ pub enum Endpoint {
         authority: String,
     },
     /// A server in this process.
-    InProcess(Arc<dyn Dial>),
+    InProcess {
+        /// The name, which reads like `host` or `host:port`.
+        name: String,
+        /// What opens streams to it.
+        dial: Arc<dyn Dial>,
+    },
 }
 
 impl Endpoint {
@@ -56,7 +61,7 @@ impl Endpoint {
     pub fn name(&self) -> &str {
         match self {
             Endpoint::Tcp { authority } => authority,
-            Endpoint::InProcess(_) => "embedded",
+            Endpoint::InProcess { name, .. } => name,
         }
     }
 
@@ -64,7 +69,7 @@ impl Endpoint {
     pub(super) fn dialer(&self, silence: Duration) -> Arc<dyn Dial> {
         match self {
             Endpoint::Tcp { authority } => Arc::new(TcpDial { authority: authority.clone(), silence }),
-            Endpoint::InProcess(dial) => dial.clone(),
+            Endpoint::InProcess { dial, .. } => dial.clone(),
         }
     }
 }

@@ -1,9 +1,6 @@
 //! What the handle, the probers and the calls under way share: the way to each endpoint, and what is known of it.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Request, Response, uri::Authority};
@@ -12,7 +9,7 @@ use parking_lot::Mutex;
 use prost::Message;
 use tokio::{
     sync::{Notify, watch},
-    time::timeout,
+    time::{Instant, timeout},
 };
 use tonic::Code;
 

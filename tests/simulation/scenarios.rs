@@ -1,0 +1,85 @@
+//! What the simulation once found, told step by step.
+
+use bytes::Bytes;
+use millpond::store::{KeyRange, Revision};
+use tokio::time::{Duration, sleep};
+
+use crate::{
+    dice::Dice,
+    model::{history::Write, server::Manner},
+    run::{answer, simulated},
+    world::{KEEPALIVE, World},
+};
+
+const MANNER: Manner = Manner { version: "3.7.1", round_trip: 1, piece: 1000, victims: 1000, unanswered: 1_000_000 };
+
+/// A cache of `a/` on one member.
+fn world() -> World {
+    World::of(1, MANNER, vec![KeyRange::prefix(Bytes::from_static(b"a/"))], &mut Dice::new(1))
+}
+
+async fn put(world: &World, keys: &[&'static str]) {
+    for key in keys {
+        let value = Bytes::from(format!("{key} of {}", world.0.cluster.look().generation()));
+        let written = world.0.cluster.write(0, &[Write::Put(Bytes::from_static(key.as_bytes()), value)], false).await;
+        let header = written.expect("the model takes writes");
+        let generation = world.0.cluster.look().generation();
+        world.0.cluster.tell(generation, header.revision);
+    }
+}
+
+/// Stops the cluster and begins it anew from a backup taken at `revision`; the cache cannot reach it before it is released.
+async fn restore(world: &World, revision: i64, release: bool) {
+    world.kill(0);
+    sleep(KEEPALIVE * 2).await;
+    world.0.cluster.restore(revision, 0, true);
+    world.0.cluster.revive(0);
+    if release {
+        world.0.links[0].touch();
+    }
+}
+
+fn settle(world: &World) {
+    assert_eq!(world.0.trace.breaches(), Vec::<String>::new());
+}
+
+/// The feed proved its last event only. A progress answer had moved its view past that, and a restored history that parted
+/// from the old one in between, where the prefix was quiet, was taken for the old one: its events there were never seen.
+#[test]
+fn a_history_that_parts_where_the_prefix_is_quiet_is_another() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        put(&world, &["a/1", "b/1"]).await;
+        answer(&world, &range).await;
+        assert_eq!(world.0.cache.prefixes()[0].store().view().revision(), Revision(3));
+        restore(&world, 2, false).await;
+        put(&world, &["a/2", "b/2"]).await;
+        world.0.links[0].touch();
+        answer(&world, &range).await;
+        assert_eq!(world.0.cache.prefixes()[0].store().view().position.epoch, 2);
+        settle(&world);
+    });
+}
+
+/// A compaction that was noted in the old history was held against the new one, which had not been compacted.
+#[test]
+fn a_compaction_does_not_outlive_its_history() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        put(&world, &["a/1", "a/2", "a/3"]).await;
+        answer(&world, &range).await;
+        world.0.cluster.compact(4);
+        world.0.cache.note_compacted(Revision(4));
+        sleep(Duration::from_millis(10)).await;
+        let prefix = &world.0.cache.prefixes()[0];
+        assert_eq!(prefix.store().view().compacted, Revision(4));
+        restore(&world, 1, true).await;
+        put(&world, &["a/4"]).await;
+        answer(&world, &range).await;
+        world.0.cache.note_compacted(Revision(1));
+        sleep(Duration::from_millis(10)).await;
+        assert_eq!(prefix.store().view().position.epoch, 2);
+        assert_eq!(prefix.store().view().compacted, Revision(1));
+        settle(&world);
+    });
+}
