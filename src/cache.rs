@@ -189,11 +189,11 @@ impl Cache {
         }
     }
 
-    /// Notes that a client is told over `connection` that it has put `key`: this is to be found in the history that the
+    /// Notes that a client is told that it has put `key`: this is to be found in the history that the
     /// cache goes on with.
-    pub fn note_put(&self, key: &[u8], revision: Revision, connection: ConnectionNumber) {
+    pub fn note_put(&self, key: &[u8], revision: Revision) {
         if let Some(prefix) = self.0.prefixes.iter().find(|prefix| prefix.range().contains(key)) {
-            prefix.note_put(key, revision, connection);
+            prefix.note_put(key, revision);
         }
     }
 
@@ -300,13 +300,13 @@ impl Cache {
 
     /// Waits until a watcher may begin on the view of `prefix`.
     pub async fn settled(&self, prefix: &Prefix) {
-        let Signals { mut phase, mut trust } = prefix.signals();
+        let Signals { mut phase, mut confirmed } = prefix.signals();
         while !self.is_settled(prefix) {
             prefix.want_confirmed(self.heard());
             // The senders live as long as the feed, which lives as long as `prefix`.
             let changed = tokio::select! {
                 changed = phase.changed() => changed,
-                changed = trust.changed() => changed,
+                changed = confirmed.changed() => changed,
             };
             if changed.is_err() {
                 return;

@@ -74,22 +74,13 @@ pub enum Phase {
     Barred,
 }
 
-/// Which connections lead to the history that the view belongs to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Trust {
-    /// All up to this one, as far as the servers that they led to are still there.
-    pub confirmed: ConnectionNumber,
-    /// But for those up to this one: they were open when another history was still there.
-    pub parted: ConnectionNumber,
-}
-
 /// What a feed lets others know.
 #[derive(Clone)]
 pub struct Signals {
     /// What it is doing.
     pub phase: watch::Receiver<Phase>,
-    /// Whom it has shown to be of the view's history.
-    pub trust: watch::Receiver<Trust>,
+    /// Connections up to this one lead to the history that the view belongs to, as far as they lead anywhere.
+    pub confirmed: watch::Receiver<ConnectionNumber>,
 }
 
 /// What others need of the feed.
@@ -144,7 +135,7 @@ pub struct Feed {
     demand: watch::Receiver<Demand>,
     floor: Arc<Floor>,
     phase: watch::Sender<Phase>,
-    trust: watch::Sender<Trust>,
+    confirmed: watch::Sender<ConnectionNumber>,
     /// Since when the view has not been known to be the upstream's present.
     lost: Option<Instant>,
     metrics: Metrics,
@@ -175,7 +166,7 @@ impl Feed {
         metrics: Metrics,
     ) -> (Self, Signals) {
         let (phase, phases) = watch::channel(Phase::Cold);
-        let (trust, trusts) = watch::channel(Trust::default());
+        let (confirmed, confirmations) = watch::channel(ConnectionNumber::default());
         let started = Instant::now();
         let feed = Self {
             upstream,
@@ -184,7 +175,7 @@ impl Feed {
             demand,
             floor,
             phase,
-            trust,
+            confirmed,
             lost: None,
             metrics,
             started,
@@ -192,7 +183,7 @@ impl Feed {
             heard: 0,
             rebuilt: 0,
         };
-        (feed, Signals { phase: phases, trust: trusts })
+        (feed, Signals { phase: phases, confirmed: confirmations })
     }
 
     /// Follows the upstream for ever.
@@ -260,20 +251,15 @@ impl Feed {
 
     /// Connections up to `number` have been shown to lead to the view's history.
     fn confirm(&self, number: ConnectionNumber) {
-        self.trust.send_if_modified(|trust| {
-            let further = trust.confirmed < number;
-            trust.confirmed = trust.confirmed.max(number);
+        self.confirmed.send_if_modified(|confirmed| {
+            let further = *confirmed < number;
+            *confirmed = number.max(*confirmed);
             further
         });
     }
 
-    /// The connections that have been confirmed lead to another history than the one that is to be published.
-    fn part(&self) {
-        self.trust.send_modify(|trust| trust.parted = trust.confirmed);
-    }
-
     fn is_asked_to_confirm(&self) -> bool {
-        self.demand.borrow().confirm > self.trust.borrow().confirmed
+        self.demand.borrow().confirm > *self.confirmed.borrow()
     }
 
     fn is_loaded(&self) -> bool {
@@ -354,7 +340,9 @@ impl Feed {
 
     /// Begins a new epoch with a list.
     async fn load(&mut self, link: &Link, header: &ResponseHeader) -> Result<(), End> {
+        let mark = self.floor.mark();
         let listed = self.list(link, Revision::ZERO).await?;
+        self.floor.sink(mark);
         self.adopt(listed, self.writer.position().epoch + 1, header);
         Ok(())
     }
@@ -378,6 +366,7 @@ impl Feed {
 
     /// Lists anew, and goes on in the same epoch if the list agrees with the old state.
     async fn reload(&mut self, link: &Link, header: &ResponseHeader, doubt: &str) -> Result<(), End> {
+        let mark = self.floor.mark();
         let listed = self.list(link, Revision::ZERO).await?;
         let (endpoint, revision) = (self.upstream.name(link.at()), listed.revision.0);
         let term_held = header.raft_term >= self.writer.store().view().responder.raft_term;
@@ -385,6 +374,9 @@ impl Feed {
         match &disagreement {
             None => info!(endpoint, revision, doubt, "listed anew: the history goes on"),
             Some(why) => warn!(endpoint, revision, doubt, why, "listed anew: the upstream may have another history"),
+        }
+        if disagreement.is_some() {
+            self.floor.sink(mark);
         }
         let epoch = self.writer.position().epoch + u64::from(disagreement.is_some());
         self.adopt(listed, epoch, header);
@@ -395,9 +387,6 @@ impl Feed {
         let Listed { revision, tree } = listed;
         self.metrics.lists.inc();
         self.note_size(tree.as_ref());
-        if epoch != self.writer.position().epoch {
-            self.part();
-        }
         self.writer.reset(Position { epoch, revision }, tree);
         self.note_responder(header);
     }

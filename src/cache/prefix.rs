@@ -7,7 +7,7 @@ use tokio::{sync::watch, task::AbortHandle};
 use super::Settings;
 use crate::{
     fanout::Hub,
-    feed::{self, Demand, Feed, Floor, Phase, Signals, Trust},
+    feed::{self, Demand, Feed, Floor, Phase, Signals},
     proto::mvccpb,
     store::{KeyRange, Position, Revision, Store},
     upstream::{ConnectionNumber, Upstream},
@@ -46,7 +46,7 @@ impl Prefix {
         let tasks = [
             tokio::spawn(feed.run()).abort_handle(),
             tokio::spawn(hub.clone().run()).abort_handle(),
-            tokio::spawn(mind(floor.clone(), hub.clone(), signals.clone())).abort_handle(),
+            tokio::spawn(mind(hub.clone(), signals.phase.clone())).abort_handle(),
         ];
         Ok(Self { range: range.clone(), store, hub, demand, signals, floor, tasks })
     }
@@ -83,7 +83,7 @@ impl Prefix {
 
     /// Up to which connection all lead to the view's history.
     pub(super) fn confirmed(&self) -> ConnectionNumber {
-        self.signals.trust.borrow().confirmed
+        *self.signals.confirmed.borrow()
     }
 
     /// The highest revision that clients were given from elsewhere.
@@ -91,16 +91,16 @@ impl Prefix {
         self.floor.revision()
     }
 
-    /// Notes an event that a watcher is sent from elsewhere, by a server that `connection` leads to.
-    pub fn note_event(&self, event: &mvccpb::Event, connection: ConnectionNumber) {
-        self.floor.note_event(event, connection);
+    /// Notes an event that a watcher is sent from elsewhere.
+    pub fn note_event(&self, event: &mvccpb::Event) {
+        self.floor.note_event(event);
     }
 
-    /// Notes that a client is told, by a server that `connection` leads to, that it has put `key`.
-    pub(super) fn note_put(&self, key: &[u8], revision: Revision, connection: ConnectionNumber) {
+    /// Notes that a client is told that it has put `key`.
+    pub(super) fn note_put(&self, key: &[u8], revision: Revision) {
         // What the view knows already needs no other witness.
         if self.store.view().revision() < revision {
-            self.floor.note_put(key, revision, connection);
+            self.floor.note_put(key, revision);
         }
     }
 
@@ -152,7 +152,7 @@ impl Prefix {
         if self.confirmed() < connection {
             self.want_confirmed(connection);
             // The sender lives as long as the feed, which lives as long as `self`.
-            let _ = self.signals.trust.clone().wait_for(|trust| trust.confirmed >= connection).await;
+            let _ = self.signals.confirmed.clone().wait_for(|confirmed| *confirmed >= connection).await;
         }
     }
 
@@ -177,29 +177,12 @@ fn move_on(known: &mut Position, to: Position) -> bool {
     further
 }
 
-/// Keeps the floor true when the history changes, and ends the watchers' streams when authentication comes on.
-async fn mind(floor: Arc<Floor>, hub: Arc<Hub>, signals: Signals) {
-    let Signals { mut phase, trust } = signals;
-    let mut position = hub.store().position();
-    let mut epoch = position.borrow().epoch;
-    loop {
-        tokio::select! {
-            changed = phase.changed() => {
-                if changed.is_err() {
-                    return;
-                }
-                if *phase.borrow_and_update() == Phase::Barred {
-                    hub.end_all(&crate::status::Status::unavailable("authentication is on: watch again"));
-                }
-            }
-            changed = position.wait_for(|position| position.epoch != epoch) => {
-                let Ok(position) = changed else { return };
-                if epoch > 0 {
-                    let Trust { parted, .. } = *trust.borrow();
-                    floor.sink(parted);
-                }
-                epoch = position.epoch;
-            }
+/// Ends the watchers' streams when authentication comes on.
+async fn mind(hub: Arc<Hub>, mut phase: watch::Receiver<Phase>) {
+    // The sender lives as long as the feed.
+    while phase.changed().await.is_ok() {
+        if *phase.borrow_and_update() == Phase::Barred {
+            hub.end_all(&crate::status::Status::unavailable("authentication is on: watch again"));
         }
     }
 }

@@ -14,6 +14,10 @@ use crate::{proto::mvccpb, store::Revision, upstream::ConnectionNumber};
 /// Connections whose answers are kept apart; of more than that, the oldest are taken together.
 const REMEMBERED: usize = 256;
 
+/// A point in the order of what was noted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Mark(u64);
+
 /// What clients were told by others. Only a change of history takes back any of it.
 #[derive(Debug, Default)]
 pub struct Floor {
@@ -24,9 +28,18 @@ pub struct Floor {
 
 #[derive(Debug, Default)]
 struct Heard {
-    /// The highest revision over each connection.
-    revisions: BTreeMap<ConnectionNumber, Revision>,
-    event: Option<(ConnectionNumber, Seen)>,
+    now: Mark,
+    /// The highest revision over each connection, and when something was heard over it last. A connection leads to one
+    /// server for as long as it lives, and so to one history.
+    revisions: BTreeMap<ConnectionNumber, (Revision, Mark)>,
+    event: Option<(Mark, Seen)>,
+}
+
+impl Heard {
+    fn mark(&mut self) -> Mark {
+        self.now.0 += 1;
+        self.now
+    }
 }
 
 /// An event that a client knows of.
@@ -55,37 +68,39 @@ impl Floor {
     /// Notes what a client is told over `connection`.
     pub fn raise(&self, revision: Revision, connection: ConnectionNumber) {
         let mut heard = self.heard.lock();
+        let mark = heard.mark();
         let highest = heard.revisions.entry(connection).or_default();
-        *highest = revision.max(*highest);
+        *highest = (revision.max(highest.0), mark);
         if heard.revisions.len() > REMEMBERED
-            && let Some((_, oldest)) = heard.revisions.pop_first()
+            && let Some((_, (oldest, _))) = heard.revisions.pop_first()
             && let Some(mut next) = heard.revisions.first_entry()
         {
             // Counted with a newer connection, it may survive its history: the floor is too high then, never too low.
-            *next.get_mut() = oldest.max(*next.get());
+            next.get_mut().0 = oldest.max(next.get().0);
         }
         self.revision.fetch_max(revision.0, Ordering::AcqRel);
     }
 
-    /// Notes an event that a client is sent over `connection`.
-    pub fn note_event(&self, event: &mvccpb::Event, connection: ConnectionNumber) {
+    /// Notes an event that a client is sent.
+    pub fn note_event(&self, event: &mvccpb::Event) {
         let Some(record) = &event.kv else { return };
         let what = match event.r#type() {
             mvccpb::event::EventType::Put => What::Put(Some((Revision(record.create_revision), record.version))),
             mvccpb::event::EventType::Delete => What::Delete,
         };
-        self.note(&record.key, Revision(record.mod_revision), what, connection);
+        self.note(&record.key, Revision(record.mod_revision), what);
     }
 
-    /// Notes that a client is told over `connection` that it has put `key`.
-    pub fn note_put(&self, key: &[u8], revision: Revision, connection: ConnectionNumber) {
-        self.note(key, revision, What::Put(None), connection);
+    /// Notes that a client is told that it has put `key`.
+    pub fn note_put(&self, key: &[u8], revision: Revision) {
+        self.note(key, revision, What::Put(None));
     }
 
-    fn note(&self, key: &[u8], revision: Revision, what: What, connection: ConnectionNumber) {
+    fn note(&self, key: &[u8], revision: Revision, what: What) {
         let mut heard = self.heard.lock();
+        let mark = heard.mark();
         if heard.event.as_ref().is_none_or(|(_, seen)| seen.revision < revision) {
-            heard.event = Some((connection, Seen { key: Bytes::copy_from_slice(key), revision, what }));
+            heard.event = Some((mark, Seen { key: Bytes::copy_from_slice(key), revision, what }));
         }
     }
 
@@ -94,12 +109,18 @@ impl Floor {
         self.heard.lock().event.as_ref().map(|(_, seen)| seen.clone())
     }
 
-    /// The history has changed: what was heard over connections up to `parted` is of the one that has ended.
-    pub fn sink(&self, parted: ConnectionNumber) {
+    /// Now, for [`Floor::sink`].
+    pub(super) fn mark(&self) -> Mark {
+        self.heard.lock().mark()
+    }
+
+    /// The history is another, and was listed since `listed`. Connections that have been silent since then led to the old
+    /// one, or told nothing that the list does not have.
+    pub(super) fn sink(&self, listed: Mark) {
         let mut heard = self.heard.lock();
-        heard.revisions.retain(|connection, _| *connection > parted);
-        heard.event.take_if(|(connection, _)| *connection <= parted);
-        let highest = heard.revisions.values().max().copied().unwrap_or_default();
+        heard.revisions.retain(|_, (_, mark)| *mark > listed);
+        heard.event.take_if(|(mark, _)| *mark < listed);
+        let highest = heard.revisions.values().map(|(revision, _)| *revision).max().unwrap_or_default();
         self.revision.store(highest.0, Ordering::Release);
     }
 }
@@ -108,30 +129,31 @@ impl Floor {
 mod tests {
     use super::*;
 
-    fn floor(heard: &[(i64, u64)]) -> Floor {
-        let floor = Floor::default();
+    fn raise(floor: &Floor, heard: &[(i64, u64)]) {
         heard.iter().for_each(|(revision, connection)| floor.raise(Revision(*revision), ConnectionNumber(*connection)));
-        floor
     }
 
     #[test]
     fn sinks_to_what_was_heard_of_the_history_that_goes_on() {
-        let floor = floor(&[(100, 1), (90, 2), (7, 3), (5, 4)]);
+        let floor = Floor::default();
+        raise(&floor, &[(100, 1), (90, 2), (7, 3)]);
         assert_eq!(floor.revision(), Revision(100));
-        floor.sink(ConnectionNumber(2));
-        assert_eq!(floor.revision(), Revision(7));
-        floor.raise(Revision(6), ConnectionNumber(4));
-        assert_eq!(floor.revision(), Revision(7));
-        floor.sink(ConnectionNumber(9));
+        let listed = floor.mark();
+        raise(&floor, &[(5, 4), (6, 3)]);
+        floor.sink(listed);
+        assert_eq!(floor.revision(), Revision(7), "connection 3 leads to the new history, and had told of 7");
+        floor.sink(floor.mark());
         assert_eq!(floor.revision(), Revision::ZERO);
     }
 
     #[test]
     fn of_many_connections_the_oldest_are_taken_together() {
+        let floor = Floor::default();
+        let listed = floor.mark();
         let heard: Vec<_> = (0..10 * REMEMBERED as u64).map(|number| (5000 - number as i64, number)).collect();
-        let floor = floor(&heard);
+        raise(&floor, &heard);
         assert_eq!(floor.heard.lock().revisions.len(), REMEMBERED);
-        floor.sink(ConnectionNumber(0));
+        floor.sink(listed);
         assert_eq!(floor.revision(), Revision(5000));
     }
 
@@ -142,13 +164,14 @@ mod tests {
             let record = mvccpb::KeyValue { key: "k".into(), mod_revision, version, ..Default::default() };
             mvccpb::Event { kv: Some(record), ..Default::default() }
         };
-        floor.note_event(&event(7, 2), ConnectionNumber(3));
-        floor.note_event(&event(5, 1), ConnectionNumber(4));
+        let listed = floor.mark();
+        floor.note_event(&event(7, 2));
+        floor.note_event(&event(5, 1));
         let what = What::Put(Some((Revision::ZERO, 2)));
         let seen = Seen { key: "k".into(), revision: Revision(7), what };
-        floor.sink(ConnectionNumber(2));
+        floor.sink(listed);
         assert_eq!(floor.event(), Some(seen));
-        floor.sink(ConnectionNumber(3));
+        floor.sink(floor.mark());
         assert_eq!(floor.event(), None);
     }
 }

@@ -203,7 +203,7 @@ impl AnswerObserver for Observer {
             self.cache.consensus().note(sent, proof);
         }
         match &self.write {
-            Write::Put(key) => self.cache.note_put(key, Revision(header.revision), connection),
+            Write::Put(key) => self.cache.note_put(key, Revision(header.revision)),
             Write::Compact(revision) => self.cache.note_compacted(*revision),
             Write::Other => {}
         }

@@ -64,7 +64,7 @@ pub async fn relay(world: World, mut dice: Dice) {
         if let Some(proof) = Proof::of(&header, connection) {
             cache.consensus().note(sent, proof);
         }
-        cache.note_put(&request.key, Revision(header.revision), connection);
+        cache.note_put(&request.key, Revision(header.revision));
         let generation = cluster.look().generation();
         cluster.tell(generation, header.revision);
         world.show(generation, header.revision);
@@ -115,17 +115,12 @@ pub async fn observe(world: World, lane: usize) {
         let phase = if matches!(phase, Phase::Lost(_)) { "lost".into() } else { format!("{phase:?}") };
         let position = *positions.borrow_and_update();
         world.0.trace.note(format!("view {lane} {position:?} {phase}"));
-        let (generation, lost) = {
-            let inner = world.0.cluster.look();
-            let generation = inner.generation();
-            // What clients were told of a history that is over makes the feed doubt the next one until that has got as far.
-            (generation, inner.told[..generation].iter().any(|told| *told > last.revision.0))
-        };
+        let generation = world.0.cluster.look().generation();
         if position.epoch < last.epoch || (position.epoch == last.epoch && position.revision < last.revision) {
             world.0.trace.breach("the view goes forward only", format!("{position:?} after {last:?}"));
         }
         let begun = position.epoch > last.epoch;
-        if begun && world.0.adopted[lane].lock().replace(generation) == Some(generation) && !lost {
+        if begun && world.0.adopted[lane].lock().replace(generation) == Some(generation) {
             let what = format!("{position:?} after {last:?}, in the same history");
             world.0.trace.breach("the epoch changes only with the history", what);
         }

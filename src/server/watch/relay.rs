@@ -233,7 +233,7 @@ impl Task {
     fn note(&self, response: &WatchResponse, connection: ConnectionNumber) {
         let cache = &self.shared.cache;
         if let (Some(prefix), Some(event)) = (self.prefix(), response.events.last()) {
-            prefix.note_event(event, connection);
+            prefix.note_event(event);
         }
         cache.note_relayed(Revision(response.header.as_ref().map_or(0, |header| header.revision)), connection);
     }
