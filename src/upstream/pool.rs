@@ -11,9 +11,10 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    connection::{self, Class, Sender, Tuning},
+    connection::{self, Class, Tuning},
     endpoint::Dial,
     metrics::Metrics,
+    sender::Sender,
 };
 use crate::status::Status;
 
