@@ -262,7 +262,12 @@ impl WriterThread {
 
     /// Undoes the transaction after `error`, and says what its members are told.
     fn failed(&mut self, error: &SqlError) -> Status {
-        tracing::error!(%error, "a commit failed and was undone");
+        // A full disk fails every commit from then on; once is enough to say so.
+        if self.failing {
+            tracing::debug!(%error, "another commit failed and was undone");
+        } else {
+            tracing::error!(%error, "a commit failed and was undone");
+        }
         let rolled_back = self.store.rollback();
         self.compaction.rolled_back();
         if error.trouble() == Trouble::SyncFailed || rolled_back.is_err() {
