@@ -103,15 +103,15 @@ fn failed(status: &crate::status::Status) -> Answered {
 
 /// What `grpc-timeout` says; nothing when it says nothing that can be read.
 fn allowed(headers: &HeaderMap) -> Option<Duration> {
-    let (number, unit) = headers.get(TIMEOUT)?.to_str().ok()?.split_at_checked(headers.get(TIMEOUT)?.len() - 1)?;
-    let number: u64 = number.parse().ok()?;
+    let (unit, number) = headers.get(TIMEOUT)?.as_bytes().split_last()?;
+    let number: u64 = std::str::from_utf8(number).ok()?.parse().ok()?;
     match unit {
-        "H" => Some(Duration::from_secs(number.saturating_mul(3600))),
-        "M" => Some(Duration::from_secs(number.saturating_mul(60))),
-        "S" => Some(Duration::from_secs(number)),
-        "m" => Some(Duration::from_millis(number)),
-        "u" => Some(Duration::from_micros(number)),
-        "n" => Some(Duration::from_nanos(number)),
+        b'H' => Some(Duration::from_secs(number.saturating_mul(3600))),
+        b'M' => Some(Duration::from_secs(number.saturating_mul(60))),
+        b'S' => Some(Duration::from_secs(number)),
+        b'm' => Some(Duration::from_millis(number)),
+        b'u' => Some(Duration::from_micros(number)),
+        b'n' => Some(Duration::from_nanos(number)),
         _ => None,
     }
 }
