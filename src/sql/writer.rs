@@ -27,12 +27,18 @@ const GROUP_BYTES: usize = 8 << 20;
 /// How long compaction waits after a commit that failed.
 const RETRY: Duration = Duration::from_millis(100);
 
+/// How long compaction waits at a time while the log is copied.
+const LOG_PAUSE: Duration = Duration::from_millis(1);
+
 /// Bytes after which the database is measured again.
 const MEASURE_EVERY: usize = 256 << 10;
 
 /// About what a write and a commit take besides the request's bytes.
 const WRITE_OVERHEAD: usize = 512;
 const COMMIT_OVERHEAD: usize = 4096;
+
+/// About what the removal of an event adds to the log: a page.
+const REMOVAL: u64 = 4096;
 
 /// Something for the writer to do.
 pub enum Job {
@@ -153,14 +159,18 @@ impl WriterThread {
 
     /// The next job; inside, `None` when there is none and compaction has work. Outside, `None` at the end.
     fn next_job(&mut self) -> Option<Option<Job>> {
-        if self.poisoned.is_none() && self.compaction.is_pending(self.state.position().compacted) {
+        while self.poisoned.is_none() && self.compaction.is_pending(self.state.position().compacted) {
             if self.failing {
                 thread::sleep(RETRY);
             }
             match self.jobs.try_recv() {
                 Ok(job) => return Some(Some(job)),
-                Err(mpsc::error::TryRecvError::Empty) => return Some(None),
                 Err(mpsc::error::TryRecvError::Disconnected) => return None,
+                Err(mpsc::error::TryRecvError::Empty) if !self.checkpoints.are_behind() => return Some(None),
+                Err(mpsc::error::TryRecvError::Empty) => {
+                    thread::sleep(LOG_PAUSE);
+                    self.measure();
+                }
             }
         }
         self.jobs.blocking_recv().map(Some)
@@ -202,7 +212,7 @@ impl WriterThread {
         group: &mut Vec<Box<dyn Work>>,
         left: &mut Option<Job>,
     ) -> Result<(), SqlError> {
-        let idle = first.is_none();
+        let started = Instant::now();
         let begun = self.store.begin_write();
         let (at, alarms) = (self.state.position(), self.state.alarms());
         let mut transaction = Transaction::new(&mut *self.store, &self.state.leases, at, alarms);
@@ -224,21 +234,24 @@ impl WriterThread {
         }
         let changes = transaction.into_changes();
         applied?;
-        let compacting = self.compaction.is_pending(changes.at.compacted);
-        let removed = if compacting { self.compaction.step(&mut *self.store, changes.at.compacted, idle)? } else { 0 };
+        let compacting = self.compaction.is_pending(changes.at.compacted)
+            && !self.checkpoints.are_behind()
+            && self.compaction.has_turn(group.len());
+        let removed = if compacting { self.compaction.step(&mut *self.store, changes.at.compacted)? } else { 0 };
         if !changes.wrote && !compacting {
             return self.store.rollback();
         }
-        let started = Instant::now();
+        let committing = Instant::now();
         self.store.commit()?;
-        self.record_commit(group.len(), removed, started);
-        self.compaction.committed();
+        self.record_commit(group.len(), removed, committing);
+        self.compaction.committed(group.len(), compacting, started.elapsed());
         self.state.publish(changes);
         self.state.set_compaction_done(self.compaction.done());
         Ok(())
     }
 
-    fn record_commit(&self, writes: usize, removed: u64, started: Instant) {
+    fn record_commit(&mut self, writes: usize, removed: u64, started: Instant) {
+        self.unmeasured += usize::try_from(removed.saturating_mul(REMOVAL)).unwrap_or(MEASURE_EVERY);
         let metrics = &self.state.options.metrics;
         metrics.commits.inc();
         metrics.commit_seconds.observe(started.elapsed().as_secs_f64());
