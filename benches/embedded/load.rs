@@ -62,18 +62,17 @@ fn keys_of(work: Work) -> u64 {
 
 /// Loads all of them in turns, and prints each one's middle round. The rates, in the order of `systems`.
 pub fn compare(systems: &[System], work: Work, in_flight: InFlight) -> Outcome<Vec<f64>> {
-    let mut servers = Vec::new();
-    for system in systems {
-        let home = scratch()?;
-        servers.push((Server::start(*system, home.path())?, home, Vec::new()));
-    }
+    let mut turns: Vec<_> = systems.iter().map(|system| (*system, Vec::new())).collect();
     for _ in 0..ROUNDS {
-        for (server, _, reports) in &mut servers {
-            reports.push(load(server, work, in_flight, TURN)?);
+        for (system, reports) in &mut turns {
+            // Each has the machine to itself: some work on after a load.
+            let home = scratch()?;
+            let server = Server::start(*system, home.path())?;
+            reports.push(load(&server, work, in_flight, TURN)?);
         }
     }
     println!("| server | per second | p50 | p99 | server's CPU per call |\n|---|---|---|---|---|");
-    let middle = servers.iter_mut().map(|(_, _, reports)| {
+    let middle = turns.iter_mut().map(|(_, reports)| {
         reports.sort_by(|one, other| one.rate.total_cmp(&other.rate));
         reports.swap_remove(reports.len() / 2)
     });

@@ -4,7 +4,7 @@
 //! them. The data goes below `target/`, or where `MILLPOND_BENCH_DIR` says: the disk is part of what is measured.
 //!
 //! etcd and Millpond wait for the disk before they acknowledge anything. kine does not by default; it is measured as it comes,
-//! durable, and with the settings that were found to be its fastest.
+//! durable, and with the number of connections that was found to be its fastest.
 //!
 //! - [`servers`]: the servers as child processes. [`load`]: loads, measured on several of them in turns.
 //! - [`writes`], [`compaction`], [`keys`]: the rows.
@@ -39,6 +39,7 @@ const ROWS: &[Row] = &[
     ("puts-1", "puts of 512 B, 1 in flight", writes::puts_one),
     ("puts-100", "puts of 512 B, 100 in flight", writes::puts_hundred),
     ("updates-100", "Kubernetes' guarded updates of 512 B, 100 in flight", writes::updates),
+    ("kine", "the same beside kine, durable and not, as it comes and with few connections", writes::kine),
     ("compaction", "puts while 1,000,000 revisions are compacted", compaction::run),
     ("keys", "1,000,000 keys of 512 B", keys::run),
 ];

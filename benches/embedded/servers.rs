@@ -37,34 +37,33 @@ pub enum System {
 
 /// How kine is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kine {
-    /// As it comes: SQLite's `synchronous=NORMAL`, which does not wait for the disk.
-    Default,
-    /// `synchronous=FULL`.
-    Durable,
-    /// `synchronous=OFF`, and no more connections than it can use.
-    Fastest,
+pub struct Kine {
+    /// `synchronous=FULL`, so that an acknowledged write is on the disk; kine's own default is `NORMAL`, where it is not.
+    pub durable: bool,
+    /// `--datastore-max-open-connections`: none is kine's default, few are its fastest.
+    pub connections: Option<u8>,
 }
 
 impl Kine {
+    /// All that are measured; the first is as kine comes.
+    pub const ALL: [Self; 4] = [
+        Self { durable: false, connections: None },
+        Self { durable: false, connections: Some(4) },
+        Self { durable: true, connections: None },
+        Self { durable: true, connections: Some(4) },
+    ];
+
     /// What follows the file's name in `--endpoint`: kine's own defaults but for `synchronous`.
     fn parameters(self) -> String {
-        let synchronous = match self {
-            Self::Default => "NORMAL",
-            Self::Durable => "FULL",
-            Self::Fastest => "OFF",
-        };
+        let synchronous = if self.durable { "FULL" } else { "NORMAL" };
         format!(
             "_journal_mode=WAL&_busy_timeout=30000&_synchronous={synchronous}&_txlock=immediate&_stmt_cache_size=20\
              &cache=shared"
         )
     }
 
-    fn flags(self) -> &'static [&'static str] {
-        match self {
-            Self::Default | Self::Durable => &[],
-            Self::Fastest => &["--datastore-max-open-connections=4"],
-        }
+    fn flags(self) -> Option<String> {
+        self.connections.map(|count| format!("--datastore-max-open-connections={count}"))
     }
 }
 
@@ -75,9 +74,10 @@ impl System {
             Self::Millpond => "Millpond",
             Self::Engine => "engine without cache",
             Self::Etcd => "etcd",
-            Self::Kine(Kine::Default) => "kine, default (not durable)",
-            Self::Kine(Kine::Durable) => "kine, synchronous=FULL",
-            Self::Kine(Kine::Fastest) => "kine, synchronous=OFF, 4 connections (not durable)",
+            Self::Kine(Kine { durable: false, connections: None }) => "kine as it comes, not durable",
+            Self::Kine(Kine { durable: false, connections: Some(_) }) => "kine, 4 connections, not durable",
+            Self::Kine(Kine { durable: true, connections: None }) => "kine, durable",
+            Self::Kine(Kine { durable: true, connections: Some(_) }) => "kine, 4 connections, durable",
         }
     }
 }
