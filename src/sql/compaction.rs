@@ -58,6 +58,11 @@ impl Compaction {
         self.pace.has_turn(writes)
     }
 
+    /// How long to wait for a write before a step has a commit of its own.
+    pub fn gap(&self) -> Duration {
+        self.pace.gap()
+    }
+
     /// Takes one step inside an open write transaction. Returns how many events it removed.
     pub fn step(&mut self, store: &mut dyn Writer, target: i64) -> Result<u64, SqlError> {
         let limit = self.pace.step();

@@ -30,6 +30,9 @@ const RETRY: Duration = Duration::from_millis(100);
 /// How long compaction waits at a time while the log is copied.
 const LOG_PAUSE: Duration = Duration::from_millis(1);
 
+/// How often compaction looks for writes while it waits for one.
+const LOOK: Duration = Duration::from_micros(50);
+
 /// Bytes after which the database is measured again.
 const MEASURE_EVERY: usize = 256 << 10;
 
@@ -163,17 +166,26 @@ impl WriterThread {
             if self.failing {
                 thread::sleep(RETRY);
             }
-            match self.jobs.try_recv() {
+            let behind = self.checkpoints.are_behind();
+            match self.job_within(if behind { LOG_PAUSE } else { self.compaction.gap() }) {
                 Ok(job) => return Some(Some(job)),
                 Err(mpsc::error::TryRecvError::Disconnected) => return None,
-                Err(mpsc::error::TryRecvError::Empty) if !self.checkpoints.are_behind() => return Some(None),
-                Err(mpsc::error::TryRecvError::Empty) => {
-                    thread::sleep(LOG_PAUSE);
-                    self.measure();
-                }
+                Err(mpsc::error::TryRecvError::Empty) if behind => self.measure(),
+                Err(mpsc::error::TryRecvError::Empty) => return Some(None),
             }
         }
         self.jobs.blocking_recv().map(Some)
+    }
+
+    /// A job, if one comes within `patience`.
+    fn job_within(&mut self, patience: Duration) -> Result<Job, mpsc::error::TryRecvError> {
+        let start = Instant::now();
+        loop {
+            match self.jobs.try_recv() {
+                Err(mpsc::error::TryRecvError::Empty) if start.elapsed() < patience => thread::sleep(LOOK),
+                other => return other,
+            }
+        }
     }
 
     /// Commits `first` and what else is waiting. Returns a job that could not share the commit.

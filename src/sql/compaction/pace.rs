@@ -1,8 +1,9 @@
 //! How large the steps of a compaction are: as large as writers hardly notice.
 //!
 //! A step makes the commit that it is part of longer, or keeps the next write waiting when it has a commit of its own. So it is
-//! sized by the clock: while there are writes, a step may take about as long as a commit takes without one. One commit in
-//! [`SAMPLE`] has none, which keeps that measure true.
+//! sized by the clock: beside writes, a step may take half as long as a commit takes without one; it has a commit of its own only
+//! when no write has come for as long as that, and may take as long then. One commit in [`SAMPLE`] has no step, which keeps that
+//! measure true.
 
 use std::time::{Duration, Instant};
 
@@ -58,15 +59,27 @@ impl Pace {
         }
         if stepped {
             let share = if writes > 0 { took.saturating_sub(self.usual) } else { took };
-            self.resize(share <= self.allowed());
+            self.resize(share <= self.allowed(writes));
         } else if writes > 0 {
             self.usual = ((self.usual * 7 + took) / 8).clamp(SHORTEST_COMMIT, LONGEST_COMMIT);
         }
     }
 
-    fn allowed(&self) -> Duration {
-        let quiet = self.last_write.is_none_or(|at| at.elapsed() > QUIET);
-        if quiet { QUIET_STEP } else { self.usual }
+    /// How long to wait for a write before a step has a commit of its own.
+    pub fn gap(&self) -> Duration {
+        if self.is_quiet() { Duration::ZERO } else { self.usual }
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.last_write.is_none_or(|at| at.elapsed() > QUIET)
+    }
+
+    fn allowed(&self, writes: usize) -> Duration {
+        match writes {
+            0 if self.is_quiet() => QUIET_STEP,
+            0 => self.usual,
+            _ => self.usual / 2,
+        }
     }
 
     fn resize(&mut self, grow: bool) {
@@ -93,18 +106,21 @@ mod tests {
     }
 
     #[test]
-    fn a_step_takes_about_as_long_as_a_commit_while_there_are_writes() {
+    fn a_step_takes_half_as_long_as_a_commit_while_there_are_writes() {
         let mut pace = Pace::default();
         let size = settled(&mut pace, 1, Duration::from_micros(10));
-        assert!((60..=130).contains(&size), "{size} entries of 10 µs beside commits of 1 ms");
+        assert!((30..=70).contains(&size), "{size} entries of 10 µs beside commits of 1 ms");
+        assert_eq!(pace.gap(), pace.usual);
         let size = settled(&mut pace, 1, Duration::from_millis(5));
         assert_eq!(size, SMALLEST);
     }
 
     #[test]
     fn steps_are_larger_while_nobody_writes() {
-        let size = settled(&mut Pace::default(), 0, Duration::from_micros(10));
+        let mut pace = Pace::default();
+        let size = settled(&mut pace, 0, Duration::from_micros(10));
         assert!((600..=1300).contains(&size), "{size} entries of 10 µs in quiet");
+        assert_eq!(pace.gap(), Duration::ZERO);
     }
 
     #[test]
