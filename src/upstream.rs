@@ -2,7 +2,7 @@
 //! with.
 //!
 //! - `endpoint`: where an etcd is and how a byte stream to it is opened;
-//! - `connection`, `pool`: HTTP connections, by class of traffic;
+//! - `connection`, `pool`: HTTP connections, by class of traffic; `sender`: a connection, or a server in this process;
 //! - `health`, `roster`, `probe`, `version`: which endpoints may be used, which cluster they are, whether authentication is on;
 //! - `call`, `grpc`, `body`: our own calls;
 //! - `forward`, `limits`: clients' calls, moved as they are.
@@ -28,13 +28,14 @@ mod metrics;
 mod pool;
 mod probe;
 mod roster;
+mod sender;
 mod shared;
 mod version;
 
 pub use self::{
     body::{BodyError, RequestBody},
     call::{StreamReceiver, StreamSender},
-    endpoint::{Dial, DialFuture, Endpoint, EndpointId, Io},
+    endpoint::{Dial, DialFuture, Endpoint, EndpointId, Io, Serve, ServeFuture},
     forward::{Forwarded, ForwardedBody, Route},
     health::{AuthState, EndpointHealth, Health, Report, Standing},
     limits::ForwardClass,

@@ -1,11 +1,14 @@
 //! `millpond serve`: settings, log, metrics and the operators' port around the proxy.
 
+mod embedded;
+
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use prometheus::Registry;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
+use self::embedded::Embedded;
 use super::signals;
 use crate::{
     cache::{self, Cache},
@@ -175,7 +178,10 @@ fn router(
     Ok(Router {
         kv: Kv::new(cache.clone(), kv_settings, kv::Metrics::register(registry)?),
         watch: Watch::new(cache.clone(), watch_settings, watch_metrics, leader, shutdown.clone()),
-        members: Members::new(config.advertise_client_url.clone()),
+        members: match config.endpoints.is_empty() {
+            true => Members::embedded(),
+            false => Members::new(config.advertise_client_url.clone()),
+        },
         health: HealthService::new(ready, shutdown.clone()),
         cache,
     })
@@ -184,7 +190,8 @@ fn router(
 fn upstream_settings(config: &Config, embedded: Option<&Engine>) -> Result<upstream::Settings, UpstreamError> {
     let endpoints = match embedded.cloned() {
         Some(engine) => {
-            vec![Endpoint::InProcess { name: "embedded".to_owned(), dial: Arc::new(move || Ok(engine.connect())) }]
+            let dial = Arc::new(Embedded::new(engine));
+            vec![Endpoint::InProcess { name: "embedded".to_owned(), dial }]
         }
         None => config.endpoints.iter().map(|endpoint| endpoint.parse()).collect::<Result<_, _>>()?,
     };

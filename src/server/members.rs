@@ -43,6 +43,11 @@ impl Members {
         Self { advertised, warned: AtomicBool::new(false) }
     }
 
+    /// For the store within the process: its member list tells this server's own address, so nobody is led around it.
+    pub fn embedded() -> Self {
+        Self { advertised: None, warned: AtomicBool::new(true) }
+    }
+
     /// Forwards the call and puts the advertised URL in, if there is one.
     pub async fn list(
         &self,

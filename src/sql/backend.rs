@@ -5,7 +5,7 @@
 
 use std::ops::ControlFlow;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 use super::{error::SqlError, key::KeyRange};
 use crate::proto::mvccpb::{Event, KeyValue, event::EventType};
@@ -83,6 +83,16 @@ pub struct Record {
 }
 
 impl Record {
+    /// The record in memory of its own: what arrived in a request is a slice of a buffer several times as large.
+    pub fn detached(self) -> Self {
+        let mut bytes = BytesMut::with_capacity(self.key.len() + self.value.len());
+        bytes.extend_from_slice(&self.key);
+        bytes.extend_from_slice(&self.value);
+        let mut value = bytes.freeze();
+        let key = value.split_to(self.key.len());
+        Self { key, value, version: self.version }
+    }
+
     /// The key-value pair as clients see it. A deletion has only its key and revision.
     pub fn into_kv(self) -> KeyValue {
         KeyValue {

@@ -5,20 +5,17 @@
 //! deletion makes itself so. Like etcd since 3.5.18, a deletion exactly at C stays for watchers that resume there, and goes
 //! with the next compaction.
 
-use std::ops::ControlFlow;
+mod pace;
+
+use std::{ops::ControlFlow, time::Duration};
 
 use bytes::Bytes;
 
+use self::pace::Pace;
 use super::{
     backend::{EventId, Meta, Reader, Writer},
     error::SqlError,
 };
-
-/// Log entries looked at in one step while writers wait.
-const BUSY_STEP: usize = 64;
-
-/// Log entries looked at in one step while nobody waits.
-const IDLE_STEP: usize = 512;
 
 /// Where compaction stands.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +31,7 @@ struct Stand {
 pub struct Compaction {
     durable: Stand,
     current: Stand,
+    pace: Pace,
 }
 
 impl Compaction {
@@ -42,7 +40,7 @@ impl Compaction {
         let done = store.meta(Meta::CompactionDone)?.unwrap_or(-1);
         let cursor = EventId(store.meta(Meta::CompactionCursor)?.unwrap_or(0));
         let stand = Stand { done, cursor };
-        Ok(Self { durable: stand, current: stand })
+        Ok(Self { durable: stand, current: stand, pace: Pace::default() })
     }
 
     /// Whether something remains to be removed for the compacted revision `target`.
@@ -55,9 +53,19 @@ impl Compaction {
         self.durable.done
     }
 
+    /// Whether the commit under way, which has so many writes, should take a step.
+    pub fn has_turn(&mut self, writes: usize) -> bool {
+        self.pace.has_turn(writes)
+    }
+
+    /// How long to wait for a write before a step has a commit of its own.
+    pub fn gap(&self) -> Duration {
+        self.pace.gap()
+    }
+
     /// Takes one step inside an open write transaction. Returns how many events it removed.
-    pub fn step(&mut self, store: &mut dyn Writer, target: i64, idle: bool) -> Result<u64, SqlError> {
-        let limit = if idle { IDLE_STEP } else { BUSY_STEP };
+    pub fn step(&mut self, store: &mut dyn Writer, target: i64) -> Result<u64, SqlError> {
+        let limit = self.pace.step();
         let seen = upcoming(store, self.current.cursor, target, limit)?;
         let mut removed = 0;
         for (key, id, is_deletion) in &seen {
@@ -81,9 +89,10 @@ impl Compaction {
         Ok(removed)
     }
 
-    /// The step is durable.
-    pub fn committed(&mut self) {
+    /// A commit with so many writes, and perhaps a step, is durable; it took that long from its beginning.
+    pub fn committed(&mut self, writes: usize, stepped: bool, took: Duration) {
         self.durable = self.current;
+        self.pace.committed(writes, stepped, took);
     }
 
     /// The step was undone.

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{
-    SqlError,
+    SqlError, Trouble,
     backend::{Meta, Writer},
     counts::Counts,
     history::History,
@@ -125,12 +125,23 @@ impl State {
     }
 }
 
+/// Writes the term down. Where there is no room for it, it is used all the same: it has not fallen, and the next start may
+/// have the same one.
+fn keep_term(store: &mut dyn Writer, term: i64) -> Result<(), SqlError> {
+    let kept = store.begin_write().and_then(|()| store.set_meta(Meta::Term, term)).and_then(|()| store.commit());
+    match kept {
+        Err(error) if error.trouble() == Trouble::Full => {
+            tracing::warn!(%error, "the disk is full: reads go on, writes are refused until there is room");
+            store.rollback()
+        }
+        kept => kept,
+    }
+}
+
 /// Reads what is kept in memory, and begins a new term.
 pub fn load(store: &mut dyn Writer, options: Options) -> Result<State, SqlError> {
     let term = store.meta(Meta::Term)?.unwrap_or(0).saturating_add(1);
-    store.begin_write()?;
-    store.set_meta(Meta::Term, term)?;
-    store.commit()?;
+    keep_term(store, term)?;
     let bits = |value: Option<i64>| value.unwrap_or(1).cast_unsigned();
     let identity = Identity {
         cluster_id: bits(store.meta(Meta::ClusterId)?),

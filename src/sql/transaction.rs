@@ -229,7 +229,7 @@ impl<'a> Transaction<'a> {
     fn append(&mut self, record: Record) -> Result<(), SqlError> {
         self.wrote = true;
         self.store.append(&record)?;
-        self.draft.push(record);
+        self.draft.push(record.detached());
         Ok(())
     }
 

@@ -224,6 +224,8 @@ impl Session {
     }
 
     async fn serve_chunk(&mut self, chunk: Chunk, current: i64) -> Result<(), Gone> {
+        // The store may have gone on while the stretch was read, and no header is older than an event under it.
+        let current = current.max(chunk.last);
         let concerned = |watcher: &Watcher| watcher.is_behind(current) && watcher.next <= chunk.last;
         let with_previous: Vec<KeyRange> = self
             .watchers

@@ -27,12 +27,21 @@ const GROUP_BYTES: usize = 8 << 20;
 /// How long compaction waits after a commit that failed.
 const RETRY: Duration = Duration::from_millis(100);
 
+/// How long compaction waits at a time while the log is copied.
+const LOG_PAUSE: Duration = Duration::from_millis(1);
+
+/// How often compaction looks for writes while it waits for one.
+const LOOK: Duration = Duration::from_micros(50);
+
 /// Bytes after which the database is measured again.
 const MEASURE_EVERY: usize = 256 << 10;
 
 /// About what a write and a commit take besides the request's bytes.
 const WRITE_OVERHEAD: usize = 512;
 const COMMIT_OVERHEAD: usize = 4096;
+
+/// About what the removal of an event adds to the log: a page.
+const REMOVAL: u64 = 4096;
 
 /// Something for the writer to do.
 pub enum Job {
@@ -153,17 +162,30 @@ impl WriterThread {
 
     /// The next job; inside, `None` when there is none and compaction has work. Outside, `None` at the end.
     fn next_job(&mut self) -> Option<Option<Job>> {
-        if self.poisoned.is_none() && self.compaction.is_pending(self.state.position().compacted) {
+        while self.poisoned.is_none() && self.compaction.is_pending(self.state.position().compacted) {
             if self.failing {
                 thread::sleep(RETRY);
             }
-            match self.jobs.try_recv() {
+            let behind = self.checkpoints.are_behind();
+            match self.job_within(if behind { LOG_PAUSE } else { self.compaction.gap() }) {
                 Ok(job) => return Some(Some(job)),
-                Err(mpsc::error::TryRecvError::Empty) => return Some(None),
                 Err(mpsc::error::TryRecvError::Disconnected) => return None,
+                Err(mpsc::error::TryRecvError::Empty) if behind => self.measure(),
+                Err(mpsc::error::TryRecvError::Empty) => return Some(None),
             }
         }
         self.jobs.blocking_recv().map(Some)
+    }
+
+    /// A job, if one comes within `patience`.
+    fn job_within(&mut self, patience: Duration) -> Result<Job, mpsc::error::TryRecvError> {
+        let start = Instant::now();
+        loop {
+            match self.jobs.try_recv() {
+                Err(mpsc::error::TryRecvError::Empty) if start.elapsed() < patience => thread::sleep(LOOK),
+                other => return other,
+            }
+        }
     }
 
     /// Commits `first` and what else is waiting. Returns a job that could not share the commit.
@@ -202,7 +224,7 @@ impl WriterThread {
         group: &mut Vec<Box<dyn Work>>,
         left: &mut Option<Job>,
     ) -> Result<(), SqlError> {
-        let idle = first.is_none();
+        let started = Instant::now();
         let begun = self.store.begin_write();
         let (at, alarms) = (self.state.position(), self.state.alarms());
         let mut transaction = Transaction::new(&mut *self.store, &self.state.leases, at, alarms);
@@ -224,21 +246,24 @@ impl WriterThread {
         }
         let changes = transaction.into_changes();
         applied?;
-        let compacting = self.compaction.is_pending(changes.at.compacted);
-        let removed = if compacting { self.compaction.step(&mut *self.store, changes.at.compacted, idle)? } else { 0 };
+        let compacting = self.compaction.is_pending(changes.at.compacted)
+            && !self.checkpoints.are_behind()
+            && self.compaction.has_turn(group.len());
+        let removed = if compacting { self.compaction.step(&mut *self.store, changes.at.compacted)? } else { 0 };
         if !changes.wrote && !compacting {
             return self.store.rollback();
         }
-        let started = Instant::now();
+        let committing = Instant::now();
         self.store.commit()?;
-        self.record_commit(group.len(), removed, started);
-        self.compaction.committed();
+        self.record_commit(group.len(), removed, committing);
+        self.compaction.committed(group.len(), compacting, started.elapsed());
         self.state.publish(changes);
         self.state.set_compaction_done(self.compaction.done());
         Ok(())
     }
 
-    fn record_commit(&self, writes: usize, removed: u64, started: Instant) {
+    fn record_commit(&mut self, writes: usize, removed: u64, started: Instant) {
+        self.unmeasured += usize::try_from(removed.saturating_mul(REMOVAL)).unwrap_or(MEASURE_EVERY);
         let metrics = &self.state.options.metrics;
         metrics.commits.inc();
         metrics.commit_seconds.observe(started.elapsed().as_secs_f64());
@@ -262,7 +287,12 @@ impl WriterThread {
 
     /// Undoes the transaction after `error`, and says what its members are told.
     fn failed(&mut self, error: &SqlError) -> Status {
-        tracing::error!(%error, "a commit failed and was undone");
+        // A full disk fails every commit from then on; once is enough to say so.
+        if self.failing {
+            tracing::debug!(%error, "another commit failed and was undone");
+        } else {
+            tracing::error!(%error, "a commit failed and was undone");
+        }
         let rolled_back = self.store.rollback();
         self.compaction.rolled_back();
         if error.trouble() == Trouble::SyncFailed || rolled_back.is_err() {

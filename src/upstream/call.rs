@@ -4,12 +4,11 @@ use std::{future::Future, marker::PhantomData, pin::Pin, sync::Arc, time::Durati
 
 use bytes::Bytes;
 use http::{
-    Method, Request, Response, Uri,
+    Method, Request, Uri,
     header::{CONTENT_TYPE, HeaderName, HeaderValue, TE, USER_AGENT},
     uri::Authority,
 };
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use prost::Message;
 use tokio::sync::mpsc;
 use tonic::Code;
@@ -18,13 +17,15 @@ use super::{
     body::RequestBody,
     grpc,
     pool::{ConnectionNumber, Slot},
+    sender::{Answered, ResponseBody},
 };
 use crate::status::Status;
 
 /// Messages that wait for their stream to take them.
 const OUTBOX: usize = 16;
 const AGENT: HeaderValue = HeaderValue::from_static(concat!("millpond/", env!("CARGO_PKG_VERSION")));
-const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+/// How long the client will wait.
+pub(super) const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
 /// What gRPC says at a client's deadline.
 pub(super) const DEADLINE: Status = Status::fixed(Code::DeadlineExceeded, "context deadline exceeded");
@@ -66,7 +67,7 @@ fn timeout_header(deadline: Duration) -> String {
 }
 
 /// The single message of a unary answer.
-pub(super) async fn unary_message(response: Response<Incoming>) -> Result<Bytes, Status> {
+pub(super) async fn unary_message(response: Answered) -> Result<Bytes, Status> {
     let mut stream = Reading::new(response)?;
     let message = stream.next().await;
     let end = match &message {
@@ -82,13 +83,13 @@ pub(super) async fn unary_message(response: Response<Incoming>) -> Result<Bytes,
 
 /// The messages of a response.
 struct Reading {
-    body: Incoming,
+    body: ResponseBody,
     deframer: grpc::Deframer,
     ended: bool,
 }
 
 impl Reading {
-    fn new(response: Response<Incoming>) -> Result<Self, Status> {
+    fn new(response: Answered) -> Result<Self, Status> {
         let (head, body) = response.into_parts();
         if let Some(Err(status)) = grpc::outcome(&head.headers) {
             return Err(status);
@@ -155,7 +156,7 @@ impl<Q: Message> StreamSender<Q> {
     pub fn finish(self) {}
 }
 
-type Opening = Pin<Box<dyn Future<Output = Result<(Response<Incoming>, Arc<Slot>), Status>> + Send>>;
+type Opening = Pin<Box<dyn Future<Output = Result<(Answered, Arc<Slot>), Status>> + Send>>;
 
 /// Receives the messages of a call. The call is cancelled when both its sides are dropped before its end.
 pub struct StreamReceiver {
@@ -173,7 +174,7 @@ enum State {
 impl StreamReceiver {
     pub(super) fn new(
         connection: ConnectionNumber,
-        opening: impl Future<Output = Result<(Response<Incoming>, Arc<Slot>), Status>> + Send + 'static,
+        opening: impl Future<Output = Result<(Answered, Arc<Slot>), Status>> + Send + 'static,
     ) -> Self {
         Self { connection, state: State::Opening(Box::pin(opening)) }
     }

@@ -15,7 +15,7 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::time::timeout;
 
-use super::{body::RequestBody, endpoint::Dial};
+use super::{body::RequestBody, endpoint::Dial, sender::Sender};
 use crate::{socket::Gather, status::Status};
 
 /// A kind of traffic; each has connections of its own, so none waits behind another.
@@ -86,9 +86,6 @@ pub(super) struct Tuning {
     pub keepalive_timeout: Duration,
 }
 
-/// The sending side of an HTTP/2 connection.
-pub(super) type Sender = http2::SendRequest<RequestBody>;
-
 /// Frames of this size are accepted; etcd sends 16 KiB at most.
 const MAX_FRAME: u32 = 64 << 10;
 /// Response headers of this size are accepted.
@@ -97,11 +94,14 @@ const MAX_HEADERS: u32 = 1 << 20;
 const REMEMBER_CANCELLED: Duration = Duration::from_secs(30);
 const CANCELLED_STREAMS: usize = 16_384;
 
-/// Opens an HTTP/2 connection.
+/// Opens an HTTP/2 connection; to a server within the process that needs none, gives the server.
 ///
 /// # Errors
 /// Unavailable, in the words of Go's gRPC library.
 pub(super) async fn http2(dial: &Arc<dyn Dial>, name: &str, class: Class, tuning: Tuning) -> Result<Sender, Status> {
+    if let Some(server) = dial.in_process() {
+        return Ok(Sender::InProcess(server));
+    }
     let opened = timeout(tuning.connect_timeout, async {
         let io = dial.dial().await.map_err(|error| error.to_string())?;
         builder(class, tuning).handshake(TokioIo::new(Gather::new(io))).await.map_err(|error| error.to_string())
@@ -113,7 +113,7 @@ pub(super) async fn http2(dial: &Arc<dyn Dial>, name: &str, class: Class, tuning
             tracing::debug!(endpoint = name, class = class.name(), %error, "upstream connection ended");
         }
     });
-    Ok(sender)
+    Ok(Sender::Http2(sender))
 }
 
 /// Opens an HTTP/1.1 connection, for what etcd serves beside gRPC.

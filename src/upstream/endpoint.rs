@@ -2,13 +2,13 @@
 
 use std::{fmt, future::Future, io, pin::Pin, str::FromStr, sync::Arc, time::Duration};
 
-use http::uri::Authority;
+use http::{Request, Response, uri::Authority};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
 };
 
-use super::UpstreamError;
+use super::{RequestBody, UpstreamError};
 
 /// Which of the configured endpoints, by its place in the configuration.
 #[derive(Copy, Clone, Eq, PartialEq, Ord, PartialOrd, Hash, Debug)]
@@ -26,6 +26,20 @@ pub type DialFuture<'a> = Pin<Box<dyn Future<Output = io::Result<Box<dyn Io>>> +
 pub trait Dial: Send + Sync {
     /// Opens one more stream. The caller bounds the time.
     fn dial(&self) -> DialFuture<'_>;
+
+    /// The server itself, where it is in this process and takes gRPC requests without a stream in between.
+    fn in_process(&self) -> Option<Arc<dyn Serve>> {
+        None
+    }
+}
+
+/// What [`Serve::serve`] returns.
+pub type ServeFuture = Pin<Box<dyn Future<Output = Response<tonic::body::Body>> + Send>>;
+
+/// Answers gRPC requests as a server does, within the process.
+pub trait Serve: Send + Sync {
+    /// The answer to one request. Dropping it cancels the call.
+    fn serve(&self, request: Request<RequestBody>) -> ServeFuture;
 }
 
 impl<F, T> Dial for F

@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use http::{Request, Response, Uri, uri};
 use http_body::{Body, Frame, SizeHint};
-use hyper::{body::Incoming, client::conn::http1::SendRequest};
+use hyper::client::conn::http1::SendRequest;
 use parking_lot::Mutex;
 use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
@@ -24,6 +24,7 @@ use super::{
     grpc,
     limits::{Limit, Permit},
     pool::Slot,
+    sender::ResponseBody,
     shared::{Answer, MemberLink, NO_CONNECTION, Shared},
 };
 use crate::status::Status;
@@ -69,7 +70,7 @@ struct Call {
 }
 
 struct Live {
-    incoming: Incoming,
+    incoming: ResponseBody,
     /// Whether the client has to keep reading.
     impatient: bool,
     _slot: Option<Slot>,
@@ -133,7 +134,12 @@ impl Upstream {
         let permit = shared.stream_limit.permit().await?;
         let (at, mut sender, connection) = shared.connect_http1(route).await?;
         let response = sender.send_request(request).await.map_err(|error| shared.failed(at, &error))?;
-        let live = |incoming| Live { incoming, impatient: false, _slot: None, _permit: permit };
+        let live = |incoming| Live {
+            incoming: ResponseBody::Incoming(incoming),
+            impatient: false,
+            _slot: None,
+            _permit: permit,
+        };
         let response = response.map(|incoming| ForwardedBody::new(live(incoming), shared, at));
         Ok(Forwarded { at, connection, response })
     }
@@ -236,7 +242,7 @@ impl Body for ForwardedBody {
             Some(Err(error)) if grpc::remote_reset(error).is_none() => me.shared.suspect(me.at),
             _ => {}
         }
-        Poll::Ready(frame.map(|frame| frame.map_err(|error| BodyError(error.into()))))
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {

@@ -12,9 +12,10 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
-    connection::{self, Class, Sender, Tuning},
+    connection::{self, Class, Tuning},
     endpoint::Dial,
     metrics::Metrics,
+    sender::Sender,
 };
 use crate::status::Status;
 

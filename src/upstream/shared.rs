@@ -3,8 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{Request, Response, uri::Authority};
-use hyper::body::Incoming;
+use http::{Request, uri::Authority};
 use parking_lot::Mutex;
 use prost::Message;
 use tokio::{
@@ -22,6 +21,7 @@ use super::{
     metrics::Metrics,
     pool::{Numbers, Pool, Slot},
     roster::Roster,
+    sender::Answered,
 };
 use crate::status::Status;
 
@@ -121,7 +121,7 @@ impl Shared {
         let shared = self.clone();
         let (sender, body) = StreamSender::new();
         let request = call::request(&self.member(at)?.authority, path, metadata, None, body)?;
-        let answered = slot.sender().send_request(request);
+        let answered = slot.sender().start(request);
         let receiver = StreamReceiver::new(slot.number(), async move {
             match answered.await {
                 Ok(response) => Ok((response, slot)),
@@ -143,7 +143,7 @@ impl Shared {
         let authority = &self.member(at)?.authority;
         let request = call::request(authority, path, &[], Some(deadline), RequestBody::full(message))?;
         let answer = timeout(deadline, async {
-            let response = slot.sender().send_request(request).await.map_err(|error| self.failed(at, &error))?;
+            let response = slot.sender().send(request).await.map_err(|error| self.failed(at, error.error()))?;
             call::unary_message(response).await
         });
         answer.await.unwrap_or(Err(call::DEADLINE))
@@ -165,7 +165,7 @@ impl Shared {
                     return Err(Unsent { status, request: Some(request) });
                 }
             };
-            match slot.sender().try_send_request(request).await {
+            match slot.sender().send(request).await {
                 Ok(response) => return Ok(Answer { response, slot }),
                 Err(mut error) => match error.take_message() {
                     Some(given_back) => request = given_back,
@@ -236,7 +236,7 @@ pub(super) const NO_CONNECTION: Status = Status::fixed(Code::Unavailable, "there
 
 /// An answer from its headers on; the slot is to be kept until its end.
 pub(super) struct Answer {
-    pub(super) response: Response<Incoming>,
+    pub(super) response: Answered,
     pub(super) slot: Slot,
 }
 

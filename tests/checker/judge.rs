@@ -3,8 +3,10 @@
 //! - [`placing`]: which history an answer can be of, and what had been seen of it before.
 //! - [`reads`]: every read is the evaluation of its request at one revision, and recent enough.
 //! - [`writes`]: what was acknowledged happened, what was refused did not, nothing happened twice.
+//! - [`halves`]: what was not answered happened whole or not at all.
 //! - [`watches`]: every watcher was sent exactly what it asked for.
 
+pub mod halves;
 pub mod placing;
 pub mod reads;
 pub mod watches;
@@ -50,6 +52,8 @@ pub struct Counts {
     pub reads: usize,
     pub linearizable: usize,
     pub writes: usize,
+    /// Transactions whose outcome nobody was told.
+    pub in_doubt: usize,
     pub watchers: usize,
     pub resumed: usize,
     pub compacted: usize,
@@ -64,6 +68,7 @@ impl Counts {
         self.reads += other.reads;
         self.linearizable += other.linearizable;
         self.writes += other.writes;
+        self.in_doubt += other.in_doubt;
         self.watchers += other.watchers;
         self.resumed += other.resumed;
         self.compacted += other.compacted;
@@ -79,6 +84,7 @@ pub fn judge(case: &Case) -> (Vec<Breach>, Counts) {
     let placing = placing::Placing::new(case);
     let mut breaches = reads::judge(case, &placing, &mut counts);
     breaches.extend(writes::judge(case, &placing, &mut counts));
+    breaches.extend(halves::judge(case, &mut counts));
     breaches.extend(watches::judge(case, &placing, &mut counts));
     breaches.sort_by_key(|breach| (breach.check, breach.size, breach.tick));
     (breaches, counts)

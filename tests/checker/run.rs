@@ -68,7 +68,8 @@ pub async fn run(seed: u64, members: usize, duration: Duration) -> Outcome {
     Outcome { breaches, counts, faults: log.counts(), log: log.text(), millponds: logs }
 }
 
-fn start_clients(context: &Arc<Context>, workers: &mut JoinSet<()>, sessions: &mut JoinSet<()>) {
+/// Starts the writers and readers, and the watchers of every server.
+pub fn start_clients(context: &Arc<Context>, workers: &mut JoinSet<()>, sessions: &mut JoinSet<()>) {
     (0..WRITERS).for_each(|worker| drop(workers.spawn(writer::run(worker, Arc::clone(context)))));
     (0..READERS).for_each(|worker| drop(workers.spawn(reader::run(100 + worker, Arc::clone(context)))));
     let watched = context.targets.iter().map(|(target, _)| *target);
@@ -88,15 +89,20 @@ async fn drain(director: &mut Director) -> i64 {
     let client = director.world.cluster.client(0);
     let end = client.revision().await.expect("a healed etcd answers");
     director.recorder.until(end).await;
-    let history = director.recorder.history();
+    await_watchers(&director.context, &director.recorder.history(), end).await;
+    end
+}
+
+/// Waits until every watcher has been sent everything up to `end`, or for as long as patience lasts.
+pub async fn await_watchers(context: &Context, history: &History, end: i64) {
     let start = Instant::now();
     while start.elapsed() < PATIENCE {
-        let lives = director.context.notes.lives.lock().unwrap().clone();
-        let eras = director.context.timeline.eras();
+        let lives = context.notes.lives.lock().unwrap().clone();
+        let eras = context.timeline.eras();
         let waits = lives.iter().any(|life| {
             let life = life.lock().unwrap();
             let waits =
-                || life.start.is_none() || is_outlived(&life, &eras) || is_behind(&life, life.next, &history, end);
+                || life.start.is_none() || is_outlived(&life, &eras) || is_behind(&life, life.next, history, end);
             !life.over && waits()
         });
         if !waits {
@@ -104,7 +110,6 @@ async fn drain(director: &mut Director) -> i64 {
         }
         sleep(Duration::from_millis(50)).await;
     }
-    end
 }
 
 async fn case(mut director: Director, end: i64) -> Case {

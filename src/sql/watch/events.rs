@@ -37,8 +37,11 @@ pub type Previous = HashMap<(i64, usize), KeyValue>;
 
 /// The stretch that begins at `from`, from memory where it can be; `None` when `from` has been compacted.
 pub async fn next_chunk(engine: &Engine, from: i64) -> Result<Option<Chunk>, Status> {
-    if let Some(revisions) = engine.state().history.since(from, CHUNK_BYTES) {
-        let last = revisions.last().map_or(from, |revision| revision.revision);
+    // Nobody is shown a revision that a read may not find yet.
+    let published = engine.state().position().current;
+    if let Some(mut revisions) = engine.state().history.since(from, CHUNK_BYTES) {
+        revisions.retain(|revision| revision.revision <= published);
+        let last = revisions.last().map_or(from.saturating_sub(1), |revision| revision.revision);
         return Ok(Some(Chunk { revisions, last }));
     }
     engine.read(move |store, at| read_chunk(store, at, from)).await
