@@ -215,7 +215,7 @@ impl Cache {
     pub async fn serializable(&self, range: &KeyRange) -> Result<Arc<View>, Unserved> {
         let (_, prefix) = self.covering(range).ok_or(Unserved::NotCached)?;
         let view = self.servable(prefix)?;
-        self.confirm(prefix, self.heard()).await?;
+        self.confirm(prefix, self.heard(), self.0.settings.floor_patience).await?;
         let floor = prefix.floor();
         if view.revision() >= floor && view.position.epoch == prefix.store().view().position.epoch {
             return Ok(self.show(prefix, view));
@@ -250,7 +250,8 @@ impl Cache {
             prefix.doubt(before.position);
             return Err(Unserved::Proving);
         }
-        self.confirm(prefix, proof.connection.max(self.heard())).await?;
+        let heard = proof.connection.max(self.heard());
+        self.confirm(prefix, heard, self.0.settings.view_patience).await?;
         if prefix.store().view().revision() < proof.revision {
             prefix.want(proof.revision);
             let reached = timeout(self.0.settings.view_patience, prefix.store().reached(proof.revision)).await;
@@ -266,7 +267,8 @@ impl Cache {
     /// Sees to it that nobody who was answered from one prefix is answered from another that is behind it, or of another
     /// history.
     fn show(&self, prefix: &Prefix, view: Arc<View>) -> Arc<View> {
-        if self.0.prefixes.len() > 1 {
+        let known = |other: &Prefix| other.floor() >= view.revision();
+        if self.0.prefixes.len() > 1 && !(self.heard() >= prefix.confirmed() && self.0.prefixes.iter().all(known)) {
             self.note_relayed(view.revision(), prefix.confirmed());
         }
         view
@@ -278,7 +280,7 @@ impl Cache {
 
     /// Makes sure that `connection` leads to the history of the prefix's view. While the feed has lost its upstream, only
     /// what had been shown before is known.
-    async fn confirm(&self, prefix: &Prefix, connection: ConnectionNumber) -> Result<(), Unserved> {
+    async fn confirm(&self, prefix: &Prefix, connection: ConnectionNumber, patience: Duration) -> Result<(), Unserved> {
         if prefix.confirmed() >= connection {
             return Ok(());
         }
@@ -286,14 +288,18 @@ impl Cache {
         if prefix.phase() != Phase::Live {
             return Err(Unserved::Proving);
         }
-        let confirmed = timeout(self.0.settings.view_patience, prefix.confirm(connection)).await;
+        let confirmed = timeout(patience, prefix.confirm(connection)).await;
         confirmed.map_err(|_| Unserved::Proving)
     }
 
     /// Whether a watcher may begin on the view of `prefix`: not while its history may be another than what is relayed.
     pub fn is_settled(&self, prefix: &Prefix) -> bool {
+        self.is_settled_for(prefix, self.heard())
+    }
+
+    fn is_settled_for(&self, prefix: &Prefix, heard: ConnectionNumber) -> bool {
         match prefix.phase() {
-            Phase::Live | Phase::Lost(_) => prefix.confirmed() >= self.heard(),
+            Phase::Live | Phase::Lost(_) => prefix.confirmed() >= heard,
             Phase::Cold | Phase::Proving | Phase::Barred => false,
         }
     }
@@ -301,8 +307,10 @@ impl Cache {
     /// Waits until a watcher may begin on the view of `prefix`.
     pub async fn settled(&self, prefix: &Prefix) {
         let Signals { mut phase, mut confirmed } = prefix.signals();
-        while !self.is_settled(prefix) {
-            prefix.want_confirmed(self.heard());
+        // What is heard from now on is no matter of this call's.
+        let heard = self.heard();
+        while !self.is_settled_for(prefix, heard) {
+            prefix.want_confirmed(heard);
             // The senders live as long as the feed, which lives as long as `prefix`.
             let changed = tokio::select! {
                 changed = phase.changed() => changed,

@@ -37,7 +37,7 @@ use crate::{
     upstream::{AuthState, ConnectionNumber, EndpointId, Link, Upstream},
 };
 pub use floor::Floor;
-use list::Listed;
+use list::{Listed, examine};
 pub use metrics::Metrics;
 use prove::Continuity;
 
@@ -296,7 +296,7 @@ impl Feed {
         let witnessed = rebuilds == self.rebuilt && self.take_witness(&link).await;
         // Before the question: the cluster must have had this much when it answers.
         let told = self.floor.revision();
-        let header = self.examine(&link).await?;
+        let header = examine(&link).await?;
         let continuity = match rebuilds == self.rebuilt {
             true => self.continuity(&link, &header, told, witnessed).await?,
             false => Continuity::Broken("the state was found to differ"),
@@ -351,9 +351,12 @@ impl Feed {
     async fn resolve(&mut self, link: &Link, header: &ResponseHeader, doubt: &str) -> Result<(), End> {
         let (endpoint, revision) = (self.upstream.name(link.at()), self.writer.position().revision);
         match self.list(link, revision).await {
-            Ok(listed) if self.is_same(&listed) => {
+            Ok(listed) if self.is_same(&listed, self.is_term_held(header)) => {
                 info!(endpoint, revision = revision.0, doubt, "everything is as it was: the history goes on");
-                self.retry_index(link).await
+                if !self.writer.has_index() {
+                    self.index(listed.tree);
+                }
+                Ok(())
             }
             Ok(_) => {
                 warn!(endpoint, revision = revision.0, doubt, "the upstream has another history: beginning anew");
@@ -369,8 +372,7 @@ impl Feed {
         let mark = self.floor.mark();
         let listed = self.list(link, Revision::ZERO).await?;
         let (endpoint, revision) = (self.upstream.name(link.at()), listed.revision.0);
-        let term_held = header.raft_term >= self.writer.store().view().responder.raft_term;
-        let disagreement = self.disagreement(&listed, term_held);
+        let disagreement = self.disagreement(&listed, self.is_term_held(header));
         match &disagreement {
             None => info!(endpoint, revision, doubt, "listed anew: the history goes on"),
             Some(why) => warn!(endpoint, revision, doubt, why, "listed anew: the upstream may have another history"),
@@ -397,10 +399,19 @@ impl Feed {
             return Ok(());
         }
         let listed = self.list(link, self.writer.position().revision).await?;
-        self.note_size(listed.tree.as_ref());
-        self.writer.set_tree(listed.tree);
-        self.publish();
+        self.index(listed.tree);
         Ok(())
+    }
+
+    /// Takes a new index for the revision at which the history stands.
+    fn index(&mut self, tree: Option<Tree>) {
+        self.note_size(tree.as_ref());
+        self.writer.set_tree(tree);
+        self.publish();
+    }
+
+    fn is_term_held(&self, header: &ResponseHeader) -> bool {
+        header.raft_term >= self.writer.store().view().responder.raft_term
     }
 
     /// Keeps the account of an index that is too large to be kept.

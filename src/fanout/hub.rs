@@ -85,10 +85,11 @@ impl Hub {
     }
 
     /// Enters `subscription`, whose watchers have everything up to `reached`, unless the hub is further than that already:
-    /// then they must read on.
-    pub(super) fn join(&self, range: &KeyRange, subscription: &Arc<Subscription>, reached: Revision) -> bool {
+    /// then they must read on. While the hub has yet to hear of the history that they follow, they must do so too: it begins
+    /// with whatever view it sees first.
+    pub(super) fn join(&self, range: &KeyRange, subscription: &Arc<Subscription>, reached: Position) -> bool {
         let mut registry = self.registry.lock();
-        if registry.position.revision > reached {
+        if !registry.may_rely(reached) {
             return false;
         }
         registry.index.insert(range, subscription.clone());
@@ -97,8 +98,8 @@ impl Hub {
 
     /// Whether watchers that have everything up to `reached` may rely on being told of what follows, as members of a
     /// subscription that has been entered.
-    pub(super) fn is_at_most(&self, reached: Revision) -> bool {
-        self.registry.lock().position.revision <= reached
+    pub(super) fn is_at_most(&self, reached: Position) -> bool {
+        self.registry.lock().may_rely(reached)
     }
 
     pub(super) fn leave(&self, range: &KeyRange, subscription: &Arc<Subscription>) {
@@ -169,6 +170,11 @@ impl Hub {
 }
 
 impl Registry {
+    /// Whether all that follows on `reached` is still to be delivered.
+    fn may_rely(&self, reached: Position) -> bool {
+        self.position.epoch == reached.epoch && self.position.revision <= reached.revision
+    }
+
     fn deliver(&self, entry: &Arc<Entry>, touched: &mut Vec<Arc<Mailbox>>) {
         for event in &entry.events {
             self.index.visit(event.record.key(), |subscription| {

@@ -114,7 +114,7 @@ impl Lane {
 
     /// Lets the watcher in `slot`, who has everything up to `reached`, be told of what follows in `range`. None when the
     /// hub is further already.
-    pub(super) fn join(&mut self, range: &KeyRange, slot: u32, reached: Revision) -> Option<u32> {
+    pub(super) fn join(&mut self, range: &KeyRange, slot: u32, reached: Position) -> Option<u32> {
         if let Some(&group) = self.by_range.get(range) {
             let members = self.hub.is_at_most(reached).then(|| self.groups[group as usize].as_mut())??;
             members.members.push(slot);

@@ -72,11 +72,12 @@ impl Floor {
         let highest = heard.revisions.entry(connection).or_default();
         *highest = (revision.max(highest.0), mark);
         if heard.revisions.len() > REMEMBERED
-            && let Some((_, (oldest, _))) = heard.revisions.pop_first()
+            && let Some((_, oldest)) = heard.revisions.pop_first()
             && let Some(mut next) = heard.revisions.first_entry()
         {
             // Counted with a newer connection, it may survive its history: the floor is too high then, never too low.
-            next.get_mut().0 = oldest.max(next.get().0);
+            let both = (oldest.0.max(next.get().0), oldest.1.max(next.get().1));
+            next.insert(both);
         }
         self.revision.fetch_max(revision.0, Ordering::AcqRel);
     }
@@ -120,6 +121,19 @@ impl Floor {
         let mut heard = self.heard.lock();
         heard.revisions.retain(|_, (_, mark)| *mark > listed);
         heard.event.take_if(|(mark, _)| *mark < listed);
+        self.lower(&heard);
+    }
+
+    /// The cluster was asked after `asked`, and is at `present`: what had been noted of anything newer was late word of a
+    /// history that has ended.
+    pub(super) fn trim(&self, asked: Mark, present: Revision) {
+        let mut heard = self.heard.lock();
+        heard.revisions.retain(|_, (revision, mark)| *mark > asked || *revision <= present);
+        heard.event.take_if(|(mark, seen)| *mark < asked && seen.revision > present);
+        self.lower(&heard);
+    }
+
+    fn lower(&self, heard: &Heard) {
         let highest = heard.revisions.values().map(|(revision, _)| *revision).max().unwrap_or_default();
         self.revision.store(highest.0, Ordering::Release);
     }
@@ -144,6 +158,16 @@ mod tests {
         assert_eq!(floor.revision(), Revision(7), "connection 3 leads to the new history, and had told of 7");
         floor.sink(floor.mark());
         assert_eq!(floor.revision(), Revision::ZERO);
+    }
+
+    #[test]
+    fn late_word_of_a_history_that_has_ended_is_forgotten() {
+        let floor = Floor::default();
+        raise(&floor, &[(100, 1), (7, 2)]);
+        let asked = floor.mark();
+        raise(&floor, &[(9, 3)]);
+        floor.trim(asked, Revision(8));
+        assert_eq!(floor.revision(), Revision(9), "what is noted after the question may be newer than its answer");
     }
 
     #[test]

@@ -11,7 +11,9 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::{DEADLINE, Demand, End, Feed, Phase, RANGE, decode::Response, serializable_question};
+use super::{
+    DEADLINE, Demand, End, Feed, Phase, RANGE, decode::Response, floor::Mark, list::examine, serializable_question,
+};
 use crate::{
     proto::etcdserverpb::{WatchCreateRequest, WatchProgressRequest, WatchRequest, watch_request::RequestUnion},
     status::Status,
@@ -48,8 +50,16 @@ struct Chase {
     pause: Duration,
 }
 
-/// A question under way whose answer confirms all connections up to this one.
-type Confirming<'a> = Option<Pin<Box<dyn Future<Output = Result<ConnectionNumber, End>> + Send + 'a>>>;
+/// What the answer to a question over the feed's own connection shows.
+struct Shown {
+    /// All connections up to this one lead to the server that answered.
+    confirmed: ConnectionNumber,
+    /// How far the cluster has got, when it was asked for that, and what had been noted before.
+    present: Option<(Mark, Revision)>,
+}
+
+/// A question under way.
+type Asking<'a> = Option<Pin<Box<dyn Future<Output = Result<Shown, End>> + Send + 'a>>>;
 
 impl Feed {
     /// Follows the upstream from the writer's position on.
@@ -61,20 +71,20 @@ impl Feed {
         let mut auth = self.upstream.auth();
         let doubts = self.demand.borrow().doubts;
         self.heed(doubts)?;
-        let (mut chase, mut confirming): (_, Confirming<'_>) = (None, None);
+        let (mut chase, mut asking): (_, Asking<'_>) = (None, None);
         let mut housekeeping = Instant::now() + HOUSEKEEPING;
         loop {
             chase = self.chase(at, chase)?;
-            if confirming.is_none() && self.is_asked_to_confirm() {
-                confirming = Some(Box::pin(ask_again(link, self.upstream.newest_connection())));
+            if asking.is_none() && self.is_asked_to_confirm() {
+                asking = Some(Box::pin(ask_again(link, self.upstream.newest_connection())));
             }
             let wake = chase.map_or(housekeeping, |chase: Chase| chase.ask.min(housekeeping));
             tokio::select! {
                 message = stream.receiver.next() => self.take_batch(&mut stream, message)?,
                 Ok(()) = self.demand.changed() => self.heed(doubts)?,
-                confirmed = answer(&mut confirming) => {
-                    confirming = None;
-                    self.confirm(confirmed?);
+                shown = answer(&mut asking) => {
+                    asking = None;
+                    self.take_shown(&shown?);
                 }
                 Ok(()) = auth.changed() => {
                     if *auth.borrow_and_update() == AuthState::On {
@@ -85,6 +95,10 @@ impl Feed {
                     if Instant::now() >= housekeeping {
                         housekeeping = Instant::now() + HOUSEKEEPING;
                         self.keep_house()?;
+                        if asking.is_none() && self.floor.revision() > self.writer.position().revision {
+                            let (newest, mark) = (self.upstream.newest_connection(), self.floor.mark());
+                            asking = Some(Box::pin(ask_for_present(link, newest, mark)));
+                        }
                     }
                     if let Some(chase) = &mut chase {
                         self.ask_for_progress(&stream.sender, chase).await?;
@@ -241,6 +255,13 @@ impl Feed {
         Ok(())
     }
 
+    fn take_shown(&self, shown: &Shown) {
+        self.confirm(shown.confirmed);
+        if let Some((mark, present)) = shown.present {
+            self.floor.trim(mark, present);
+        }
+    }
+
     /// Cuts the history by age, and tries again to build an index that was too large.
     fn keep_house(&mut self) -> Result<(), End> {
         self.publish();
@@ -253,13 +274,19 @@ impl Feed {
 
 /// Asks something over the feed's own connection, when the connection `newest` has been opened. The answer shows that both
 /// lead to the same server.
-async fn ask_again(link: &Link, newest: ConnectionNumber) -> Result<ConnectionNumber, End> {
+async fn ask_again(link: &Link, confirmed: ConnectionNumber) -> Result<Shown, End> {
     link.unary_raw(RANGE, &serializable_question(), DEADLINE).await?;
-    Ok(newest)
+    Ok(Shown { confirmed, present: None })
 }
 
-async fn answer(confirming: &mut Confirming<'_>) -> Result<ConnectionNumber, End> {
-    match confirming {
+/// The same, and how far the cluster has got.
+async fn ask_for_present(link: &Link, confirmed: ConnectionNumber, mark: Mark) -> Result<Shown, End> {
+    let header = examine(link).await?;
+    Ok(Shown { confirmed, present: Some((mark, Revision(header.revision))) })
+}
+
+async fn answer(asking: &mut Asking<'_>) -> Result<Shown, End> {
+    match asking {
         Some(question) => question.await,
         None => pending().await,
     }

@@ -7,7 +7,7 @@ use tracing::debug;
 
 use super::{DEADLINE, End, Feed, RANGE, decode::Page};
 use crate::{
-    proto::etcdserverpb::RangeRequest,
+    proto::etcdserverpb::{RangeRequest, ResponseHeader},
     store::{Record, Revision, Tree},
     upstream::Link,
 };
@@ -107,16 +107,16 @@ impl Feed {
 
     /// The keyspace is over the limit: only where the history begins is needed.
     async fn too_large(&self, link: &Link) -> Result<Listed, End> {
-        let header = self.examine(link).await?;
+        let header = examine(link).await?;
         Ok(Listed { revision: Revision(header.revision), tree: None })
     }
+}
 
-    /// Asks, through consensus, who answers and how far the cluster has got.
-    pub(super) async fn examine(&self, link: &Link) -> Result<crate::proto::etcdserverpb::ResponseHeader, End> {
-        let question = RangeRequest { key: Bytes::from_static(&[0]), count_only: true, ..Default::default() };
-        let message = link.unary_raw(RANGE, &question, DEADLINE).await?;
-        Page::decode(&message)?.header.ok_or_else(|| End::Unreadable("an answer without a header".into()))
-    }
+/// Asks, through consensus, who answers and how far the cluster has got.
+pub(super) async fn examine(link: &Link) -> Result<ResponseHeader, End> {
+    let question = RangeRequest { key: Bytes::from_static(&[0]), count_only: true, ..Default::default() };
+    let message = link.unary_raw(RANGE, &question, DEADLINE).await?;
+    Page::decode(&message)?.header.ok_or_else(|| End::Unreadable("an answer without a header".into()))
 }
 
 fn silent() -> End {

@@ -3,7 +3,7 @@
 //! The cluster id does not tell: a restore from a backup with the same flags keeps every id, and the restored cluster may
 //! already be past our revision.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
@@ -34,6 +34,9 @@ pub(super) enum Continuity {
     Broken(&'static str),
 }
 
+/// A member that does not answer sooner is no witness; the cluster is asked then.
+const SHORT_DEADLINE: Duration = Duration::from_secs(1);
+
 /// Who is asked for proof.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Witness {
@@ -48,7 +51,7 @@ impl Feed {
     /// be able to say. False: that is not known.
     pub(super) async fn is_witnessed(&self, link: &Link) -> bool {
         let term = self.writer.store().view().responder.raft_term;
-        let answered = link.unary_raw(RANGE, &serializable_question(), DEADLINE).await;
+        let answered = link.unary_raw(RANGE, &serializable_question(), SHORT_DEADLINE).await;
         let header = answered.ok().and_then(|message| Page::decode(&message).ok()?.header);
         if header.is_none_or(|header| header.raft_term < term || !self.is_same_cluster(&header)) {
             return false;
@@ -232,10 +235,11 @@ impl Feed {
         }
     }
 
-    /// Whether a list at our own revision is what we have.
-    pub(super) fn is_same(&self, listed: &Listed) -> bool {
+    /// Whether a list at our own revision is what we have. Where there is nothing to compare, because the keyspace is over
+    /// the limit, the term decides.
+    pub(super) fn is_same(&self, listed: &Listed, term_held: bool) -> bool {
         let view = self.writer.store().view_owned();
-        let (Some(ours), Some(theirs)) = (&view.tree, &listed.tree) else { return false };
+        let (Some(ours), Some(theirs)) = (&view.tree, &listed.tree) else { return term_held };
         let mut pairs = ours.iter_from(b"").zip(theirs.iter_from(b""));
         ours.len() == theirs.len() && pairs.all(|(ours, theirs)| ours.same_version(theirs))
     }
@@ -246,10 +250,12 @@ impl Feed {
     /// agree.
     pub(super) fn disagreement(&self, listed: &Listed, term_held: bool) -> Option<String> {
         let view = self.writer.store().view_owned();
-        let (Some(old), Some(new)) = (&view.tree, &listed.tree) else { return Some("there is no index".into()) };
         if listed.revision < view.revision() {
             return Some(format!("the list is at {}, behind {}", listed.revision, view.revision()));
         }
+        let (Some(old), Some(new)) = (&view.tree, &listed.tree) else {
+            return (!term_held).then(|| "there is no index".into());
+        };
         let mut unchanged = new.iter_from(b"").filter(|record| record.mod_revision() <= view.revision()).peekable();
         if unchanged.peek().is_none() && !term_held {
             return Some("no key is left to bear witness".into());

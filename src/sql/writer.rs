@@ -246,10 +246,12 @@ impl WriterThread {
         }
         let changes = transaction.into_changes();
         applied?;
-        let compacting = self.compaction.is_pending(changes.at.compacted)
+        // Only what has been announced: who reads beside this commit knows of nothing else.
+        let announced = self.state.position().compacted;
+        let compacting = self.compaction.is_pending(announced)
             && !self.checkpoints.are_behind()
             && self.compaction.has_turn(group.len());
-        let removed = if compacting { self.compaction.step(&mut *self.store, changes.at.compacted)? } else { 0 };
+        let removed = if compacting { self.compaction.step(&mut *self.store, announced)? } else { 0 };
         if !changes.wrote && !compacting {
             return self.store.rollback();
         }

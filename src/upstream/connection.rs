@@ -23,7 +23,7 @@ use crate::{socket::Gather, status::Status};
 pub(super) enum Class {
     /// Health questions.
     Probe,
-    /// Our own unary calls: lists, revisions.
+    /// Our own unary calls: questions for consistent reads, checks.
     Own,
     /// Clients' unary calls.
     Unary,

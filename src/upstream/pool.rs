@@ -24,9 +24,10 @@ const IDLE_LIMIT: Duration = Duration::from_secs(120);
 
 /// The place of a connection in the order in which connections to the upstream were opened, from one.
 ///
-/// Behind an address there is one server at a time, though it may be replaced by one with another history. So if a server
-/// answers over connection A what was asked after connection B had been opened, and B was opened after A, then B leads to
-/// that server too.
+/// Behind an address there is one server at a time, though it may be replaced by one with another history; and the members of
+/// a cluster are of one history, unless all of them are stopped and replaced. So if a server answers over connection A what
+/// was asked after connection B had been opened, and B was opened after A, then B leads to the same history. An address
+/// behind which servers of two histories stand at once is beyond what this can tell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnectionNumber(pub u64);
 

@@ -10,7 +10,7 @@ use crate::{
         watcher::Watcher,
     },
     proto::{etcdserverpb::WatchResponse, mvccpb},
-    store::{Entry, Responder, Revision, View},
+    store::{Entry, Position, Responder, Revision, View},
 };
 use prost::Message;
 
@@ -121,7 +121,8 @@ impl Session {
         if watcher.next <= view.revision() {
             return false;
         }
-        match lane.join(&watcher.options.range, slot, watcher.next.previous()) {
+        let reached = Position { epoch: view.position.epoch, revision: watcher.next.previous() };
+        match lane.join(&watcher.options.range, slot, reached) {
             Some(group) => {
                 watcher.state = State::Live { group };
                 true

@@ -204,6 +204,27 @@ fn everything() -> WatchOptions {
     }
 }
 
+/// The hub begins with whatever view it sees first, which may have got further than the one that a session has read.
+#[test]
+fn who_comes_before_the_hub_has_seen_the_first_view_misses_nothing() {
+    let (store, mut writer) = Store::new(Limits { bytes: usize::MAX, age: u64::MAX });
+    let hub = Hub::new(store);
+    writer.reset(Position { epoch: 1, revision: Revision(1) }, Some(Tree::default()));
+    writer.publish(0);
+    let session = Session::new(Arc::new([hub.clone()]), SessionSettings { fragment_bytes: 2000 });
+    let mut stage = Stage { writer, hub, session, heard: vec![] };
+    stage.create(everything(), Start::At(Revision(2)));
+    stage.pump(1 << 20);
+    stage.write(&[(1, false)]);
+    stage.publish();
+    stage.pump_all();
+    stage.write(&[(2, false)]);
+    stage.publish();
+    stage.pump_all();
+    assert_eq!(stage.events(0), stage.expected(&everything(), Revision(2)));
+    assert_eq!(stage.events(0).len(), 2);
+}
+
 #[test]
 fn progress_is_not_told_before_the_events_it_covers() {
     let mut stage = Stage::new(u64::MAX);

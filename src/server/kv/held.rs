@@ -110,19 +110,22 @@ impl Holder {
 
     fn sweep(&self) {
         let mut slots = self.slots.lock();
-        slots.retain(|slot| slot.upgrade().is_some_and(|slot| self.keeps(&slot)));
+        let is_idle = |slot: &Slot| slot.idle.fetch_add(1, Ordering::Relaxed) >= PATIENCE;
+        let mut idle = Vec::new();
+        slots.retain(|slot| {
+            let Some(slot) = slot.upgrade() else { return false };
+            let keeps = !is_idle(&slot);
+            if !keeps {
+                idle.push(slot);
+            }
+            keeps
+        });
         let fitting = slots.len() * 2;
         slots.shrink_to(fitting);
-    }
-
-    fn keeps(&self, slot: &Slot) -> bool {
-        if slot.idle.fetch_add(1, Ordering::Relaxed) < PATIENCE {
-            return true;
-        }
-        if slot.rest.lock().take().is_some() {
-            self.given_up.inc();
-        }
-        false
+        // Dropping a tree takes time, which nobody else is to wait for.
+        drop(slots);
+        let given_up = idle.iter().filter_map(|slot| slot.rest.lock().take()).count();
+        self.given_up.inc_by(given_up as u64);
     }
 }
 

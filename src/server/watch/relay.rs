@@ -8,7 +8,7 @@ use prost::Message;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, mpsc},
     task::AbortHandle,
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 
 use super::Shared;
@@ -26,6 +26,8 @@ use crate::{
 
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// For a request to be taken.
+const PATIENCE: Duration = Duration::from_millis(100);
 /// The epoch of a prefix that has not been loaded yet.
 const NOTHING_LOADED: u64 = 0;
 
@@ -260,8 +262,9 @@ impl Task {
 
 async fn ask_for_progress(sender: &StreamSender<WatchRequest>) {
     let union = RequestUnion::ProgressRequest(WatchProgressRequest {});
-    // A stream that has broken shows that at its receiving end.
-    let _ = sender.send(&WatchRequest { request_union: Some(union) }).await;
+    // A stream that has broken shows that at its receiving end; one that is stuck is not to be waited for, since it may be
+    // waiting for us.
+    let _ = timeout(PATIENCE, sender.send(&WatchRequest { request_union: Some(union) })).await;
 }
 
 /// Runs `leave` on `value` at the end of the scope, however that comes.
