@@ -185,7 +185,7 @@ impl Pages {
                 page.kvs.iter_mut().for_each(|kv| kv.lease = 0);
             }
             let first = header.get_or_insert(page.header.take().unwrap_or_default());
-            if request.revision == 0 {
+            if request.revision <= 0 {
                 request.revision = first.revision;
             }
             left -= page.kvs.len() as i64;
