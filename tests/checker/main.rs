@@ -80,7 +80,7 @@ struct Total {
 impl Total {
     /// Takes a run in, and fails if anything is wrong with it.
     fn add(&mut self, seed: u64, what: &str, outcome: &run::Outcome) {
-        println!("run {}, {what}, seed {seed}: {:?}", self.runs, outcome.counts);
+        println!("run {}, {what}, seed {seed}: {:?} {:?}", self.runs, outcome.counts, outcome.faults);
         self.runs += 1;
         self.counts.add(&outcome.counts);
         outcome.faults.iter().for_each(|(kind, count)| *self.faults.entry(kind.clone()).or_default() += count);
