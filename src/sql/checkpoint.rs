@@ -24,6 +24,10 @@ const LAST_BIT: u64 = 64;
 /// How often the thread is sent again before the writer copies whatever is left.
 const ROUNDS: u32 = 8;
 
+/// Pages in the log from which on the thread is not sent again: a disk that hardly keeps up with the writes would let the
+/// log grow for as many rounds.
+const FULL: u64 = 2 * LIMIT;
+
 /// Pages in the log from which on the thread is given time to come up with what is not urgent.
 const LONG: u64 = 4 * LIMIT;
 
@@ -64,7 +68,8 @@ impl Checkpoints {
         match self.stage {
             Stage::Idle if pages.total >= self.begin_at => self.copy(1),
             Stage::Copying(rounds) if self.copied.swap(false, Ordering::AcqRel) => {
-                if rounds < ROUNDS && pages.total.saturating_sub(pages.copied) > LAST_BIT {
+                let left = pages.total.saturating_sub(pages.copied);
+                if rounds < ROUNDS && pages.total < FULL && left > LAST_BIT {
                     self.copy(rounds + 1);
                 } else {
                     self.finish(store)?;
