@@ -166,3 +166,30 @@ async fn a_restore_that_shares_the_last_event_of_a_quiet_prefix() {
     assert_eq!(found.kvs, direct.range(range("k/", "k0")).await.unwrap().kvs);
     millpond.assert_well();
 }
+
+/// A watcher of what is not cached has been told of a deletion that the view does not know of. In the new history the key is
+/// absent at that revision as well, but went before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_that_deletes_the_same_key_at_another_revision() {
+    let mut cluster = Cluster::single(Release::newest()).await;
+    let proxy = FaultProxy::start(&cluster.endpoint(0)).await;
+    cluster.client(0).put("k/00", "backed up").await.unwrap();
+    cluster.client(0).put("other/x", "backed up").await.unwrap();
+    let mut millpond = Millpond::start(std::slice::from_ref(&proxy.endpoint), &["--prefixes=k/"]).await;
+    let backup = cluster.save_snapshot("backup.db").await;
+    let open = WatchStream::open(&millpond.client()).await;
+    open.create(create("other/", "other0", 0));
+    open.until_count(1).await;
+    cluster.client(0).put("other/a", "lost").await.unwrap();
+    cluster.client(0).delete("other/x").await.unwrap();
+    open.until("both events", |all| all.iter().map(|one| one.events.len()).sum::<usize>() == 2).await;
+    proxy.set(Faults { refuse: true, ..Faults::default() });
+    proxy.reset();
+    cluster.restore(&backup, &[]).await;
+    cluster.client(0).delete("other/x").await.unwrap();
+    cluster.client(0).put("other/a", "another").await.unwrap();
+    proxy.heal();
+    open.until("a cancelled watch", |all| all.iter().any(|response| response.canceled)).await;
+    assert_eq!(open.events().len(), 2, "nothing of the new history follows on the old one");
+    millpond.assert_well();
+}

@@ -82,7 +82,11 @@ impl Feed {
                 let as_told = known.is_none_or(|known| known == (found.create_revision(), found.version()));
                 as_told && found.mod_revision() == seen.revision
             }
-            (What::Delete, None) => true,
+            // That it is absent proves nothing; it must have been there just before.
+            (What::Delete, None) => match self.record_at(link, witness, &seen.key, seen.revision.previous()).await? {
+                Ok(before) => before.is_some(),
+                Err(doubt) => return Ok(doubt),
+            },
             _ => false,
         };
         Ok(if same { Continuity::Proven } else { Continuity::Broken("an event that a client knows of is not there") })
