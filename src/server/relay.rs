@@ -154,16 +154,26 @@ impl Peek {
             data = data.get(skipped..).unwrap_or_default();
             let before = self.seen.len();
             let room = PEEK_LIMIT.saturating_sub(before).min(data.len());
-            self.seen.extend_from_slice(data.get(..room).unwrap_or_default());
-            match find(self.encoding, &self.seen) {
+            let beginning = data.get(..room).unwrap_or_default();
+            // Nearly every header comes in one piece, and then nothing is copied.
+            if before > 0 {
+                self.seen.extend_from_slice(beginning);
+            }
+            let looked_at = if before > 0 { &self.seen[..] } else { beginning };
+            match find(self.encoding, looked_at) {
                 Found::Header(header) => {
                     self.observer.answered(self.connection, header);
                     return true;
                 }
-                Found::Part if self.seen.len() < PEEK_LIMIT => return false,
+                Found::Part if looked_at.len() < PEEK_LIMIT => {
+                    if before == 0 {
+                        self.seen.extend_from_slice(beginning);
+                    }
+                    return false;
+                }
                 _ if self.encoding != Encoding::GrpcChunks => return true,
                 _ => {
-                    self.skip = framed_len(&self.seen).saturating_sub(before);
+                    self.skip = framed_len(looked_at).saturating_sub(before);
                     self.seen.clear();
                 }
             }
