@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use ::http::{
     HeaderMap, HeaderName, Method, Request, Response,
-    header::{CONNECTION, HeaderValue, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TRANSFER_ENCODING, UPGRADE},
+    header::{CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TRANSFER_ENCODING, UPGRADE},
 };
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     status::Status,
-    upstream::{AuthHold, EndpointId, ForwardClass, Forwarded, RequestBody, Route, Upstream},
+    upstream::{AuthHold, EndpointId, ForwardClass, Forwarded, RequestBody, Route, Upstream, grpc},
 };
 
 /// How long a member-bound call waits for the first probes.
@@ -88,7 +88,7 @@ pub async fn forward(
 ) -> Response<Body> {
     let manner = Manner::of(request.uri().path());
     let encoding = encoding_of(request.uri().path());
-    let deadline = deadline(request.headers());
+    let deadline = grpc::deadline(request.headers());
     let hold = manner.enables_auth.then(|| upstream.suspect_auth());
     let stop = manner.endless.then(|| connection.stop().clone());
     let relaying = until_stopped(stop.clone(), relay(upstream, connection, manner, request.map(Into::into)));
@@ -198,25 +198,6 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
     ours.iter().chain(&[TRANSFER_ENCODING, UPGRADE]).for_each(|name| drop(headers.remove(name)));
 }
 
-/// The time that the client gives the call: at most eight digits and a unit.
-pub fn deadline(headers: &HeaderMap) -> Option<Duration> {
-    let value = headers.get("grpc-timeout").map(HeaderValue::as_bytes)?;
-    let (unit, digits) = value.split_last()?;
-    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    let number: u64 = std::str::from_utf8(digits).ok()?.parse().ok()?;
-    match unit {
-        b'H' => Some(Duration::from_secs(number.saturating_mul(3600))),
-        b'M' => Some(Duration::from_secs(number.saturating_mul(60))),
-        b'S' => Some(Duration::from_secs(number)),
-        b'm' => Some(Duration::from_millis(number)),
-        b'u' => Some(Duration::from_micros(number)),
-        b'n' => Some(Duration::from_nanos(number)),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -254,19 +235,6 @@ mod tests {
         assert!(!Manner::of("/v3lockpb.Lock/Lock").endless, "it ends by itself");
         assert!(Manner::of("/etcdserverpb.Auth/AuthEnable").enables_auth);
         assert!(!Manner::of("/etcdserverpb.Auth/AuthDisable").enables_auth);
-    }
-
-    #[test]
-    fn deadlines_are_read_as_grpc_writes_them() {
-        let read =
-            |text: &str| deadline(&HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), text.parse().unwrap())]));
-        assert_eq!(read("5S"), Some(Duration::from_secs(5)));
-        assert_eq!(read("1500m"), Some(Duration::from_millis(1500)));
-        assert_eq!(read("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
-        for bad in ["", "S", "5", "-5S", "5 S", "999999999S", "5X", "+5S"] {
-            assert_eq!(read(bad), None, "{bad}");
-        }
-        assert_eq!(deadline(&HeaderMap::new()), None);
     }
 
     #[test]

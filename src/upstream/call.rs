@@ -5,7 +5,7 @@ use std::{future::Future, marker::PhantomData, pin::Pin, sync::Arc, time::Durati
 use bytes::Bytes;
 use http::{
     Method, Request, Uri,
-    header::{CONTENT_TYPE, HeaderName, HeaderValue, TE, USER_AGENT},
+    header::{CONTENT_TYPE, HeaderValue, TE, USER_AGENT},
     uri::Authority,
 };
 use http_body_util::BodyExt;
@@ -24,8 +24,6 @@ use crate::status::Status;
 /// Messages that wait for their stream to take them.
 const OUTBOX: usize = 16;
 const AGENT: HeaderValue = HeaderValue::from_static(concat!("millpond/", env!("CARGO_PKG_VERSION")));
-/// How long the client will wait.
-pub(super) const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
 /// What gRPC says at a client's deadline.
 pub(super) const DEADLINE: Status = Status::fixed(Code::DeadlineExceeded, "context deadline exceeded");
@@ -50,7 +48,7 @@ pub(super) fn request(
         .header(TE, "trailers")
         .header(USER_AGENT, AGENT);
     if let Some(deadline) = deadline {
-        request = request.header(TIMEOUT, timeout_header(deadline));
+        request = request.header(grpc::TIMEOUT, timeout_header(deadline));
     }
     for (name, value) in metadata {
         request = request.header(*name, *value);

@@ -2,16 +2,18 @@
 
 mod compression;
 
-use std::error::Error;
+use std::{error::Error, time::Duration};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderName, StatusCode};
 use prost::Message;
 use tonic::Code;
 
 use crate::status::Status;
 pub use compression::{Compression, ENCODING};
 
+/// The header with the time that a call may take.
+pub(super) const TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 /// Bytes before each message: a compression flag and the length.
 pub const PREFIX: usize = 5;
 
@@ -28,6 +30,25 @@ pub fn frame(message: &impl Message) -> Bytes {
 pub fn prefix(length: usize) -> [u8; PREFIX] {
     let [a, b, c, d] = u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
     [0, a, b, c, d]
+}
+
+/// The time that the client gives the call: at most eight digits and a unit.
+pub fn deadline(headers: &HeaderMap) -> Option<Duration> {
+    let value = headers.get(TIMEOUT)?.as_bytes();
+    let (unit, digits) = value.split_last()?;
+    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let number: u64 = std::str::from_utf8(digits).ok()?.parse().ok()?;
+    match unit {
+        b'H' => Some(Duration::from_secs(number.saturating_mul(3600))),
+        b'M' => Some(Duration::from_secs(number.saturating_mul(60))),
+        b'S' => Some(Duration::from_secs(number)),
+        b'm' => Some(Duration::from_millis(number)),
+        b'u' => Some(Duration::from_micros(number)),
+        b'n' => Some(Duration::from_nanos(number)),
+        _ => None,
+    }
 }
 
 /// What the prefix of a message says of its length, and what is there of the message and of what follows it; nothing while
@@ -259,5 +280,29 @@ mod tests {
         let mut deframer = Deframer::default();
         deframer.push(Bytes::from_static(&[1, 0, 0, 0, 0]));
         assert!(deframer.pop().is_err());
+    }
+
+    #[test]
+    fn deadlines_are_read_as_grpc_writes_them() {
+        let read =
+            |text: &str| deadline(&HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), text.parse().unwrap())]));
+        assert_eq!(read("5S"), Some(Duration::from_secs(5)));
+        assert_eq!(read("1500m"), Some(Duration::from_millis(1500)));
+        assert_eq!(read("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        for bad in ["", "S", "5", "-5S", "5 S", "999999999S", "5X", "+5S"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+        assert_eq!(deadline(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn the_time_that_a_call_may_take_is_read_in_every_unit() {
+        for (text, millis) in
+            [("5m", Some(5)), ("2S", Some(2000)), ("1M", Some(60_000)), ("3000u", Some(3)), ("5", None), ("", None)]
+        {
+            let headers = HeaderMap::from_iter([(TIMEOUT, text.parse().unwrap())]);
+            assert_eq!(deadline(&headers), millis.map(Duration::from_millis), "{text:?}");
+        }
+        assert_eq!(deadline(&HeaderMap::new()), None);
     }
 }

@@ -8,11 +8,10 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response};
+use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use hyper::{
     body::Incoming,
@@ -23,8 +22,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     body::{BodyError, RequestBody},
-    call::{DEADLINE, TIMEOUT},
+    call::DEADLINE,
     endpoint::Serve,
+    grpc::deadline,
 };
 
 /// An answer, from its headers on.
@@ -88,7 +88,7 @@ impl Sender {
 
 /// Calls a server within the process, for no longer than the request allows.
 async fn call(server: &Arc<dyn Serve>, request: Request<RequestBody>) -> Answered {
-    match allowed(request.headers()) {
+    match deadline(request.headers()) {
         None => server.serve(request).await.map(ResponseBody::InProcess),
         Some(limit) => match timeout(limit, server.serve(request)).await {
             Ok(answer) => answer.map(ResponseBody::InProcess),
@@ -99,21 +99,6 @@ async fn call(server: &Arc<dyn Serve>, request: Request<RequestBody>) -> Answere
 
 fn failed(status: &crate::status::Status) -> Answered {
     tonic::Status::from(status.clone()).into_http::<tonic::body::Body>().map(ResponseBody::InProcess)
-}
-
-/// What `grpc-timeout` says; nothing when it says nothing that can be read.
-fn allowed(headers: &HeaderMap) -> Option<Duration> {
-    let (unit, number) = headers.get(TIMEOUT)?.as_bytes().split_last()?;
-    let number: u64 = std::str::from_utf8(number).ok()?.parse().ok()?;
-    match unit {
-        b'H' => Some(Duration::from_secs(number.saturating_mul(3600))),
-        b'M' => Some(Duration::from_secs(number.saturating_mul(60))),
-        b'S' => Some(Duration::from_secs(number)),
-        b'm' => Some(Duration::from_millis(number)),
-        b'u' => Some(Duration::from_micros(number)),
-        b'n' => Some(Duration::from_nanos(number)),
-        _ => None,
-    }
 }
 
 impl Body for ResponseBody {
@@ -145,20 +130,4 @@ impl Body for ResponseBody {
 
 fn broken(error: impl std::error::Error + Send + Sync + 'static) -> BodyError {
     BodyError(Box::new(error))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_allowed_time_is_read_in_every_unit() {
-        for (text, millis) in
-            [("5m", Some(5)), ("2S", Some(2000)), ("1M", Some(60_000)), ("3000u", Some(3)), ("5", None), ("", None)]
-        {
-            let headers = HeaderMap::from_iter([(TIMEOUT, text.parse().unwrap())]);
-            assert_eq!(allowed(&headers), millis.map(Duration::from_millis), "{text:?}");
-        }
-        assert_eq!(allowed(&HeaderMap::new()), None);
-    }
 }
