@@ -24,7 +24,7 @@ use millpond::{
     proto::etcdserverpb::{RangeRequest, WatchCreateRequest},
     store::{
         Change, Event, EventKind, KeyRange, Limits, Position, Record, Revision, Store, Tree, View, Writer,
-        range::select,
+        range::{range_of, select},
     },
 };
 
@@ -96,7 +96,8 @@ fn ranges(criterion: &mut Criterion) {
     for (name, request) in requests {
         criterion.bench_function(name, |bench| {
             bench.iter(|| {
-                let selection = select(&view, black_box(&request)).expect("the revision is the present");
+                let request = black_box(&request);
+                let selection = select(&view, &range_of(request), request).expect("the revision is the present");
                 (selection.count, selection.records.len())
             });
         });

@@ -221,6 +221,11 @@ impl Cache {
             return Ok(self.show(prefix, view));
         }
         drop(view);
+        Box::pin(self.serializable_from(prefix, floor)).await
+    }
+
+    /// A view of `prefix` that has got to `floor`.
+    async fn serializable_from(&self, prefix: &Prefix, floor: Revision) -> Result<Arc<View>, Unserved> {
         prefix.want(floor);
         let reached = timeout(self.0.settings.floor_patience, prefix.store().reached(floor)).await;
         reached.map_err(|_| Unserved::Behind)?;
@@ -288,7 +293,7 @@ impl Cache {
         if prefix.phase() != Phase::Live {
             return Err(Unserved::Proving);
         }
-        let confirmed = timeout(patience, prefix.confirm(connection)).await;
+        let confirmed = Box::pin(timeout(patience, prefix.confirm(connection))).await;
         confirmed.map_err(|_| Unserved::Proving)
     }
 

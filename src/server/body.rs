@@ -6,7 +6,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use ::http::{HeaderMap, HeaderValue};
+use ::http::{HeaderMap, HeaderValue, Request};
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt;
@@ -136,27 +136,28 @@ impl HttpBody for Body {
     }
 }
 
-/// Reads the single message of a unary request, and unpacks it if it is compressed as `headers` say.
+/// Reads the single message of a unary request, and unpacks it if it is compressed as its headers say.
 ///
 /// # Errors
 /// ResourceExhausted for a message above `limit` bytes, as Go's gRPC library says it; Unknown for a body that ends before its
 /// message does; Cancelled when the client went away.
-pub async fn read_message(headers: &HeaderMap, mut body: Incoming, limit: usize) -> Result<Bytes, Status> {
-    let mut deframer = Deframer::compressed(Compression::named(headers, limit)?);
-    next_message(&mut deframer, &mut body, limit).await
+pub async fn read_message(request: &mut Request<Incoming>, limit: usize) -> Result<Bytes, Status> {
+    let mut deframer = Deframer::compressed(Compression::named(request.headers(), limit)?);
+    next_message(&mut deframer, request.body_mut(), limit).await
 }
 
 /// As [`read_message`], where the answer is a stream: there Go's gRPC library looks at the end of the request too.
 ///
 /// # Errors
 /// As [`read_message`], but Internal for a body that is not one message.
-pub async fn read_only_message(headers: &HeaderMap, mut body: Incoming, limit: usize) -> Result<Bytes, Status> {
-    let mut deframer = Deframer::compressed(Compression::named(headers, limit)?);
-    let message = next_message(&mut deframer, &mut body, limit).await.map_err(|status| match status.code {
+pub async fn read_only_message(request: &mut Request<Incoming>, limit: usize) -> Result<Bytes, Status> {
+    let mut deframer = Deframer::compressed(Compression::named(request.headers(), limit)?);
+    let body = request.body_mut();
+    let message = next_message(&mut deframer, body, limit).await.map_err(|status| match status.code {
         Code::Unknown => Status { code: Code::Internal, ..status },
         _ => status,
     })?;
-    match next_message(&mut deframer, &mut body, limit).await {
+    match next_message(&mut deframer, body, limit).await {
         Err(Status { code: Code::Unknown, .. }) => Ok(message),
         Err(status) => Err(status),
         Ok(_) => Err(TWO_REQUESTS),

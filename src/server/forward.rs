@@ -91,7 +91,7 @@ pub async fn forward(
     let deadline = grpc::deadline(request.headers());
     let hold = manner.enables_auth.then(|| upstream.suspect_auth());
     let stop = manner.endless.then(|| connection.stop().clone());
-    let relaying = until_stopped(stop.clone(), relay(upstream, connection, manner, request.map(Into::into)));
+    let relaying = until_stopped(stop.clone(), Box::pin(relay(upstream, connection, manner, request.map(Into::into))));
     let forwarded = match deadline {
         Some(deadline) => timeout(deadline, relaying).await.unwrap_or(Err(DEADLINE)),
         None => relaying.await,

@@ -65,13 +65,12 @@ impl HealthService {
     }
 
     /// Answers a call whose path begins with [`SERVICE`].
-    pub async fn call(&self, request: Request<Incoming>) -> Response<Body> {
-        let (head, body) = request.into_parts();
-        let question = match read_message(&head.headers, body, REQUEST_LIMIT).await {
+    pub async fn call(&self, mut request: Request<Incoming>) -> Response<Body> {
+        let question = match read_message(&mut request, REQUEST_LIMIT).await {
             Ok(question) => question,
             Err(status) => return response::error(&status),
         };
-        let method = head.uri.path().strip_prefix(SERVICE).unwrap_or_default();
+        let method = request.uri().path().strip_prefix(SERVICE).unwrap_or_default();
         let answer = match method {
             "Check" => service(question).and_then(|service| self.check(&service)),
             "Watch" => service(question).map(|service| self.watch(&service)),

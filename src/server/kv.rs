@@ -11,9 +11,8 @@ mod txn;
 
 use std::{sync::Arc, time::Duration};
 
-use ::http::{Request, Response, request::Parts};
+use ::http::Response;
 use bytes::Bytes;
-use hyper::body::Incoming;
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 use prost::Message;
 
@@ -22,7 +21,7 @@ use held::Holder;
 use super::{
     body::{Body, read_message, read_only_message},
     forward::forward,
-    listener::Connection,
+    listener::{BoxedRequest, Connection},
     relay::AnswerObserver,
     response,
 };
@@ -89,10 +88,36 @@ pub struct Kv {
     holder: Arc<Holder>,
 }
 
-/// A call as it is passed from one step to the next: its head, and its message to be relayed if need be.
+/// The methods of the service that something is known of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Method {
+    Range,
+    RangeStream,
+    Put,
+    DeleteRange,
+    Txn,
+    Compact,
+    Other,
+}
+
+impl Method {
+    fn of(path: &str) -> Self {
+        match path.strip_prefix(SERVICE).unwrap_or_default() {
+            "Range" => Self::Range,
+            "RangeStream" => Self::RangeStream,
+            "Put" => Self::Put,
+            "DeleteRange" => Self::DeleteRange,
+            "Txn" => Self::Txn,
+            "Compact" => Self::Compact,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// A call as it is passed from one step to the next: the request, whose body has been read, and the message that it was.
 struct Call<'a> {
     connection: &'a Connection,
-    head: Parts,
+    request: BoxedRequest,
     message: Bytes,
 }
 
@@ -115,29 +140,29 @@ impl Kv {
     }
 
     /// Answers a call whose path begins with [`SERVICE`].
-    pub async fn call(&self, connection: &Connection, request: Request<Incoming>) -> Response<Body> {
-        let (mut head, body) = request.into_parts();
+    pub async fn call(&self, connection: &Connection, mut request: BoxedRequest) -> Response<Body> {
         let limit = self.settings.max_request_bytes + OVERHEAD;
-        let read = match head.uri.path().ends_with("/RangeStream") {
-            true => read_only_message(&head.headers, body, limit).await,
-            false => read_message(&head.headers, body, limit).await,
+        let method = Method::of(request.uri().path());
+        let read = match method {
+            Method::RangeStream => Box::pin(read_only_message(&mut request, limit)).await,
+            _ => read_message(&mut request, limit).await,
         };
         let message = match read {
             Ok(message) => message,
             Err(status) => return response::error(&status),
         };
         // What is relayed is not compressed any more.
-        head.headers.remove(grpc::ENCODING);
-        let method = head.uri.path().strip_prefix(SERVICE).unwrap_or_default();
-        let call = |message| Call { connection, message, head: head.clone() };
+        request.headers_mut().remove(grpc::ENCODING);
+        let call = Call { connection, request, message };
         let answered = match method {
-            "Range" => self.range(call(message)).await,
-            "RangeStream" => Box::pin(self.range_stream(call(message))).await,
-            "Txn" => Box::pin(self.txn(call(message))).await,
-            "Compact" => Box::pin(self.compact(call(message))).await,
-            "Put" => Ok(Box::pin(self.put(call(message))).await),
-            "DeleteRange" => Ok(self.relay(call(message), Consensus::Proof).await),
-            _ => Ok(self.relay(call(message), Consensus::Hearsay).await),
+            // Most calls are these, so they have their future in place, and no other makes it larger.
+            Method::Range => self.range(call).await,
+            Method::RangeStream => Box::pin(self.range_stream(call)).await,
+            Method::Txn => Box::pin(self.txn(call)).await,
+            Method::Compact => Box::pin(self.compact(call)).await,
+            Method::Put => Ok(Box::pin(self.put(call)).await),
+            Method::DeleteRange => Ok(Box::pin(self.relay(call, Consensus::Proof)).await),
+            Method::Other => Ok(Box::pin(self.relay(call, Consensus::Hearsay)).await),
         };
         answered.unwrap_or_else(|status| response::error(&status))
     }
@@ -150,7 +175,7 @@ impl Kv {
     async fn relay_noting(&self, call: Call<'_>, consensus: Consensus, write: Write) -> Response<Body> {
         let sent = (consensus == Consensus::Proof).then(|| self.cache.consensus().stamp());
         let observer = Observer { cache: self.cache.clone(), sent, write };
-        let request = Request::from_parts(call.head, RequestBody::full(framed(&call.message)));
+        let request = call.request.map(|_| RequestBody::full(framed(&call.message)));
         Box::pin(forward(self.cache.upstream(), call.connection, request, Some(Arc::new(observer)))).await
     }
 
@@ -167,7 +192,10 @@ impl Kv {
 
     /// The view that a read of `range` may be answered from.
     async fn view(&self, range: &KeyRange, serializable: bool) -> Result<Arc<View>, Unserved> {
-        if serializable { self.cache.serializable(range).await } else { self.cache.linearizable(range).await }
+        match serializable {
+            true => self.cache.serializable(range).await,
+            false => Box::pin(self.cache.linearizable(range)).await,
+        }
     }
 
     /// For how long the upstream of `range` has been gone, for clients who want to know how old an answer may be.

@@ -8,7 +8,7 @@
 //! grace time the rest is closed.
 
 use std::{
-    future::Future,
+    future::{Future, poll_fn},
     io,
     net::SocketAddr,
     pin::{Pin, pin},
@@ -22,7 +22,7 @@ use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
     server::conn::auto,
 };
 use prometheus::{IntCounter, IntGauge, Registry};
@@ -33,7 +33,10 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::body::{Body, BodyError};
+use super::{
+    body::{Body, BodyError},
+    calls::{Calls, NewCalls},
+};
 use crate::{
     socket::{Gather, detect_dead_peer},
     upstream::EndpointId,
@@ -129,13 +132,16 @@ impl Connection {
     }
 }
 
+/// A client's call, boxed: each of the futures that it is handed through keeps room for it.
+pub type BoxedRequest = Box<Request<Incoming>>;
+
 /// Answers requests.
 pub trait Handler: Send + Sync + 'static {
     /// Answers one request. Dropped when the client cancels before the answer begins.
     fn call(
         self: &Arc<Self>,
         connection: &Arc<Connection>,
-        request: Request<Incoming>,
+        request: BoxedRequest,
     ) -> impl Future<Output = Response<Body>> + Send;
 }
 
@@ -161,8 +167,7 @@ pub async fn serve<H: Handler>(
     metrics: Metrics,
     stop: CancellationToken,
 ) {
-    let server =
-        Arc::new(Server { handler, settings, metrics, builder: builder(settings), close: CancellationToken::new() });
+    let server = Arc::new(Server { handler, settings, metrics, close: CancellationToken::new() });
     let connections = TaskTracker::new();
     let accepting = accept_all(&server, &listener, &connections, &stop);
     stop.run_until_cancelled(accepting).await;
@@ -179,7 +184,6 @@ struct Server<H> {
     handler: Arc<H>,
     settings: Settings,
     metrics: Metrics,
-    builder: auto::Builder<TokioExecutor>,
     /// The end of the grace time.
     close: CancellationToken,
 }
@@ -230,16 +234,18 @@ impl<H: Handler> Server<H> {
         let connection = Arc::new(Connection::new(peer, stop));
         let leave = connection.leave.clone();
         let service = service_fn(|request| {
-            let (server, connection) = (self.clone(), connection.clone());
+            let (server, connection, request) = (self.clone(), connection.clone(), Box::new(request));
             async move { Ok::<_, std::convert::Infallible>(server.answer(&connection, request).await) }
         });
         let io = TokioIo::new(Gather::sniffing(stream));
-        let mut serving = pin!(self.builder.serve_connection(io, service));
+        let mut calls = Calls::default();
+        let builder = builder(self.settings, calls.executor());
+        let mut serving = pin!(builder.serve_connection(io, service));
         let served = tokio::select! {
-            served = serving.as_mut() => Some(served),
+            served = poll_fn(|cx| calls.poll(cx, serving.as_mut())) => Some(served),
             () = leave.cancelled() => {
                 serving.as_mut().graceful_shutdown();
-                self.close.run_until_cancelled(serving).await
+                self.close.run_until_cancelled(poll_fn(|cx| calls.poll(cx, serving.as_mut()))).await
             }
         };
         if let Some(Err(error)) = served {
@@ -247,15 +253,15 @@ impl<H: Handler> Server<H> {
         }
     }
 
-    async fn answer(&self, connection: &Arc<Connection>, request: Request<Incoming>) -> Response<CountedBody> {
+    async fn answer(&self, connection: &Arc<Connection>, request: BoxedRequest) -> Response<CountedBody> {
         let open = Counted::new(&self.metrics.streams);
         let response = self.handler.call(connection, request).await;
         response.map(|body| CountedBody { body, _open: open })
     }
 }
 
-fn builder(settings: Settings) -> auto::Builder<TokioExecutor> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+fn builder(settings: Settings, executor: NewCalls) -> auto::Builder<NewCalls> {
+    let mut builder = auto::Builder::new(executor);
     builder
         .http2()
         .timer(TokioTimer::new())

@@ -2,8 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use ::http::{Request, Response, Version};
-use hyper::body::Incoming;
+use ::http::{Response, Version};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -13,7 +12,7 @@ use super::{
     health::{self, HealthService, Readiness},
     http,
     kv::{self, Kv, relayed_observer},
-    listener::{Connection, Handler},
+    listener::{BoxedRequest, Connection, Handler},
     members::{MEMBER_LIST, Members},
     precheck,
     watch::{PATH as WATCH, Watch},
@@ -35,25 +34,25 @@ pub struct Router {
 }
 
 impl Handler for Router {
-    async fn call(self: &Arc<Self>, connection: &Arc<Connection>, request: Request<Incoming>) -> Response<Body> {
+    async fn call(self: &Arc<Self>, connection: &Arc<Connection>, request: BoxedRequest) -> Response<Body> {
         // A stream keeps the room that its call's future takes for as long as it lives, so only reads have theirs in place.
         let upstream = self.cache.upstream();
         if request.version() < Version::HTTP_2 {
             let observer = Some(relayed_observer(&self.cache));
             let readiness = self.health.readiness();
-            return Box::pin(http::call(upstream, connection, &readiness, request, observer)).await;
+            return Box::pin(http::call(upstream, connection, &readiness, *request, observer)).await;
         }
         if let Some(refusal) = precheck::refusal(&request) {
             return refusal;
         }
         match request.uri().path() {
             path if path.starts_with(kv::SERVICE) => self.kv.call(connection, request).await,
-            WATCH => Box::pin(self.watch.call(connection, request)).await,
-            MEMBER_LIST => Box::pin(self.members.list(upstream, connection, request)).await,
-            path if path.starts_with(health::SERVICE) => Box::pin(self.health.call(request)).await,
+            WATCH => Box::pin(self.watch.call(connection, *request)).await,
+            MEMBER_LIST => Box::pin(self.members.list(upstream, connection, *request)).await,
+            path if path.starts_with(health::SERVICE) => Box::pin(self.health.call(*request)).await,
             path => {
                 let observer = moves_the_revision(path).then(|| relayed_observer(&self.cache));
-                Box::pin(forward(upstream, connection, request, observer)).await
+                Box::pin(forward(upstream, connection, *request, observer)).await
             }
         }
     }

@@ -19,7 +19,7 @@ use millpond::{
         forward::forward,
         health::{HealthService, Readiness, SERVICE},
         http as http1,
-        listener::{self, Connection, Handler},
+        listener::{self, BoxedRequest, Connection, Handler},
         members::{MEMBER_LIST, Members},
         relay::AnswerObserver,
     },
@@ -51,19 +51,19 @@ pub struct Forwarding {
 }
 
 impl Handler for Forwarding {
-    async fn call(self: &Arc<Self>, connection: &Arc<Connection>, request: Request<Incoming>) -> Response<Body> {
+    async fn call(self: &Arc<Self>, connection: &Arc<Connection>, request: BoxedRequest) -> Response<Body> {
         let path = request.uri().path().to_owned();
         let observer: Arc<dyn AnswerObserver> = self.noted.clone();
         if request.version() < Version::HTTP_2 {
             let readiness = self.health.readiness();
-            return http1::call(&self.upstream, connection, &readiness, request, Some(observer)).await;
+            return http1::call(&self.upstream, connection, &readiness, *request, Some(observer)).await;
         }
         match path.as_str() {
-            MEMBER_LIST => self.members.list(&self.upstream, connection, request).await,
-            path if path.starts_with(SERVICE) => self.health.call(request).await,
+            MEMBER_LIST => self.members.list(&self.upstream, connection, *request).await,
+            path if path.starts_with(SERVICE) => self.health.call(*request).await,
             path => {
                 let observer = path.starts_with("/etcdserverpb.KV/").then_some(observer);
-                forward(&self.upstream, connection, request, observer).await
+                forward(&self.upstream, connection, *request, observer).await
             }
         }
     }
@@ -155,9 +155,9 @@ where
     fn call(
         self: &Arc<Self>,
         _: &Arc<Connection>,
-        request: Request<Incoming>,
+        request: BoxedRequest,
     ) -> impl Future<Output = Response<Body>> + Send {
-        (self.0)(request)
+        (self.0)(*request)
     }
 }
 

@@ -1,10 +1,10 @@
-//! Range answers put together from the bytes of records. A large run of the tree is written piece by piece, as the client
-//! takes it, so that it is never in memory as a whole.
+//! Range answers put together from the bytes of records. A large one is written piece by piece, as the client takes it, so
+//! that it is never in memory as a whole.
 
 use ::http::Response;
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::held::{Held, Holder, Rest};
+use super::held::{Held, Holder};
 use crate::{
     server::{
         body::{Body, BodyError},
@@ -18,8 +18,10 @@ use crate::{
     upstream::grpc::{PREFIX, prefix},
 };
 
-/// A run above this many bytes is written piece by piece.
+/// Above this many bytes an answer is written piece by piece.
 const EAGER: u64 = 256 << 10;
+/// About what a record takes without its value.
+const WITHOUT_VALUE: u64 = 96;
 /// Bytes in one piece.
 const PIECE: usize = 64 << 10;
 
@@ -62,16 +64,14 @@ fn tail(selection: &Selection) -> Vec<u8> {
 /// The answer to a Range request.
 pub(super) fn range(holder: &Holder, view: &View, selection: Selection, values: Values) -> Response<Body> {
     let tail = tail(&selection);
-    if let (Records::Run(_, _, sums), Values::Sent) = (&selection.records, values)
-        && sums.wire > EAGER
-    {
-        return piecewise(holder, view, selection, tail);
-    }
     let expected = match values {
-        Values::Sent => selection.records.sums().wire as usize,
-        _ => selection.records.len() as usize * 96,
+        Values::Sent => selection.records.sums().wire,
+        Values::LeftOut | Values::LeftOutWithLease => selection.records.len() * WITHOUT_VALUE,
     };
-    let mut out = BytesMut::with_capacity(PREFIX + 64 + expected);
+    if values == Values::Sent && expected > EAGER {
+        return piecewise(holder, view, selection.records, expected as usize, tail);
+    }
+    let mut out = BytesMut::with_capacity(PREFIX + 64 + expected as usize);
     out.put_slice(&[0; PREFIX]);
     view.responder.put(&mut out, view.revision());
     put_records(&mut out, &selection.records, values);
@@ -98,17 +98,16 @@ pub(super) fn put_records(out: &mut impl BufMut, records: &Records, values: Valu
     }
 }
 
-fn piecewise(holder: &Holder, view: &View, selection: Selection, tail: Vec<u8>) -> Response<Body> {
-    let Records::Run(tree, range, sums) = selection.records else { return response::framed(Bytes::new()) };
+fn piecewise(holder: &Holder, view: &View, records: Records, length: usize, tail: Vec<u8>) -> Response<Body> {
     let header = view.responder.field_len(view.revision());
     let mut head = BytesMut::with_capacity(PREFIX + header + PIECE);
-    head.put_slice(&prefix(header + sums.wire as usize + tail.len()));
+    head.put_slice(&prefix(header + length + tail.len()));
     view.responder.put(&mut head, view.revision());
-    let rest = Some(holder.hold(Rest::Run { tree, range }));
+    let rest = Some(holder.hold(records.into()));
     response::pieces(Pieces { rest, piece: head, tail })
 }
 
-/// A large answer: pieces of a run, then the tail.
+/// A large answer: its records piece by piece, then the tail.
 struct Pieces {
     rest: Option<Held>,
     piece: BytesMut,
@@ -152,7 +151,10 @@ mod tests {
     use super::*;
     use crate::{
         proto::etcdserverpb::{RangeRequest, RangeResponse},
-        store::{Limits, Position, Responder, Revision, Store, range::select},
+        store::{
+            Limits, Position, Responder, Revision, Store,
+            range::{range_of, select},
+        },
     };
 
     fn view(keys: u32, size: usize) -> Arc<View> {
@@ -167,7 +169,7 @@ mod tests {
 
     async fn answer(view: &View, request: &RangeRequest, values: Values) -> RangeResponse {
         let holder = Holder::new(prometheus::IntCounter::new("given_up", "for the test").unwrap());
-        let response = range(&holder, view, select(view, request).unwrap(), values);
+        let response = range(&holder, view, select(view, &range_of(request), request).unwrap(), values);
         let body = response.into_body().collect().await.unwrap();
         assert!(body.trailers().is_some());
         let bytes = body.to_bytes();

@@ -20,7 +20,7 @@ use tokio::time::sleep;
 use super::answer::{Values, put_record};
 use crate::{
     server::body::BodyError,
-    store::{KeyRange, Record, Tree},
+    store::{KeyRange, Record, Tree, range::Records},
 };
 
 /// Between two looks at who has stopped reading.
@@ -37,8 +37,17 @@ pub(super) enum Rest {
         /// What is left of the range.
         range: KeyRange,
     },
-    /// By something else than the key: etcd sorts so when no order is asked for, though a stream has no other.
+    /// In any order.
     List(std::vec::IntoIter<Arc<Record>>),
+}
+
+impl From<Records> for Rest {
+    fn from(records: Records) -> Self {
+        match records {
+            Records::Run(tree, range, _) => Self::Run { tree, range },
+            Records::List(records) => Self::List(records.into_iter()),
+        }
+    }
 }
 
 impl Rest {

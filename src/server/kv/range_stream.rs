@@ -15,8 +15,8 @@ use super::{
     Call, Kv,
     answer::{Values, wrapped_len},
     decode,
-    held::{Held, Holder, Rest},
-    reads::{check, range_of},
+    held::{Held, Holder},
+    reads::check,
     relayed_observer,
 };
 use crate::{
@@ -31,7 +31,7 @@ use crate::{
     status::Status,
     store::{
         Responder, Revision, View,
-        range::{Records, Selection, has_custom_order, has_filters},
+        range::{Selection, has_custom_order, has_filters, range_of},
         wire::{put_bytes_head, put_int_field},
     },
     upstream::{ForwardClass, ForwardedBody, RequestBody, Route, Upstream, grpc},
@@ -50,7 +50,7 @@ impl Kv {
         check_streamable(&request)?;
         let range = range_of(&request);
         let unserved = match self.view(&range, request.serializable).await {
-            Ok(view) => match self.evaluate(&view, &request)? {
+            Ok(view) => match self.evaluate(&view, &range, &request)? {
                 Some(selection) => {
                     self.count_unserved("RangeStream", "memory");
                     // Only 3.7 has chunks, and it leaves out leases with values: so do we, whatever the upstream's version.
@@ -73,10 +73,10 @@ impl Kv {
         let observer = relayed_observer(&self.cache);
         if self.cache.gate().has_range_stream {
             let body = RequestBody::full(super::framed(&call.message));
-            return forward(upstream, call.connection, Request::from_parts(call.head, body), Some(observer)).await;
+            return forward(upstream, call.connection, call.request.map(|_| body), Some(observer)).await;
         }
         let (sender, mut chunks) = mpsc::channel(1);
-        let pages = Pages { upstream: upstream.clone(), metadata: call.head.headers, observer };
+        let pages = Pages { upstream: upstream.clone(), metadata: call.request.into_parts().0.headers, observer };
         tokio::spawn(pages.through(request, sender));
         let frames = futures_util::stream::poll_fn(move |cx| chunks.poll_recv(cx));
         response::streaming(Body::boxed(StreamBody::new(frames)))
@@ -107,14 +107,10 @@ struct Chunks {
 
 impl Chunks {
     fn new(holder: &Holder, view: &View, selection: Selection, values: Values) -> Self {
-        let rest = match selection.records {
-            Records::Run(tree, range, _) => Rest::Run { tree, range },
-            Records::List(records) => Rest::List(records.into_iter()),
-        };
         Self {
             responder: view.responder,
             revision: view.revision(),
-            rest: Some(holder.hold(rest)),
+            rest: Some(holder.hold(selection.records.into())),
             keys: FIRST_CHUNK,
             more: selection.more,
             count: selection.count,
@@ -244,7 +240,7 @@ mod tests {
     use super::*;
     use crate::{
         proto::mvccpb::KeyValue,
-        store::{Limits, Record, Store},
+        store::{Limits, Record, Store, range::Records},
     };
 
     fn record(number: usize) -> Arc<Record> {

@@ -13,7 +13,7 @@ use crate::{
     status::Status,
     store::{
         KeyRange, View,
-        range::{RangeError, Selection, select},
+        range::{RangeError, Selection, range_of, select},
     },
     upstream::Version,
 };
@@ -35,18 +35,13 @@ pub(super) fn check(request: &RangeRequest) -> Result<(), Status> {
     if known { Ok(()) } else { Err(Status::INVALID_SORT_OPTION) }
 }
 
-/// The keys that a request asks for.
-pub(super) fn range_of(request: &RangeRequest) -> KeyRange {
-    KeyRange::from_request(request.key.clone(), request.range_end.clone())
-}
-
 impl Kv {
     pub(super) async fn range(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
         let request: RangeRequest = decode(&call.message)?;
         check(&request)?;
         let range = range_of(&request);
         let unserved = match self.view(&range, request.serializable).await {
-            Ok(view) => match self.evaluate(&view, &request)? {
+            Ok(view) => match self.evaluate(&view, &range, &request)? {
                 Some(selection) => {
                     self.hot.inc();
                     let keys_only = self.keys_only(&request);
@@ -62,13 +57,18 @@ impl Kv {
         };
         self.metrics.count("Range", unserved);
         let consensus = if request.serializable { Consensus::Hearsay } else { Consensus::Proof };
-        Ok(self.relay(call, consensus).await)
+        Ok(Box::pin(self.relay(call, consensus)).await)
     }
 
     /// What the request selects from the view. None: only the upstream can tell, be it because the revision is older than
     /// our history, or because it seems to lie in the future.
-    pub(super) fn evaluate(&self, view: &View, request: &RangeRequest) -> Result<Option<Selection>, Status> {
-        match select(view, request) {
+    pub(super) fn evaluate(
+        &self,
+        view: &View,
+        range: &KeyRange,
+        request: &RangeRequest,
+    ) -> Result<Option<Selection>, Status> {
+        match select(view, range, request) {
             Ok(selection) => self.check_size(selection, request).map(Some),
             Err(RangeError::Compacted) => Err(Status::COMPACTED),
             Err(RangeError::Future | RangeError::NotInMemory) => Ok(None),

@@ -6,10 +6,7 @@ use std::cmp::Ordering;
 use ::http::Response;
 use bytes::{BufMut, BytesMut};
 
-use super::{
-    Call, Consensus, Kv, answer, decode,
-    reads::{check, range_of},
-};
+use super::{Call, Consensus, Kv, answer, decode, reads::check};
 use crate::{
     proto::etcdserverpb::{
         Compare, RangeRequest, RequestOp, TxnRequest,
@@ -20,6 +17,7 @@ use crate::{
     status::Status,
     store::{
         KeyRange, Record, Tree, View,
+        range::range_of,
         wire::{bytes_field_len, put_bytes_head, put_int_field},
     },
     upstream::grpc,
@@ -66,7 +64,10 @@ impl Kv {
 
     /// Appends the answer to one read as a `ResponseOp`.
     fn put_read(&self, view: &View, request: &RangeRequest, out: &mut BytesMut) -> Result<(), &'static str> {
-        let selection = self.evaluate(view, request).map_err(|_| "compacted")?.ok_or("revision_not_in_memory")?;
+        let selection = self
+            .evaluate(view, &range_of(request), request)
+            .map_err(|_| "compacted")?
+            .ok_or("revision_not_in_memory")?;
         let inner = answer::nested_range(view, &selection, self.keys_only(request));
         put_bytes_head(out, 3, bytes_field_len(inner.len()));
         put_bytes_head(out, 1, inner.len());

@@ -97,7 +97,7 @@ fn request() -> impl Strategy<Value = RangeRequest> {
 
 /// The plainest reading of etcd's `executeRange`.
 fn expected(state: &State, request: &RangeRequest) -> (u64, bool, Vec<Arc<Record>>) {
-    let range = KeyRange::from_request(request.key.clone(), request.range_end.clone());
+    let range = range_of(request);
     let all: Vec<_> = state.values().filter(|record| range.contains(record.key())).cloned().collect();
     let count = all.len() as u64;
     if request.count_only {
@@ -166,7 +166,7 @@ proptest! {
         for (view, revisions) in [old, new] {
             for request in &requests {
                 let at = if request.revision > 0 { request.revision as usize } else { revisions - 1 };
-                match select(&view, request) {
+                match select(&view, &range_of(request), request) {
                     Ok(selection) => {
                         let (count, more, records) = expected(&model.states[at], request);
                         prop_assert_eq!((selection.count, selection.more), (count, more));

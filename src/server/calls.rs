@@ -1,0 +1,169 @@
+//! The calls of one HTTP/2 connection, run in the connection's own task.
+//!
+//! hyper asks an executor to run each call. A task per call would cost more than a read from memory does: its allocation,
+//! its turn in the scheduler, and often the waking of another thread for it. Here, the calls that one read from the socket
+//! brought are begun together as soon as the connection has nothing more to read; most are over at once, and all their
+//! answers leave in one write. What has to wait (a watch, a relayed call, a read that wants proof) is polled when it is woken,
+//! which wakes its connection's task once for a burst.
+//!
+//! The price: one connection's calls never run on two cores. Its HTTP/2 frames never did.
+
+use std::{
+    future::Future,
+    panic::AssertUnwindSafe,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+};
+
+use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
+use hyper::rt::Executor;
+use parking_lot::Mutex;
+
+type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Takes the calls of one connection from hyper.
+#[derive(Clone, Default)]
+pub(super) struct NewCalls(Arc<Mutex<Vec<Call>>>);
+
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for NewCalls {
+    fn execute(&self, call: F) {
+        // A panic, should there be one, ends nothing but its call, as if that had a task of its own.
+        let isolated = AssertUnwindSafe(call).catch_unwind();
+        self.0.lock().push(Box::pin(isolated.map(|outcome| {
+            if outcome.is_err() {
+                tracing::error!("a call panicked");
+            }
+        })));
+    }
+}
+
+/// Runs the calls of one connection.
+#[derive(Default)]
+pub(super) struct Calls {
+    new: NewCalls,
+    running: FuturesUnordered<Call>,
+}
+
+impl Calls {
+    /// What hyper is to give the connection's calls to.
+    pub(super) fn executor(&self) -> NewCalls {
+        self.new.clone()
+    }
+
+    /// Polls the connection and its calls. Ready when the connection is; what was left of its calls is dropped with `self`.
+    pub(super) fn poll<C: Future>(&mut self, cx: &mut Context<'_>, mut connection: Pin<&mut C>) -> Poll<C::Output> {
+        loop {
+            while let Poll::Ready(Some(())) = self.running.poll_next_unpin(cx) {}
+            if let Poll::Ready(end) = connection.as_mut().poll(cx) {
+                return Poll::Ready(end);
+            }
+            let new = std::mem::take(&mut *self.new.0.lock());
+            if new.is_empty() {
+                return Poll::Pending;
+            }
+            new.into_iter().for_each(|call| self.begin(call));
+        }
+    }
+
+    /// Runs a call to its first wait. Only one that has to wait is kept: its next poll is due at once, so the first needs nobody to wake.
+    fn begin(&mut self, mut call: Call) {
+        if call.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
+            self.running.push(call);
+        }
+    }
+}
+
+impl Drop for Calls {
+    fn drop(&mut self) {
+        // A call holds its executor, which holds what was not begun.
+        self.new.0.lock().clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        future::{pending, poll_fn},
+        sync::atomic::{AtomicUsize, Ordering},
+    };
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    /// A connection that hands over `calls`, then waits for `end`.
+    async fn connection(executor: NewCalls, calls: Vec<Call>, end: oneshot::Receiver<()>) {
+        calls.into_iter().for_each(|call| executor.execute(call));
+        let _ = end.await;
+    }
+
+    async fn run(calls: Vec<Call>, end: oneshot::Receiver<()>) {
+        let mut running = Calls::default();
+        let mut connection = Box::pin(connection(running.executor(), calls, end));
+        poll_fn(|cx| running.poll(cx, connection.as_mut())).await;
+    }
+
+    /// Tells when it is dropped.
+    struct Witness(Arc<AtomicUsize>);
+
+    impl Drop for Witness {
+        fn drop(&mut self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_call_that_waits_is_woken_and_lets_others_pass() {
+        let (end, ended) = oneshot::channel();
+        let (go, gone) = oneshot::channel();
+        let (tell, told) = oneshot::channel();
+        let waits = async move {
+            gone.await.unwrap();
+            tell.send(()).unwrap();
+        };
+        let passes = async move { go.send(()).unwrap() };
+        let ends = async move {
+            told.await.unwrap();
+            end.send(()).unwrap();
+        };
+        run(vec![Box::pin(waits), Box::pin(ends), Box::pin(passes)], ended).await;
+    }
+
+    #[tokio::test]
+    async fn a_call_that_panics_ends_alone() {
+        let (end, ended) = oneshot::channel();
+        let panics = async { panic!("on purpose") };
+        let ends = async move { end.send(()).unwrap() };
+        run(vec![Box::pin(panics), Box::pin(ends)], ended).await;
+    }
+
+    #[tokio::test]
+    async fn what_was_not_over_goes_with_the_connection() {
+        let dropped = Arc::new(AtomicUsize::new(0));
+        let waits = |witness: Witness| -> Call {
+            Box::pin(async move {
+                pending::<()>().await;
+                drop(witness);
+            })
+        };
+        let mut running = Calls::default();
+        let executor = running.executor();
+        executor.execute(waits(Witness(dropped.clone())));
+        // The second poll is the end of the connection, at which a call was handed over that nobody begins.
+        let mut polls = 0;
+        let mut connection = Box::pin(poll_fn(move |_| {
+            polls += 1;
+            if polls == 1 {
+                return Poll::Pending;
+            }
+            executor.execute(waits(Witness(dropped.clone())));
+            Poll::Ready(dropped.clone())
+        }));
+        let dropped = poll_fn(|cx| running.poll(cx, connection.as_mut())).await;
+        drop(connection);
+        assert_eq!(dropped.load(Ordering::Relaxed), 0);
+        drop(running);
+        assert_eq!(dropped.load(Ordering::Relaxed), 2);
+    }
+}
