@@ -6,7 +6,11 @@
 //! answers leave in one write. What has to wait (a watch, a relayed call, a read that wants proof) is polled when it is woken,
 //! which wakes its connection's task once for a burst.
 //!
+//! The connection and its calls wake each other all the time. [`Turn`] keeps that from the scheduler.
+//!
 //! The price: one connection's calls never run on two cores. Its HTTP/2 frames never did.
+
+mod turn;
 
 use std::{
     future::Future,
@@ -19,6 +23,8 @@ use std::{
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use hyper::rt::Executor;
 use parking_lot::Mutex;
+
+use turn::Turn;
 
 type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -43,6 +49,7 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for NewCalls {
 pub(super) struct Calls {
     new: NewCalls,
     running: FuturesUnordered<Call>,
+    turn: Turn,
 }
 
 impl Calls {
@@ -53,13 +60,15 @@ impl Calls {
 
     /// Polls the connection and its calls. Ready when the connection is; what was left of its calls is dropped with `self`.
     pub(super) fn poll<C: Future>(&mut self, cx: &mut Context<'_>, mut connection: Pin<&mut C>) -> Poll<C::Output> {
+        let waker = self.turn.begin(cx);
+        let cx = &mut Context::from_waker(&waker);
         loop {
             while let Poll::Ready(Some(())) = self.running.poll_next_unpin(cx) {}
             if let Poll::Ready(end) = connection.as_mut().poll(cx) {
                 return Poll::Ready(end);
             }
             let new = std::mem::take(&mut *self.new.0.lock());
-            if new.is_empty() {
+            if new.is_empty() && self.turn.is_over() {
                 return Poll::Pending;
             }
             new.into_iter().for_each(|call| self.begin(call));

@@ -1,0 +1,191 @@
+//! Wakes a connection's task for its calls, without the scheduler where that has nothing to add.
+//!
+//! A call that is ready wakes its connection to write, and a connection that has read wakes its calls. Told to the scheduler,
+//! each of these would put the task at the end of the queue and, often, another thread to work. While the task is being polled,
+//! it is enough to look again. Only a wake from another thread goes the long way, since more of its kind are about to follow: the
+//! events of a burst for the other watchers of the connection, which are to leave in one write.
+
+use std::{
+    cell::Cell,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicUsize, Ordering},
+    },
+    task::{Context, Wake, Waker},
+};
+
+use futures_util::task::AtomicWaker;
+use tokio::task::coop::has_budget_remaining;
+
+/// The task is being polled.
+const POLLED: u8 = 1;
+/// It was woken by the thread that polls it.
+const WOKEN_HERE: u8 = 2;
+/// It was woken by another.
+const WOKEN_ELSEWHERE: u8 = 4;
+
+/// How often the task looks again at most, before others have their turn.
+const LOOKS: u8 = 32;
+
+/// The turns of one task.
+pub(super) struct Turn {
+    shared: Arc<Shared>,
+    waker: Waker,
+    looks: u8,
+}
+
+#[derive(Default)]
+struct Shared {
+    task: AtomicWaker,
+    state: AtomicU8,
+    /// The thread that polls the task, or did so last.
+    thread: AtomicUsize,
+}
+
+impl Default for Turn {
+    fn default() -> Self {
+        let shared = Arc::<Shared>::default();
+        Self { waker: Waker::from(shared.clone()), shared, looks: 0 }
+    }
+}
+
+impl Turn {
+    /// Begins a turn of the task that `cx` wakes. What is polled in it is to be woken by the waker that this gives.
+    pub(super) fn begin(&mut self, cx: &Context<'_>) -> Waker {
+        self.looks = 0;
+        self.shared.task.register(cx.waker());
+        self.shared.thread.store(this_thread(), Ordering::Relaxed);
+        self.shared.state.swap(POLLED, Ordering::AcqRel);
+        self.waker.clone()
+    }
+
+    /// Whether the turn ends, with everything polled. If something was woken meanwhile, either it does not, and all is to be
+    /// polled again, or the task will have another turn.
+    pub(super) fn is_over(&mut self) -> bool {
+        let state = &self.shared.state;
+        let Err(woken) = state.compare_exchange(POLLED, 0, Ordering::AcqRel, Ordering::Acquire) else { return true };
+        self.looks += 1;
+        // Without budget, everything of tokio's wakes its task at once and does nothing.
+        if woken == POLLED | WOKEN_HERE && self.looks < LOOKS && has_budget_remaining() {
+            state.swap(POLLED, Ordering::AcqRel);
+            return false;
+        }
+        state.fetch_and(!POLLED, Ordering::AcqRel);
+        self.shared.task.wake();
+        true
+    }
+}
+
+impl Wake for Shared {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        let here = self.thread.load(Ordering::Relaxed) == this_thread();
+        let before = self.state.fetch_or(if here { WOKEN_HERE } else { WOKEN_ELSEWHERE }, Ordering::AcqRel);
+        if before == 0 {
+            self.task.wake();
+        }
+    }
+}
+
+/// A number that no other living thread has.
+fn this_thread() -> usize {
+    thread_local!(static HERE: Cell<u8> = const { Cell::new(0) });
+    HERE.with(|here| std::ptr::from_ref(here).addr())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn task() -> (Arc<Wakes>, Waker) {
+        let wakes = Arc::<Wakes>::default();
+        (wakes.clone(), Waker::from(wakes))
+    }
+
+    #[test]
+    fn a_wake_between_turns_is_told_once() {
+        let ((wakes, task), mut turn) = (task(), Turn::default());
+        let waker = turn.begin(&Context::from_waker(&task));
+        assert!(turn.is_over());
+        (0..3).for_each(|_| waker.wake_by_ref());
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+        turn.begin(&Context::from_waker(&task));
+        assert!(turn.is_over());
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_wake_within_a_turn_is_looked_after_there_but_not_for_ever() {
+        let ((wakes, task), mut turn) = (task(), Turn::default());
+        let waker = turn.begin(&Context::from_waker(&task));
+        for _ in 1..LOOKS {
+            waker.wake_by_ref();
+            assert!(!turn.is_over());
+        }
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 0);
+        waker.wake_by_ref();
+        assert!(turn.is_over());
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_wake_from_another_thread_gives_it_time_for_more() {
+        let ((wakes, task), mut turn) = (task(), Turn::default());
+        let waker = turn.begin(&Context::from_waker(&task));
+        thread::scope(|scope| drop(scope.spawn(|| waker.wake_by_ref())));
+        assert!(turn.is_over());
+        // The task is to be polled already, so more of them need not tell it.
+        thread::scope(|scope| drop(scope.spawn(|| waker.wake_by_ref())));
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+    }
+
+    /// However wakes and turns meet, the last wake is followed by a turn.
+    #[test]
+    fn no_wake_is_lost() {
+        let (wakes, task) = task();
+        let mut turn = Turn::default();
+        let work = AtomicUsize::new(0);
+        let (mut done, mut seen) = (0, 0);
+        let waker = turn.begin(&Context::from_waker(&task));
+        assert!(turn.is_over());
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for _ in 0..50_000 {
+                        work.fetch_add(1, Ordering::Relaxed);
+                        waker.wake_by_ref();
+                    }
+                });
+            }
+            while done < 100_000 {
+                let told = wakes.0.load(Ordering::Acquire);
+                if told == seen {
+                    std::hint::spin_loop();
+                    continue;
+                }
+                seen = told;
+                turn.begin(&Context::from_waker(&task));
+                loop {
+                    done = work.load(Ordering::Relaxed);
+                    if turn.is_over() {
+                        break;
+                    }
+                }
+            }
+        });
+    }
+}
