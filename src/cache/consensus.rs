@@ -68,15 +68,22 @@ pub struct Consensus {
 
 struct Waiting {
     clock: AtomicU64,
-    readers: Mutex<VecDeque<(Stamp, oneshot::Sender<Proof>)>>,
-    arrived: Notify,
+    readers: Mutex<Readers>,
+    gathered: Notify,
     metrics: Metrics,
+}
+
+#[derive(Default)]
+struct Readers {
+    queue: VecDeque<(Stamp, oneshot::Sender<Proof>)>,
+    /// How many of them the asker waits for; none: it is busy, and will look by itself.
+    awaited: Option<usize>,
 }
 
 impl Consensus {
     pub(super) fn start(upstream: Upstream, metrics: Metrics) -> Self {
         let waiting =
-            Arc::new(Waiting { clock: AtomicU64::new(0), readers: Mutex::default(), arrived: Notify::new(), metrics });
+            Arc::new(Waiting { clock: AtomicU64::new(0), readers: Mutex::default(), gathered: Notify::new(), metrics });
         let asker = Asker { waiting: waiting.clone(), upstream, last: 0, round_trip: Duration::ZERO };
         Self { waiting, asker: tokio::spawn(asker.run()).abort_handle() }
     }
@@ -118,16 +125,21 @@ impl Waiting {
         let (sender, receiver) = oneshot::channel();
         let mut readers = self.readers.lock();
         // Drawn under the lock, so that the queue is in the order of the tickets.
-        readers.push_back((self.stamp(), sender));
+        let stamp = self.stamp();
+        readers.queue.push_back((stamp, sender));
+        let waiting = readers.queue.len();
+        let enough = readers.awaited.take_if(|awaited| waiting >= *awaited);
         drop(readers);
-        self.arrived.notify_one();
+        if enough.is_some() {
+            self.gathered.notify_one();
+        }
         receiver
     }
 
     fn note(&self, sent: Stamp, proof: Proof) {
         let mut readers = self.readers.lock();
-        let served = readers.partition_point(|(arrived, _)| *arrived < sent);
-        let served: Vec<_> = readers.drain(..served).collect();
+        let served = readers.queue.partition_point(|(arrived, _)| *arrived < sent);
+        let served: Vec<_> = readers.queue.drain(..served).collect();
         drop(readers);
         for (_, reader) in served {
             // A reader that has gone meanwhile needs no answer.
@@ -137,11 +149,28 @@ impl Waiting {
 
     /// How many readers wait who have not gone meanwhile.
     fn count(&self) -> usize {
-        let mut readers = self.readers.lock();
-        while readers.front().is_some_and(|(_, reader)| reader.is_closed()) {
-            readers.pop_front();
+        self.readers.lock().count()
+    }
+
+    /// Waits until so many readers wait.
+    async fn gather(&self, awaited: usize) {
+        let is_short = |readers: &mut Readers| {
+            let short = readers.count() < awaited;
+            readers.awaited = short.then_some(awaited);
+            short
+        };
+        while is_short(&mut self.readers.lock()) {
+            self.gathered.notified().await;
         }
-        readers.len()
+    }
+}
+
+impl Readers {
+    fn count(&mut self) -> usize {
+        while self.queue.front().is_some_and(|(_, reader)| reader.is_closed()) {
+            self.queue.pop_front();
+        }
+        self.queue.len()
     }
 }
 
@@ -157,9 +186,7 @@ struct Asker {
 impl Asker {
     async fn run(mut self) {
         loop {
-            while self.waiting.count() == 0 {
-                self.waiting.arrived.notified().await;
-            }
+            self.waiting.gather(1).await;
             self.gather().await;
             self.last = self.waiting.count();
             self.put().await;
@@ -172,12 +199,7 @@ impl Asker {
         if self.last <= 1 {
             return;
         }
-        let gathered = async {
-            while self.waiting.count() < self.last {
-                self.waiting.arrived.notified().await;
-            }
-        };
-        let _ = timeout(self.round_trip.max(GATHERING), gathered).await;
+        let _ = timeout(self.round_trip.max(GATHERING), self.waiting.gather(self.last)).await;
     }
 
     /// Puts a question until some endpoint answers it, or nobody waits any more.
@@ -223,7 +245,7 @@ mod tests {
 
     fn waiting() -> Waiting {
         let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
-        Waiting { clock: AtomicU64::new(0), readers: Mutex::default(), arrived: Notify::new(), metrics }
+        Waiting { clock: AtomicU64::new(0), readers: Mutex::default(), gathered: Notify::new(), metrics }
     }
 
     const CONNECTION: ConnectionNumber = ConnectionNumber(1);
@@ -253,6 +275,20 @@ mod tests {
         assert_eq!(waiting.count(), 1);
         drop(gone);
         assert_eq!(waiting.count(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_crowd_is_awaited_and_a_busy_asker_is_not_disturbed() {
+        let waiting = waiting();
+        let mut readers = vec![waiting.enter(), waiting.enter()];
+        let short = timeout(GATHERING, waiting.gather(3)).await;
+        assert!(short.is_err());
+        readers.push(waiting.enter());
+        timeout(GATHERING, waiting.gather(3)).await.unwrap();
+        readers.push(waiting.enter());
+        assert_eq!(waiting.readers.lock().awaited, None);
+        drop(readers);
+        assert!(timeout(GATHERING, waiting.gather(1)).await.is_err(), "who has gone is not waited with");
     }
 
     #[test]
