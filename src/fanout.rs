@@ -21,3 +21,11 @@ mod watcher;
 pub use hub::Hub;
 pub use session::{Pumped, Relay, Session, SessionSettings, refuse};
 pub use watcher::{Refusal, Start, WatchOptions};
+
+/// Appends `item`. The first takes room for one: most sessions have one watcher, and there are many of them.
+fn push_snugly<T>(items: &mut Vec<T>, item: T) {
+    if items.capacity() == 0 {
+        items.reserve_exact(1);
+    }
+    items.push(item);
+}

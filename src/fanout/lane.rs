@@ -5,6 +5,7 @@ use std::{collections::HashMap, sync::Arc, task::Waker};
 use super::{
     Hub,
     mailbox::{Letter, Mailbox, Subscription},
+    push_snugly,
 };
 use crate::{
     status::Status,
@@ -128,7 +129,7 @@ impl Lane {
         let joined = Some(Group { range: range.clone(), members: vec![slot], subscription });
         match self.free.pop() {
             Some(group) => self.groups[group as usize] = joined,
-            None => self.groups.push(joined),
+            None => push_snugly(&mut self.groups, joined),
         }
         self.by_range.insert(range.clone(), group);
         Some(group)

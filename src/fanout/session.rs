@@ -16,6 +16,7 @@ use super::{
     Hub, Refusal, Start, WatchOptions,
     encode::Envelope,
     lane::{Lane, Notice},
+    push_snugly,
     watcher::{State, Watcher},
 };
 use crate::{
@@ -150,7 +151,7 @@ impl Session {
         let slot = self.free.pop().unwrap_or(self.watchers.len() as u32);
         match self.watchers.get_mut(slot as usize) {
             Some(free) => *free = Some(watcher),
-            None => self.watchers.push(Some(watcher)),
+            None => push_snugly(&mut self.watchers, Some(watcher)),
         }
         self.by_id.insert(id, slot);
         match lane {
