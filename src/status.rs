@@ -18,6 +18,9 @@ pub struct Status {
 }
 
 impl Status {
+    /// Authentication has come on: cached events are for nobody any more, and the upstream takes the watchers.
+    pub const WATCH_AGAIN: Self = Self::fixed(Code::Unavailable, "authentication is on: watch again");
+
     /// A status with a text that is known at compile time.
     pub const fn fixed(code: Code, message: &'static str) -> Self {
         Self { code, message: Cow::Borrowed(message) }

@@ -9,6 +9,7 @@ use crate::{
     fanout::Hub,
     feed::{self, Demand, Feed, Floor, Phase, Signals},
     proto::mvccpb,
+    status::Status,
     store::{KeyRange, Position, Revision, Store},
     upstream::{ConnectionNumber, Upstream},
 };
@@ -182,7 +183,7 @@ async fn mind(hub: Arc<Hub>, mut phase: watch::Receiver<Phase>) {
     // The sender lives as long as the feed.
     while phase.changed().await.is_ok() {
         if *phase.borrow_and_update() == Phase::Barred {
-            hub.end_all(&crate::status::Status::unavailable("authentication is on: watch again"));
+            hub.end_all(&Status::WATCH_AGAIN);
         }
     }
 }

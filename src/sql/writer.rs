@@ -127,6 +127,8 @@ pub struct WriterThread {
     failing: bool,
     /// Bytes written since the database was last measured, about.
     unmeasured: usize,
+    /// Whether it could not be measured the last time.
+    blind: bool,
     /// Set once the disk's content is unknown: every write is refused with it until a restart.
     poisoned: Option<Status>,
 }
@@ -140,7 +142,17 @@ impl WriterThread {
         compaction: Compaction,
         checkpoints: Checkpoints,
     ) -> Self {
-        Self { store, jobs, state, compaction, checkpoints, failing: false, unmeasured: 0, poisoned: None }
+        Self {
+            store,
+            jobs,
+            state,
+            compaction,
+            checkpoints,
+            failing: false,
+            unmeasured: 0,
+            blind: false,
+            poisoned: None,
+        }
     }
 
     /// Works until the queue is closed and empty.
@@ -282,8 +294,12 @@ impl WriterThread {
             self.state.set_size(size.total);
             self.checkpoints.after_commit(&mut *self.store)
         });
-        if let Err(error) = measured {
-            tracing::warn!(%error, "the database could not be measured, or its log not emptied");
+        let was_blind = std::mem::replace(&mut self.blind, measured.is_err());
+        match measured {
+            Ok(()) => {}
+            // While the log is waited for, this comes round every millisecond; once is enough to say so.
+            Err(error) if was_blind => tracing::debug!(%error, "the database could again not be measured"),
+            Err(error) => tracing::warn!(%error, "the database could not be measured, or its log not emptied"),
         }
     }
 

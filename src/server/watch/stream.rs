@@ -13,7 +13,7 @@ use prost::Message;
 use rand::RngExt;
 use std::sync::Arc;
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::{Instant, Sleep, sleep},
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
@@ -29,7 +29,10 @@ use crate::{
     server::body::{BodyError, failure_trailers},
     status::Status,
     store::{Responder, Revision},
-    upstream::grpc::{Compression, Deframer},
+    upstream::{
+        AuthState,
+        grpc::{Compression, Deframer},
+    },
 };
 
 /// Bytes that go out in one piece, if there is so much to say.
@@ -39,7 +42,8 @@ const REQUESTS_PER_PIECE: usize = 64;
 /// Reports of relays that wait for the client to make room.
 const REPORTS: usize = 4;
 
-type Waiting = Pin<Box<dyn Future<Output = (Responder, Revision)> + Send>>;
+/// What a create request waits for: the present, or why the stream ends.
+type Waiting = Pin<Box<dyn Future<Output = Result<(Responder, Revision), Status>> + Send>>;
 
 /// A Watch stream.
 pub(super) struct Stream {
@@ -134,8 +138,10 @@ impl Stream {
     fn take_opening(&mut self, cx: &mut Context<'_>) -> bool {
         let Some(opening) = &mut self.opening else { return true };
         let Poll::Ready(now) = opening.1.as_mut().poll(cx) else { return false };
-        if let Some(opening) = self.opening.take() {
-            self.create(opening.0, now);
+        match (self.opening.take(), now) {
+            (Some(opening), Ok(now)) => self.create(opening.0, now),
+            (_, Err(status)) => self.ended = Some(status),
+            (None, Ok(_)) => {}
         }
         true
     }
@@ -207,7 +213,7 @@ impl Stream {
                     cache.settled(prefix).await;
                     cache.present(prefix)
                 };
-                self.opening = Some(Box::new((request, Box::pin(settled))));
+                self.wait(request, settled);
             }
             None => {
                 let cache = cache.clone();
@@ -216,9 +222,15 @@ impl Stream {
                     cache.note_relayed(proof.revision, proof.connection);
                     (proof.responder, proof.revision)
                 };
-                self.opening = Some(Box::new((request, Box::pin(asked))));
+                self.wait(request, asked);
             }
         }
+    }
+
+    /// Lets a create request wait for `now`. No hub knows of it yet, so it has to see for itself when authentication comes on.
+    fn wait(&mut self, request: WatchCreateRequest, now: impl Future<Output = (Responder, Revision)> + Send + 'static) {
+        let auth = self.shared.cache.upstream().auth();
+        self.opening = Some(Box::new((request, Box::pin(while_open(auth, now)))));
     }
 
     fn create(&mut self, request: WatchCreateRequest, now: (Responder, Revision)) {
@@ -335,7 +347,31 @@ impl Drop for Stream {
     }
 }
 
+/// What `waited` gives, unless authentication comes on first.
+async fn while_open<T>(mut auth: watch::Receiver<AuthState>, waited: impl Future<Output = T>) -> Result<T, Status> {
+    tokio::select! {
+        now = waited => Ok(now),
+        Ok(_) = auth.wait_for(|auth| *auth == AuthState::On) => Err(Status::WATCH_AGAIN),
+    }
+}
+
 fn decode(message: Bytes) -> Result<WatchRequest, Status> {
     WatchRequest::decode(message)
         .map_err(|error| Status::new(Code::Internal, format!("grpc: error unmarshalling request: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::{pending, ready};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_create_request_waits_no_longer_than_authentication_is_off() {
+        let (set, auth) = watch::channel(AuthState::Off);
+        assert_eq!(while_open(auth.clone(), ready(7)).await, Ok(7));
+        let waits = tokio::spawn(while_open(auth, pending::<()>()));
+        set.send_replace(AuthState::On);
+        assert_eq!(waits.await.unwrap(), Err(Status::WATCH_AGAIN));
+    }
 }
