@@ -21,6 +21,8 @@ use self::{
 };
 
 mod bare;
+#[path = "../support/child.rs"]
+mod child;
 mod plot;
 #[allow(dead_code, reason = "shared with the tests, which use more of it")]
 #[path = "../../tests/support/ports.rs"]

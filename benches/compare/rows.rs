@@ -6,6 +6,7 @@ mod memory;
 mod mixed;
 mod reads;
 mod sweeps;
+mod tree;
 mod watches;
 
 /// A row of the table.
@@ -48,6 +49,11 @@ pub static ROWS: &[RowKind] = &[
     row(("P15", "latency of a put, p50, one in flight", mixed::put_latency)),
     row(("P16-P1", "P1 while 5,000 writes/s stream in and 1,000 pages/s are read, against quiet", mixed::one_key)),
     row(("P16-P3", "P3 while 5,000 writes/s stream in and 1,000 pages/s are read, against quiet", mixed::everything)),
+    row((
+        "tree",
+        "10 connections x 100 streams x 1 watcher, 100/s, on a Millpond behind a Millpond",
+        tree::leaf_and_trunk,
+    )),
     row(("connections", "1 watcher each on 10, 100, 1,000 connections, 10,000 events/s in all", sweeps::connections)),
     row(("watchers", "1, 10, 100, 1,000 watchers on each of 10 streams, 20/s", sweeps::watchers)),
     row(("keys", "Range of 10, 100, 1,000, 10,000 x 1 KiB keys", sweeps::keys)),

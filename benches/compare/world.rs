@@ -21,6 +21,7 @@ use tokio::runtime::Runtime;
 
 use super::{
     Outcome,
+    child::Child,
     servers::{Server, System},
 };
 
@@ -29,9 +30,6 @@ const WARMUP: Duration = Duration::from_millis(700);
 
 /// Time that counts, unless a row says otherwise.
 pub const WINDOW: Duration = Duration::from_secs(3);
-
-/// How long Millpond may take to load everything.
-const WARM: Duration = Duration::from_secs(60);
 
 /// Where and how much.
 #[derive(Clone, Copy)]
@@ -80,13 +78,13 @@ impl World {
         match system {
             System::Etcd => Ok(Some(&self.etcd)),
             System::GrpcProxy => {
-                if self.proxy.as_mut().is_none_or(Server::is_gone) {
+                if self.proxy.as_mut().is_none_or(|server| server.is_gone()) {
                     self.proxy = Some(Server::grpc_proxy(&self.etcd.endpoint)?);
                 }
                 Ok(self.proxy.as_ref())
             }
             System::Millpond => {
-                if self.millpond.as_mut().is_none_or(|tried| tried.as_mut().is_some_and(Server::is_gone)) {
+                if self.millpond.as_mut().is_none_or(|tried| tried.as_mut().is_some_and(|server| server.is_gone())) {
                     self.millpond = Some(warm_millpond(&self.etcd.endpoint));
                 }
                 Ok(self.millpond.as_ref().and_then(Option::as_ref))
@@ -111,11 +109,13 @@ impl World {
         match system {
             System::Etcd | System::Bare => Ok((etcd, None)),
             System::GrpcProxy => Ok((Server::grpc_proxy(&etcd.endpoint)?, Some(etcd))),
-            System::Millpond => {
-                let millpond = warm_millpond(&etcd.endpoint).ok_or("Millpond did not become warm")?;
-                Ok((millpond, Some(etcd)))
-            }
+            System::Millpond => Ok((Self::millpond(&etcd.endpoint)?, Some(etcd))),
         }
+    }
+
+    /// A warm Millpond of its own in front of an endpoint.
+    pub fn millpond(upstream: &str) -> Outcome<Server> {
+        Ok(warm_millpond(upstream).ok_or("Millpond did not become warm")?)
     }
 
     /// Whether Millpond can be measured at all.
@@ -132,7 +132,7 @@ pub fn fill(runtime: &Runtime, endpoint: &str, keys: &Keys, value_size: usize) -
 
 fn warm_millpond(upstream: &str) -> Option<Server> {
     let warm = Server::millpond(upstream).and_then(|mut server| {
-        server.wait(WARM, Server::is_warm)?;
+        server.wait(Child::is_warm)?;
         Ok(server)
     });
     warm.inspect_err(|error| eprintln!("without Millpond: {error}")).ok()

@@ -11,6 +11,8 @@
 
 use std::{error::Error, path::Path, process::ExitCode, time::Instant};
 
+#[path = "../support/child.rs"]
+mod child;
 mod compaction;
 mod keys;
 mod load;

@@ -2,25 +2,18 @@
 
 use std::{
     env, fs,
-    io::{Read, Write},
-    net::TcpStream,
+    ops::{Deref, DerefMut},
     path::{Path, PathBuf},
     process::Command,
-    thread,
-    time::{Duration, Instant},
 };
 
-use millpond::telemetry::process::ProcessStat;
 use tempfile::TempDir;
 
 use super::{
-    Outcome, ports,
-    process::Process,
-    toolchain::{self, Release},
+    Outcome,
+    child::{self, Child, local},
+    toolchain,
 };
-
-/// How long a server may take to start.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,10 +79,21 @@ impl System {
 pub struct Server {
     /// Which.
     pub system: System,
-    /// `host:port` for clients.
-    pub endpoint: String,
-    admin: String,
-    process: Process,
+    child: Child,
+}
+
+impl Deref for Server {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.child
+    }
+}
+
+impl DerefMut for Server {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.child
+    }
 }
 
 /// A directory on the disk that is measured.
@@ -103,67 +107,30 @@ impl Server {
     /// Starts it on a directory and waits until it answers.
     pub fn start(system: System, home: &Path) -> Outcome<Self> {
         let mut server = Self::launch(system, home)?;
-        server.wait(|server| match system {
-            System::Millpond => server.get("/health").is_ok_and(|body| body.contains("\"cache_warm\":true")),
-            System::Etcd => server.get("/health").is_ok_and(|body| body.contains("\"health\":\"true\"")),
-            System::Engine | System::Kine(_) => TcpStream::connect(&server.endpoint).is_ok(),
+        server.wait(match system {
+            System::Millpond => Child::is_warm,
+            System::Etcd => Child::is_well,
+            System::Engine | System::Kine(_) => Child::listens,
         })?;
         Ok(server)
     }
 
     /// Starts it without waiting.
     pub fn launch(system: System, home: &Path) -> Outcome<Self> {
-        let (endpoint, other) = (local(), local());
+        let (endpoint, admin) = (local(), local());
+        let admin = if system == System::Etcd { endpoint.clone() } else { admin };
         let command = match system {
-            System::Millpond => millpond(&endpoint, &other, home),
+            System::Millpond => millpond(&endpoint, &admin, home),
             System::Engine => engine(&endpoint, home)?,
-            System::Etcd => etcd(&endpoint, &other, home),
+            System::Etcd => child::etcd(&endpoint, home),
             System::Kine(kine) => kine_command(kine, &endpoint, home),
         };
-        let admin = if system == System::Etcd { endpoint.clone() } else { other };
-        let process = Process::start(command, &home.join("log"));
-        Ok(Self { system, endpoint, admin, process })
-    }
-
-    /// Waits until `is_so`, and says how long that took.
-    pub fn wait(&mut self, is_so: impl Fn(&Self) -> bool) -> Outcome<Duration> {
-        let started = Instant::now();
-        while !is_so(self) {
-            if self.process.exited().is_some() || started.elapsed() > PATIENCE {
-                return Err(format!("{} did not get there:\n{}", self.system.name(), self.process.log_tail()).into());
-            }
-            thread::sleep(Duration::from_millis(2));
-        }
-        Ok(started.elapsed())
-    }
-
-    /// The body of a successful GET on the port for health and metrics.
-    pub fn get(&self, path: &str) -> Outcome<String> {
-        let mut socket = TcpStream::connect(&self.admin)?;
-        socket.set_read_timeout(Some(Duration::from_secs(10)))?;
-        write!(socket, "GET {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n\r\n", self.admin)?;
-        let mut answer = String::new();
-        socket.read_to_string(&mut answer)?;
-        match answer.split_once("\r\n\r\n") {
-            Some((head, body)) if head.starts_with("HTTP/1.1 200") => Ok(body.to_owned()),
-            _ => Err(format!("{path}: {}", answer.lines().next().unwrap_or("no answer")).into()),
-        }
-    }
-
-    /// Its process.
-    pub fn pid(&self) -> u32 {
-        self.process.pid()
-    }
-
-    /// Resident memory in bytes.
-    pub fn resident(&self) -> Outcome<u64> {
-        Ok(ProcessStat::read(self.pid())?.resident_bytes)
+        Ok(Self { system, child: Child::start(system.name(), endpoint, admin, command, home) })
     }
 }
 
 fn millpond(endpoint: &str, admin: &str, home: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_millpond"));
-    command.args(["serve", "--listen", endpoint, "--admin-listen", admin, "--log-level=warn", "--check-interval=0"]);
+    let mut command = child::millpond(endpoint, admin);
     command.arg("--data-dir").arg(home.join("data"));
     command
 }
@@ -174,26 +141,10 @@ fn engine(endpoint: &str, home: &Path) -> Outcome<Command> {
     Ok(command)
 }
 
-fn etcd(endpoint: &str, peer: &str, home: &Path) -> Command {
-    let (client, peer) = (format!("http://{endpoint}"), format!("http://{peer}"));
-    let mut command = Command::new(Release::newest().etcd);
-    command.args(["--log-level=error", "--quota-backend-bytes=8589934592", "--name=m"]);
-    command.arg("--data-dir").arg(home.join("data"));
-    command.args([format!("--listen-client-urls={client}"), format!("--advertise-client-urls={client}")]);
-    command.args([format!("--listen-peer-urls={peer}"), format!("--initial-advertise-peer-urls={peer}")]);
-    command.arg(format!("--initial-cluster=m={peer}"));
-    command
-}
-
 fn kine_command(kine: Kine, endpoint: &str, home: &Path) -> Command {
     let mut command = Command::new(toolchain::kine());
     let file = home.join("kine.db");
     command.arg(format!("--endpoint=sqlite://{}?{}", file.display(), kine.parameters()));
     command.args(["--listen-address", endpoint, "--metrics-bind-address=0"]).args(kine.flags());
     command
-}
-
-/// A free address on this machine.
-fn local() -> String {
-    format!("127.0.0.1:{}", ports::free())
 }
