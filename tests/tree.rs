@@ -57,6 +57,7 @@ async fn a_leaf_reads_writes_and_watches_as_if_it_stood_at_the_etcd() {
     }
     until_revisions(&stream, &expected).await;
     let last = etcd.put("elsewhere", "no event of the range").await.unwrap();
+    assert!(leaf.revision().await.unwrap() >= last);
     stream.ask_progress();
     let told = |response: &pb::WatchResponse| response.header.as_ref().map_or(0, |header| header.revision);
     let told_of_last = |responses: &[pb::WatchResponse]| {
