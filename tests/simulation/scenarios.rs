@@ -8,24 +8,37 @@ use crate::{
     dice::Dice,
     model::{history::Write, server::Manner},
     run::{answer, simulated},
-    world::{KEEPALIVE, World},
+    world::{AMPLE, KEEPALIVE, World},
 };
 
 const MANNER: Manner = Manner { version: "3.7.1", round_trip: 1, piece: 1000, victims: 1000, unanswered: 1_000_000 };
 
 /// A cache of `a/` on one member.
 fn world() -> World {
-    World::of(1, MANNER, vec![KeyRange::prefix(Bytes::from_static(b"a/"))], &mut Dice::new(1))
+    with_room(AMPLE)
+}
+
+fn with_room(cache_bytes: usize) -> World {
+    World::of(1, MANNER, vec![KeyRange::prefix(Bytes::from_static(b"a/"))], cache_bytes, &mut Dice::new(1))
 }
 
 async fn put(world: &World, keys: &[&'static str]) {
     for key in keys {
         let value = Bytes::from(format!("{key} of {}", world.0.cluster.look().generation()));
-        let written = world.0.cluster.write(0, &[Write::Put(Bytes::from_static(key.as_bytes()), value)], false).await;
-        let header = written.expect("the model takes writes");
-        let generation = world.0.cluster.look().generation();
-        world.0.cluster.tell(generation, header.revision);
+        write(world, &[Write::Put(Bytes::from_static(key.as_bytes()), value)]).await;
     }
+}
+
+async fn delete(world: &World, keys: &[&'static str]) {
+    for key in keys {
+        write(world, &[Write::Delete(Bytes::from_static(key.as_bytes()))]).await;
+    }
+}
+
+async fn write(world: &World, writes: &[Write]) {
+    let header = world.0.cluster.write(0, writes, false).await.expect("the model takes writes");
+    let generation = world.0.cluster.look().generation();
+    world.0.cluster.tell(generation, header.revision);
 }
 
 /// Stops the cluster and begins it anew from a backup taken at `revision`; the cache cannot reach it before it is released.
@@ -80,6 +93,26 @@ fn a_compaction_does_not_outlive_its_history() {
         sleep(Duration::from_millis(10)).await;
         assert_eq!(prefix.store().view().position.epoch, 2);
         assert_eq!(prefix.store().view().compacted, Revision(1));
+        settle(&world);
+    });
+}
+
+/// A keyspace over the limit is tried again now and then. While its prefix was quiet, each attempt began a new epoch.
+#[test]
+fn a_keyspace_over_the_limit_is_tried_again_in_its_own_history() {
+    simulated(async {
+        let world = with_room(400);
+        let view = || world.0.cache.prefixes()[0].store().view_owned();
+        put(&world, &["a/1", "a/2", "a/3", "a/4", "a/5", "b/1"]).await;
+        // The history has been cut by its age meanwhile, so no event is left that shows which one it is.
+        sleep(Duration::from_secs(4000)).await;
+        assert!(view().is_loaded() && view().tree.is_none(), "five records do not fit");
+        assert_eq!(view().position.epoch, 1);
+        delete(&world, &["a/1", "a/2", "a/3", "a/4"]).await;
+        put(&world, &["b/2"]).await;
+        sleep(Duration::from_secs(4000)).await;
+        let (position, keys) = (view().position, view().tree.as_ref().map(|tree| tree.len()));
+        assert_eq!((position.epoch, keys), (1, Some(1)));
         settle(&world);
     });
 }

@@ -23,6 +23,8 @@ use crate::{
 
 /// Silence on a connection until it is given up. A restore takes longer.
 pub const KEEPALIVE: Duration = Duration::from_millis(3000);
+/// Bytes for an index that nothing written here fills.
+pub const AMPLE: usize = 64 << 20;
 
 /// Everything of one simulation. Cheap to clone.
 #[derive(Clone)]
@@ -89,18 +91,18 @@ impl World {
         };
         let [a, b] = [b"a/", b"b/"].map(|prefix| KeyRange::prefix(Bytes::from_static(prefix)));
         let ranges = dice.pick(&[vec![KeyRange::everything()], vec![a.clone()], vec![a, b]]);
-        Self::of(members, manner, ranges, dice)
+        Self::of(members, manner, ranges, AMPLE, dice)
     }
 
-    /// Starts a cluster of `members` and a cache of `ranges`.
-    pub fn of(members: usize, manner: Manner, ranges: Vec<KeyRange>, dice: &mut Dice) -> Self {
+    /// Starts a cluster of `members` and a cache of `ranges` with so many bytes for its index.
+    pub fn of(members: usize, manner: Manner, ranges: Vec<KeyRange>, cache_bytes: usize, dice: &mut Dice) -> Self {
         let trace = Trace::new();
         trace.note(format!("{members} members, {manner:?}, {ranges:?}"));
         let cluster = Cluster::start(members, dice);
         let links: Vec<Link> = (0..members)
             .map(|at| Link::new(Node::new(cluster.clone(), at, manner, dice.fork()), dice.fork()))
             .collect();
-        let cache = start_cache(&links, &ranges, dice);
+        let cache = start_cache(&links, &ranges, cache_bytes, dice);
         let adopted = ranges.iter().map(|_| Mutex::default()).collect();
         let (shown, restoring) = (Mutex::default(), Mutex::default());
         Self(Arc::new(Parts { cluster, links, cache, ranges, trace, shown, adopted, restoring }))
@@ -127,7 +129,7 @@ impl World {
     }
 }
 
-fn start_cache(links: &[Link], ranges: &[KeyRange], dice: &mut Dice) -> Cache {
+fn start_cache(links: &[Link], ranges: &[KeyRange], cache_bytes: usize, dice: &mut Dice) -> Cache {
     let endpoint =
         |(at, link): (usize, &Link)| Endpoint::InProcess { name: format!("member-{at}"), dial: Arc::new(link.clone()) };
     let registry = Registry::new();
@@ -141,7 +143,7 @@ fn start_cache(links: &[Link], ranges: &[KeyRange], dice: &mut Dice) -> Cache {
     let upstream = Upstream::start(settings, &registry).expect("a fresh registry and endpoints");
     let settings = cache::Settings {
         prefixes: ranges.to_vec(),
-        cache_bytes: 64 << 20,
+        cache_bytes,
         history: Limits { bytes: dice.pick(&[4 << 10, 64 << 20]), age: 600_000 },
         floor_patience: Duration::from_millis(300),
         view_patience: Duration::from_millis(dice.pick(&[300, 1000])),
