@@ -311,7 +311,7 @@ impl Cache {
 
     /// Waits until a watcher may begin on the view of `prefix`.
     pub async fn settled(&self, prefix: &Prefix) {
-        let Signals { mut phase, mut confirmed } = prefix.signals();
+        let Signals { mut phase, mut confirmed, .. } = prefix.signals();
         // What is heard from now on is no matter of this call's.
         let heard = self.heard();
         while !self.is_settled_for(prefix, heard) {

@@ -81,6 +81,8 @@ pub struct Signals {
     pub phase: watch::Receiver<Phase>,
     /// Connections up to this one lead to the history that the view belongs to, as far as they lead anywhere.
     pub confirmed: watch::Receiver<ConnectionNumber>,
+    /// The connection over which the view's epoch began; older ones may have led elsewhere. Set before the epoch is seen.
+    pub begun: watch::Receiver<ConnectionNumber>,
 }
 
 /// What others need of the feed.
@@ -136,6 +138,7 @@ pub struct Feed {
     floor: Arc<Floor>,
     phase: watch::Sender<Phase>,
     confirmed: watch::Sender<ConnectionNumber>,
+    begun: watch::Sender<ConnectionNumber>,
     /// Since when the view has not been known to be the upstream's present.
     lost: Option<Instant>,
     metrics: Metrics,
@@ -167,6 +170,7 @@ impl Feed {
     ) -> (Self, Signals) {
         let (phase, phases) = watch::channel(Phase::Cold);
         let (confirmed, confirmations) = watch::channel(ConnectionNumber::default());
+        let (begun, beginnings) = watch::channel(ConnectionNumber::default());
         let started = Instant::now();
         let feed = Self {
             upstream,
@@ -176,6 +180,7 @@ impl Feed {
             floor,
             phase,
             confirmed,
+            begun,
             lost: None,
             metrics,
             started,
@@ -183,7 +188,7 @@ impl Feed {
             heard: 0,
             rebuilt: 0,
         };
-        (feed, Signals { phase: phases, confirmed: confirmations })
+        (feed, Signals { phase: phases, confirmed: confirmations, begun: beginnings })
     }
 
     /// Follows the upstream for ever.
@@ -343,6 +348,7 @@ impl Feed {
         let mark = self.floor.mark();
         let listed = self.list(link, Revision::ZERO).await?;
         self.floor.sink(mark);
+        self.begun.send_replace(link.number());
         self.adopt(listed, self.writer.position().epoch + 1, header);
         Ok(())
     }
@@ -379,6 +385,7 @@ impl Feed {
         }
         if disagreement.is_some() {
             self.floor.sink(mark);
+            self.begun.send_replace(link.number());
         }
         let epoch = self.writer.position().epoch + u64::from(disagreement.is_some());
         self.adopt(listed, epoch, header);

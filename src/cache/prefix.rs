@@ -157,6 +157,18 @@ impl Prefix {
         }
     }
 
+    /// The epoch of the view, provided that the server which `connection` led to had the view's history. For one who has followed
+    /// that server since before the epoch began.
+    pub async fn epoch_behind(&self, connection: ConnectionNumber) -> Option<u64> {
+        let epoch = || self.store.view().position.epoch;
+        let found = epoch();
+        if connection < *self.signals.begun.borrow() {
+            return None;
+        }
+        self.confirm(connection).await;
+        (epoch() == found).then_some(found)
+    }
+
     pub(super) fn note_compacted(&self, revision: Revision) {
         let epoch = self.store.view().position.epoch;
         self.demand.send_if_modified(|demand| move_on(&mut demand.compacted, Position { epoch, revision }));

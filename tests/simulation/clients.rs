@@ -2,10 +2,11 @@
 
 use bytes::Bytes;
 use millpond::{
-    cache::Proof,
+    cache::{Proof, Stamp},
     feed::Phase,
-    proto::etcdserverpb::{PutRequest, PutResponse},
+    proto::etcdserverpb::{CompactionRequest, CompactionResponse, PutRequest, PutResponse, ResponseHeader},
     store::{Position, Revision},
+    upstream::ConnectionNumber,
 };
 use tokio::time::{Duration, sleep, timeout};
 
@@ -51,7 +52,7 @@ pub async fn write(world: World, mut dice: Dice) {
 
 /// Writes through the cache's upstream, as the server relays a client's write.
 pub async fn relay(world: World, mut dice: Dice) {
-    let (cluster, cache) = (&world.0.cluster, &world.0.cache);
+    let cache = &world.0.cache;
     loop {
         sleep(dice.pause(200)).await;
         let Some(at) = cache.upstream().preferred(&[]) else { continue };
@@ -60,16 +61,34 @@ pub async fn relay(world: World, mut dice: Dice) {
         let path = "/etcdserverpb.KV/Put";
         let answer = cache.upstream().unary_numbered::<_, PutResponse>(at, path, &request, DEADLINE).await;
         let Ok((PutResponse { header: Some(header), .. }, connection)) = answer else { continue };
-        cache.note_relayed(Revision(header.revision), connection);
-        if let Some(proof) = Proof::of(&header, connection) {
-            cache.consensus().note(sent, proof);
-        }
+        note(&world, sent, &header, connection);
         cache.note_put(&request.key, Revision(header.revision));
-        let generation = cluster.look().generation();
-        cluster.tell(generation, header.revision);
-        world.show(generation, header.revision);
-        world.0.trace.note(format!("relayed {}", header.revision));
     }
+}
+
+/// Compacts through the cache's upstream, as the server relays a client's compaction.
+pub async fn compact(world: World, revision: i64) {
+    let cache = &world.0.cache;
+    let Some(at) = cache.upstream().preferred(&[]) else { return };
+    let (request, sent) = (CompactionRequest { revision, physical: false }, cache.consensus().stamp());
+    let path = "/etcdserverpb.KV/Compact";
+    let answer = cache.upstream().unary_numbered::<_, CompactionResponse>(at, path, &request, DEADLINE).await;
+    let Ok((CompactionResponse { header: Some(header) }, connection)) = answer else { return };
+    note(&world, sent, &header, connection);
+    cache.note_compacted(Revision(revision));
+}
+
+/// Notes an answer that is relayed.
+fn note(world: &World, sent: Stamp, header: &ResponseHeader, connection: ConnectionNumber) {
+    let (cluster, cache) = (&world.0.cluster, &world.0.cache);
+    cache.note_relayed(Revision(header.revision), connection);
+    if let Some(proof) = Proof::of(header, connection) {
+        cache.consensus().note(sent, proof);
+    }
+    let generation = cluster.look().generation();
+    cluster.tell(generation, header.revision);
+    world.show(generation, header.revision);
+    world.0.trace.note(format!("relayed {}", header.revision));
 }
 
 /// Reads linearizably.

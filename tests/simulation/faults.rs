@@ -3,6 +3,7 @@
 use tokio::time::{Duration, sleep};
 
 use crate::{
+    clients,
     dice::Dice,
     link::Way,
     world::{KEEPALIVE, World},
@@ -62,9 +63,9 @@ async fn one(world: World, mut dice: Dice) {
 fn compact(world: &World, dice: &mut Dice) {
     let revision = world.0.cluster.look().history().head() - dice.pick(&[0, 1, 10]);
     world.0.trace.note(format!("compact {revision}"));
-    world.0.cluster.compact(revision);
-    if dice.chance(2) && world.0.cluster.look().compacted() >= revision {
-        world.0.cache.note_compacted(millpond::store::Revision(revision));
+    match dice.chance(2) {
+        true => drop(tokio::spawn(clients::compact(world.clone(), revision))),
+        false => world.0.cluster.compact(revision),
     }
 }
 

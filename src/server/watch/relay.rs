@@ -1,7 +1,10 @@
-//! Watchers that the history window cannot serve, relayed from the upstream one by one: those that begin before it, until
-//! they have reached it, and those of ranges that are not cached, for as long as they live.
+//! Watchers that the history window cannot serve, relayed from the upstream one by one: those that begin before it, or before
+//! anything is loaded, until they have reached it, and those of ranges that are not cached, for as long as they live.
+//!
+//! A relay may outlive its upstream, so it has to know that what comes next follows on what it has relayed. The prefix tells,
+//! once it is loaded. Until then nobody can, and a relay that loses its upstream ends its client's stream, as etcd's own end would.
 
-use std::{sync::Arc, time::Duration};
+use std::{future::pending, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use prost::Message;
@@ -39,6 +42,8 @@ pub(super) enum Report {
     Reached(u32, u64),
     /// There is no room for another relay.
     Refused,
+    /// Whether the history goes on cannot be told.
+    Lost,
 }
 
 /// A relay under way; it ends when this is dropped.
@@ -60,7 +65,8 @@ pub(super) fn start(shared: &Arc<Shared>, relay: Relay, reports: mpsc::Sender<Re
     let hub = relay.lane.and_then(|lane| shared.hubs.get(lane).cloned());
     let prefix = shared.cache.prefixes().get(relay.lane.unwrap_or(0));
     let epoch = prefix.map_or(NOTHING_LOADED, |prefix| prefix.store().view().position.epoch);
-    let task = Task { shared: shared.clone(), hub, epoch, next: relay.from, relay, reports, ask: ask.clone() };
+    let (shared, next) = (shared.clone(), relay.from);
+    let task = Task { shared, hub, epoch, followed: None, next, relay, reports, ask: ask.clone() };
     Handle { ask, task: tokio::spawn(task.run()).abort_handle() }
 }
 
@@ -70,11 +76,23 @@ struct Task {
     hub: Option<Arc<Hub>>,
     /// The epoch of the history that it relays.
     epoch: u64,
+    /// While that is not known: the server that it has followed is the one that all connections up to this led to.
+    followed: Option<ConnectionNumber>,
     relay: Relay,
     /// The first revision that has not been relayed.
     next: Revision,
     reports: mpsc::Sender<Report>,
     ask: Arc<Notify>,
+}
+
+/// What is known of the history that a relay is to go on with.
+enum Lineage {
+    /// It is the one that was relayed before.
+    Same,
+    /// It is another.
+    Another,
+    /// Nobody can tell.
+    Unknown,
 }
 
 /// How one upstream watch ended.
@@ -87,11 +105,11 @@ enum End {
 
 impl Task {
     async fn run(mut self) {
-        let Some(_permit) = self.permit().await else {
-            // A stream that has gone meanwhile needs no word.
-            let _ = self.reports.send(Report::Refused).await;
-            return;
+        let permit = tokio::select! {
+            permit = self.permit() => permit,
+            () = self.arrival() => return drop(self.hand_over().await),
         };
+        let Some(_permit) = permit else { return drop(self.report(Report::Refused).await) };
         self.shared.metrics.relays.inc();
         let _counted = scopeguard(|metrics| metrics.relays.dec(), self.shared.metrics.clone());
         let mut pause = FIRST_PAUSE;
@@ -110,20 +128,36 @@ impl Task {
         }
     }
 
-    /// Whether what comes over `connection` follows on what was relayed before. If not, the upstream has come back with
-    /// another history, and the session learns from its hub that the watcher is to be cancelled.
-    async fn follows_on(&mut self, connection: ConnectionNumber) -> bool {
-        let Some(prefix) = self.prefix() else { return true };
-        let epoch = || prefix.store().view().position.epoch;
-        if epoch() == NOTHING_LOADED {
-            return true;
+    /// Whether what comes over `connection` follows on what was relayed before.
+    async fn lineage(&mut self, connection: ConnectionNumber) -> Lineage {
+        if self.loaded_epoch() == NOTHING_LOADED {
+            // Its first server is as good as any.
+            return if self.followed.is_none() { Lineage::Same } else { Lineage::Unknown };
         }
+        if !self.settle().await {
+            return Lineage::Unknown;
+        }
+        let Some(prefix) = self.prefix() else { return Lineage::Same };
         prefix.confirm(connection).await;
-        let now = epoch();
+        let now = self.loaded_epoch();
         if self.epoch == NOTHING_LOADED {
             self.epoch = now;
         }
-        self.epoch == now
+        if self.epoch == now { Lineage::Same } else { Lineage::Another }
+    }
+
+    /// Finds out, now that something is loaded, whether that is of the history that was relayed. False: nobody can tell.
+    async fn settle(&mut self) -> bool {
+        let (NOTHING_LOADED, Some(followed), Some(prefix)) = (self.epoch, self.followed, self.prefix()) else {
+            return true;
+        };
+        let Some(epoch) = prefix.epoch_behind(followed).await else { return false };
+        self.epoch = epoch;
+        true
+    }
+
+    fn loaded_epoch(&self) -> u64 {
+        self.prefix().map_or(NOTHING_LOADED, |prefix| prefix.store().view().position.epoch)
     }
 
     /// Room among the relays of its kind. Those that end by themselves queue for it; the others do not.
@@ -137,7 +171,7 @@ impl Task {
 
     async fn follow(&mut self) -> End {
         if self.has_arrived() {
-            return self.report(Report::Reached(self.relay.slot, self.relay.serial)).await;
+            return self.hand_over().await;
         }
         let upstream = self.shared.cache.upstream().clone();
         let Some(at) = upstream.preferred(&[]) else { return End::Failed(Status::unavailable("no endpoint")) };
@@ -145,12 +179,17 @@ impl Task {
             Ok(opened) => opened,
             Err(status) => return End::Failed(status),
         };
-        if !self.follows_on(receiver.connection()).await {
-            return End::Over;
+        match self.lineage(receiver.connection()).await {
+            Lineage::Same => {}
+            // The session learns from its hub that the watcher is to be cancelled.
+            Lineage::Another => return End::Over,
+            Lineage::Unknown => return self.report(Report::Lost).await,
         }
+        // Whoever answers what is sent from now on was there when these had been opened.
+        let opened = upstream.newest_connection().max(receiver.connection());
         let create = WatchRequest { request_union: Some(RequestUnion::CreateRequest(self.create_request())) };
         match sender.send(&create).await {
-            Ok(()) => self.pass_on(&sender, &mut receiver).await,
+            Ok(()) => self.pass_on(&sender, &mut receiver, opened).await,
             Err(status) => End::Failed(status),
         }
     }
@@ -168,10 +207,18 @@ impl Task {
         }
     }
 
-    async fn pass_on(&mut self, sender: &StreamSender<WatchRequest>, receiver: &mut StreamReceiver) -> End {
+    async fn pass_on(
+        &mut self,
+        sender: &StreamSender<WatchRequest>,
+        receiver: &mut StreamReceiver,
+        opened: ConnectionNumber,
+    ) -> End {
         let trusted = self.shared.cache.gate().progress_is_proof;
         // Etcd may send progress ahead of `created`, and of events that it holds back until then: nobody asks before.
         let created = receiver.next().await;
+        if matches!(created, Some(Ok(_))) {
+            self.followed = Some(opened);
+        }
         if let Some(end) = self.take_message(created, receiver.connection(), trusted).await {
             return end;
         }
@@ -185,6 +232,7 @@ impl Task {
                     ask_for_progress(sender).await;
                     continue;
                 }
+                () = self.arrival() => return self.hand_over().await,
                 () = sleep_until(ask), if self.hub.is_some() && trusted => {
                     ask_for_progress(sender).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
@@ -214,7 +262,6 @@ impl Task {
 
     async fn take(&mut self, response: WatchResponse, connection: ConnectionNumber, trusted: bool) -> Option<End> {
         self.note(&response, connection);
-        let (slot, serial) = (self.relay.slot, self.relay.serial);
         let revision = response.header.as_ref().map_or(0, |header| header.revision);
         let last = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back();
         if let Some(last) = last {
@@ -225,10 +272,17 @@ impl Task {
             self.next = self.next.max(Revision(revision).next());
         }
         let canceled = response.canceled;
-        if self.reports.send(Report::Response(slot, serial, Box::new(response))).await.is_err() || canceled {
+        let report = Report::Response(self.relay.slot, self.relay.serial, Box::new(response));
+        if self.reports.send(report).await.is_err() || canceled {
             return Some(End::Over);
         }
-        if self.has_arrived() { Some(self.report(Report::Reached(slot, serial)).await) } else { None }
+        if self.has_arrived() { Some(self.hand_over().await) } else { None }
+    }
+
+    /// Lets the history window take over.
+    async fn hand_over(&mut self) -> End {
+        let settled = self.settle().await;
+        self.report(if settled { Report::Reached(self.relay.slot, self.relay.serial) } else { Report::Lost }).await
     }
 
     /// What the client is about to be told has to be found in the history that the cache goes on with.
@@ -251,6 +305,15 @@ impl Task {
             let view = hub.store().view();
             view.is_loaded() && view.window.start() <= self.next
         })
+    }
+
+    /// Waits for the first load to bring the history window here. What else brings it comes with messages.
+    async fn arrival(&self) {
+        let Some(hub) = &self.hub else { return pending().await };
+        hub.store().reached(Revision(1)).await;
+        if !self.has_arrived() {
+            pending().await
+        }
     }
 
     async fn report(&self, report: Report) -> End {

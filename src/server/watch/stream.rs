@@ -41,6 +41,9 @@ const PIECE: usize = 64 << 10;
 const REQUESTS_PER_PIECE: usize = 64;
 /// Reports of relays that wait for the client to make room.
 const REPORTS: usize = 4;
+const TOO_MANY: Status = Status::fixed(Code::Unavailable, "too many watches of ranges that are not cached");
+const LOST: Status =
+    Status::fixed(Code::Unavailable, "the upstream was lost while the cache was warming up: watch again");
 
 /// What a create request waits for: the present, or why the stream ends.
 type Waiting = Pin<Box<dyn Future<Output = Result<(Responder, Revision), Status>> + Send>>;
@@ -265,10 +268,11 @@ impl Stream {
                     relays.running.remove(&(slot, serial));
                     self.session.end_relay(slot, serial);
                 }
-                Report::Refused => {
-                    self.ended = Some(Status::unavailable("too many watches of ranges that are not cached"));
-                    return false;
-                }
+                Report::Refused => self.ended = Some(TOO_MANY),
+                Report::Lost => self.ended = Some(LOST),
+            }
+            if self.ended.is_some() {
+                return false;
             }
         }
         true

@@ -268,6 +268,23 @@ impl Cluster {
         });
     }
 
+    /// Compacts through a member, which answers for it.
+    pub async fn compact_through(&self, at: usize, revision: i64) -> Result<ResponseHeader, Status> {
+        self.in_life(at, |inner| inner.is_connected(at).then_some(())).await?;
+        let (compacted, head) = {
+            let inner = self.look();
+            (inner.compacted(), inner.history().head())
+        };
+        match revision {
+            _ if revision <= compacted => return Err(Status::COMPACTED),
+            _ if revision > head => return Err(Status::FUTURE_REVISION),
+            _ => self.compact(revision),
+        }
+        let index = self.look().log.len();
+        self.applied(at, index).await?;
+        Ok(self.look().header(at, head))
+    }
+
     /// Another leader.
     pub fn elect(&self) {
         self.change(|inner| inner.term += u64::from(inner.has_quorum()));

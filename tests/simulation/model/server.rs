@@ -182,9 +182,11 @@ impl Kv for Node {
 
     async fn compact(
         &self,
-        _: Request<pb::CompactionRequest>,
+        request: Request<pb::CompactionRequest>,
     ) -> Result<Response<pb::CompactionResponse>, tonic::Status> {
-        unknown()
+        sleep(self.round_trip()).await;
+        let header = self.cluster.compact_through(self.at, request.get_ref().revision).await?;
+        Ok(Response::new(pb::CompactionResponse { header: Some(header) }))
     }
 }
 

@@ -1,0 +1,101 @@
+//! Watches that begin while the cache warms up: the upstream serves them until the cache can, and they do not go on in a history
+//! that nobody knows to be theirs.
+
+mod support;
+
+use millpond::proto::etcdserverpb as pb;
+use support::{
+    client::{Client, eventually},
+    etcd::Cluster,
+    fault::{FaultProxy, Faults},
+    millpond::Millpond,
+    toolchain::Release,
+    watching::{WatchStream, create, revision_of},
+};
+use tonic::Code;
+
+/// Values of 100 KB that are to be loaded.
+const BULK: usize = 40;
+/// Watches that are begun meanwhile, more than may be relayed at once.
+const WATCHES: usize = 40;
+
+/// A Millpond that would need a minute to load everything.
+struct Scene {
+    cluster: Cluster,
+    link: FaultProxy,
+    millpond: Millpond,
+}
+
+impl Scene {
+    async fn start(flags: &[&str]) -> Self {
+        let cluster = Cluster::builder(Release::newest()).fixed_identity().start().await;
+        let etcd = cluster.client(0);
+        for number in 0..BULK {
+            etcd.put(format!("bulk/{number}"), vec![b'v'; 100 << 10]).await.unwrap();
+        }
+        let link = FaultProxy::start(&cluster.endpoint(0)).await;
+        link.set(Faults { bytes_per_second: 64 << 10, ..Faults::default() });
+        let millpond = Millpond::start(std::slice::from_ref(&link.endpoint), flags).await;
+        Self { cluster, link, millpond }
+    }
+
+    fn etcd(&self) -> Client {
+        self.cluster.client(0)
+    }
+
+    async fn is_warm(&self) -> bool {
+        self.millpond.metric("millpond_feed_lists_total").await > 0.0
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn watches_go_over_to_the_cache_once_it_is_warm() {
+    let mut scene = Scene::start(&["--catch-up-limit=4"]).await;
+    let stream = WatchStream::open(&scene.millpond.client()).await;
+    for number in 0..WATCHES {
+        stream.create(create(format!("k/{number:02}"), "", 0));
+    }
+    stream.until_count(WATCHES).await;
+    assert!(!scene.is_warm().await, "loading takes longer than this");
+    scene.link.heal();
+    // Nothing happens upstream that could wake a relay.
+    eventually("no relays", async || {
+        let relays = scene.millpond.metric("millpond_server_watch_relays").await;
+        (scene.is_warm().await && relays == 0.0).then_some(())
+    })
+    .await;
+    let mut expected = Vec::new();
+    for number in (0..WATCHES).rev() {
+        expected.push(scene.etcd().put(format!("k/{number:02}"), "v").await.unwrap());
+    }
+    let all = |responses: &[pb::WatchResponse]| responses.iter().map(|one| one.events.len()).sum::<usize>() == WATCHES;
+    stream.until("an event for each watch", all).await;
+    let mut found: Vec<i64> = stream.events().iter().map(revision_of).collect();
+    found.sort_unstable();
+    assert_eq!(found, expected);
+    scene.millpond.assert_well();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_begun_in_the_cold_does_not_go_on_in_another_history() {
+    let mut scene = Scene::start(&[]).await;
+    let snapshot = scene.cluster.save_snapshot("backup").await;
+    let stream = WatchStream::open(&scene.millpond.client()).await;
+    stream.create(create("k/", "k0", 0));
+    stream.until_count(1).await;
+    let lost = scene.etcd().put("k/1", "only in the history that ends").await.unwrap();
+    stream.until_count(2).await;
+    assert!(!scene.is_warm().await, "loading takes longer than this");
+    scene.cluster.restore(&snapshot, &[]).await;
+    while scene.etcd().put("k/2", "only in the other").await.unwrap() < lost + 10 {}
+    scene.link.heal();
+    let end = stream.until_end().await.unwrap_err();
+    assert_eq!(end.code(), Code::Unavailable, "{end:?}");
+    let found: Vec<i64> = stream.events().iter().map(revision_of).collect();
+    assert_eq!(found, [lost]);
+    eventually("a warm cache", async || scene.is_warm().await.then_some(())).await;
+    let again = WatchStream::open(&scene.millpond.client()).await;
+    again.create(create("k/", "k0", lost + 1));
+    again.until("what the other history has", |responses| responses.iter().any(|one| !one.events.is_empty())).await;
+    scene.millpond.assert_well();
+}
