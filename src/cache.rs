@@ -279,8 +279,14 @@ impl Cache {
         view
     }
 
+    /// The newest connection that is known to matter: clients were told something over it, or one of several prefixes has
+    /// begun its history over it, so that another's may be over.
     fn heard(&self) -> ConnectionNumber {
-        ConnectionNumber(self.0.heard.load(Ordering::Acquire))
+        let told = ConnectionNumber(self.0.heard.load(Ordering::Acquire));
+        match &self.0.prefixes[..] {
+            [_] => told,
+            several => several.iter().map(Prefix::begun).fold(told, ConnectionNumber::max),
+        }
     }
 
     /// Makes sure that `connection` leads to the history of the prefix's view. While the feed has lost its upstream, only

@@ -157,12 +157,17 @@ impl Prefix {
         }
     }
 
-    /// The epoch of the view, provided that the server which `connection` led to had the view's history. For one who has followed
-    /// that server since before the epoch began.
+    /// The connection over which the view's epoch began.
+    pub(super) fn begun(&self) -> ConnectionNumber {
+        *self.signals.begun.borrow()
+    }
+
+    /// The epoch of the view, provided that the server which `connection` led to had the view's history. For one who has
+    /// followed that server since before the epoch began.
     pub async fn epoch_behind(&self, connection: ConnectionNumber) -> Option<u64> {
         let epoch = || self.store.view().position.epoch;
         let found = epoch();
-        if connection < *self.signals.begun.borrow() {
+        if connection < self.begun() {
             return None;
         }
         self.confirm(connection).await;

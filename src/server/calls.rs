@@ -75,7 +75,8 @@ impl Calls {
         }
     }
 
-    /// Runs a call to its first wait. Only one that has to wait is kept: its next poll is due at once, so the first needs nobody to wake.
+    /// Runs a call to its first wait. One that has to wait is polled again at once, with the others that run, so nobody has to
+    /// be woken for the first time.
     fn begin(&mut self, mut call: Call) {
         if call.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
             self.running.push(call);
