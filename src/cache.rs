@@ -208,6 +208,11 @@ impl Cache {
         (view.responder, view.revision().max(prefix.floor()))
     }
 
+    /// The highest revision that a client may have been told.
+    pub fn told(&self) -> Revision {
+        self.0.prefixes.iter().map(|prefix| self.present(prefix).1).max().unwrap_or_default()
+    }
+
     /// A view of `range` that is not behind anything that we have relayed. It may be older than what the cluster has.
     ///
     /// # Errors

@@ -79,6 +79,13 @@ impl Body {
         Body::Boxed(Box::pin(body))
     }
 
+    /// Where it is etcd's answer, reads the beginning ahead, so that its observer knows the header.
+    pub(super) async fn read_ahead(&mut self) {
+        if let Body::Forwarded(relay) = self {
+            relay.read_ahead().await;
+        }
+    }
+
     /// The same, where it is etcd's answer, ending with Unavailable when `stop` is cancelled.
     pub(super) fn until(self, stop: Option<CancellationToken>) -> Self {
         match (self, stop) {

@@ -9,10 +9,14 @@ mod range_stream;
 mod reads;
 mod txn;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
-use ::http::Response;
+use ::http::{Request, Response};
 use bytes::Bytes;
+use hyper::body::Incoming;
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 use prost::Message;
 
@@ -27,7 +31,7 @@ use super::{
 };
 use crate::{
     cache::{Cache, Proof, Stamp, Unserved},
-    proto::etcdserverpb::{CompactionRequest, PutRequest, ResponseHeader},
+    proto::etcdserverpb::{CompactionRequest, PutRequest, RangeRequest, ResponseHeader},
     status::Status,
     store::{KeyRange, Revision, View},
     upstream::{ConnectionNumber, RequestBody, grpc},
@@ -174,9 +178,30 @@ impl Kv {
 
     async fn relay_noting(&self, call: Call<'_>, consensus: Consensus, write: Write) -> Response<Body> {
         let sent = (consensus == Consensus::Proof).then(|| self.cache.consensus().stamp());
-        let observer = Observer { cache: self.cache.clone(), sent, write };
+        let observer = Observer { cache: self.cache.clone(), sent, write, revision: OnceLock::new() };
         let request = call.request.map(|_| RequestBody::full(framed(&call.message)));
         Box::pin(forward(self.cache.upstream(), call.connection, request, Some(Arc::new(observer)))).await
+    }
+
+    /// Relays a read that one member may answer as it stands. Should that member lag behind what clients were told before, the
+    /// cluster is asked: nobody's revisions go back.
+    async fn relay_serializable(&self, call: Call<'_>, request: RangeRequest) -> Response<Body> {
+        let (told, again) = (self.cache.told(), head_of(&call.request));
+        let observer =
+            Observer { cache: self.cache.clone(), sent: None, write: Write::Other, revision: OnceLock::new() };
+        let observer = Arc::new(observer);
+        let first = call.request.map(|_| RequestBody::full(framed(&call.message)));
+        let upstream = self.cache.upstream();
+        let mut response = Box::pin(forward(upstream, call.connection, first, Some(observer.clone()))).await;
+        response.body_mut().read_ahead().await;
+        if observer.revision.get().is_none_or(|revision| *revision >= told) {
+            return response;
+        }
+        let sent = Some(self.cache.consensus().stamp());
+        let observer = Observer { cache: self.cache.clone(), sent, write: Write::Other, revision: OnceLock::new() };
+        let message = RangeRequest { serializable: false, ..request }.encode_to_vec();
+        let again = again.map(|()| RequestBody::full(framed(&message.into())));
+        Box::pin(forward(upstream, call.connection, again, Some(Arc::new(observer)))).await
     }
 
     async fn put(&self, call: Call<'_>) -> Response<Body> {
@@ -206,7 +231,7 @@ impl Kv {
 
 /// An observer for relayed answers of other services, and of the JSON gateway: nothing older is served from then on.
 pub fn relayed_observer(cache: &Cache) -> Arc<dyn AnswerObserver> {
-    Arc::new(Observer { cache: cache.clone(), sent: None, write: Write::Other })
+    Arc::new(Observer { cache: cache.clone(), sent: None, write: Write::Other, revision: OnceLock::new() })
 }
 
 /// Takes note of a relayed answer before the client can read it.
@@ -215,6 +240,8 @@ struct Observer {
     /// Drawn before the request was sent, if it goes through consensus.
     sent: Option<Stamp>,
     write: Write,
+    /// The revision of the answer, once that is known.
+    revision: OnceLock<Revision>,
 }
 
 /// What a relayed call does, as far as its success tells something that its answer does not.
@@ -227,6 +254,7 @@ enum Write {
 impl AnswerObserver for Observer {
     fn answered(&self, connection: ConnectionNumber, header: ResponseHeader) {
         self.cache.note_relayed(Revision(header.revision), connection);
+        let _ = self.revision.set(Revision(header.revision));
         if let (Some(sent), Some(proof)) = (self.sent, Proof::of(&header, connection)) {
             self.cache.consensus().note(sent, proof);
         }
@@ -236,6 +264,16 @@ impl AnswerObserver for Observer {
             Write::Other => {}
         }
     }
+}
+
+/// A copy of a request without its body.
+fn head_of(request: &Request<Incoming>) -> Request<()> {
+    let mut head = Request::new(());
+    *head.method_mut() = request.method().clone();
+    *head.uri_mut() = request.uri().clone();
+    *head.version_mut() = request.version();
+    *head.headers_mut() = request.headers().clone();
+    head
 }
 
 fn framed(message: &Bytes) -> Bytes {

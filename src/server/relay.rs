@@ -2,6 +2,7 @@
 
 use std::{
     error::Error,
+    future::poll_fn,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -54,19 +55,29 @@ pub struct Relay {
     /// Cancelled when the answer has to end, though the upstream goes on.
     stop: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
     ended: bool,
+    /// What has been read ahead.
+    first: Option<Option<Result<Frame<Bytes>, BodyError>>>,
     _hold: Option<AuthHold>,
 }
 
 impl Relay {
     /// Passes on `body`. The hold is dropped when the client has been told everything or has gone away.
     pub fn new(body: ForwardedBody, encoding: Encoding, peek: Option<Peek>, hold: Option<AuthHold>) -> Self {
-        Self { body, encoding, peek, stop: None, ended: false, _hold: hold }
+        Self { body, encoding, peek, stop: None, ended: false, first: None, _hold: hold }
     }
 
     /// The same, that ends with Unavailable when `stop` is cancelled.
     pub fn until(mut self, stop: CancellationToken) -> Self {
         self.stop = Some(Box::pin(stop.cancelled_owned()));
         self
+    }
+
+    /// Reads the beginning ahead, so that the observer knows the header before anything is passed on. Nearly every header
+    /// comes in the first piece; another is told later.
+    pub async fn read_ahead(&mut self) {
+        if self.first.is_none() && !self.is_end_stream() {
+            self.first = Some(poll_fn(|cx| Pin::new(&mut *self).poll_frame(cx)).await);
+        }
     }
 
     fn is_stopped(&mut self, cx: &mut Context<'_>) -> bool {
@@ -90,6 +101,9 @@ impl Body for Relay {
     type Error = BodyError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if let Some(first) = self.first.take() {
+            return Poll::Ready(first);
+        }
         if self.ended {
             return Poll::Ready(None);
         }
@@ -112,7 +126,10 @@ impl Body for Relay {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.ended || self.body.is_end_stream()
+        match &self.first {
+            Some(first) => first.is_none(),
+            None => self.ended || self.body.is_end_stream(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {

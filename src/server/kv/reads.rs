@@ -56,8 +56,10 @@ impl Kv {
             Err(unserved) => unserved.label(),
         };
         self.metrics.count("Range", unserved);
-        let consensus = if request.serializable { Consensus::Hearsay } else { Consensus::Proof };
-        Ok(Box::pin(self.relay(call, consensus)).await)
+        Ok(match request.serializable {
+            true => Box::pin(self.relay_serializable(call, request)).await,
+            false => Box::pin(self.relay(call, Consensus::Proof)).await,
+        })
     }
 
     /// What the request selects from the view. None: only the upstream can tell, be it because the revision is older than

@@ -1,0 +1,103 @@
+//! A member that lags: a read that one member may answer as it stands is relayed, but clients were told more already.
+
+#![allow(clippy::disallowed_methods, reason = "what a test sends to itself is few")]
+
+mod proxy;
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use http::{Request, Response};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use millpond::{
+    cache::{self, Cache},
+    proto::etcdserverpb::{RangeRequest, RangeResponse, ResponseHeader},
+    server::{
+        body::Body,
+        kv::{self, Kv},
+        listener::{self, BoxedRequest, Connection, Handler},
+        response,
+    },
+    status::Status,
+    store::{KeyRange, Limits},
+    upstream::{Settings, Upstream, grpc},
+};
+use prometheus::Registry;
+use prost::Message;
+use proxy::{Answering, PATIENCE, Served, fake::AT, probe_answer, serve};
+
+const RANGE: &str = "/etcdserverpb.KV/Range";
+const LAGGING: i64 = 120;
+const PRESENT: i64 = 122;
+
+/// The KV service alone.
+struct Reads(Kv);
+
+impl Handler for Reads {
+    async fn call(self: &Arc<Self>, connection: &Arc<Connection>, request: BoxedRequest) -> Response<Body> {
+        self.0.call(connection, request).await
+    }
+}
+
+/// Whether each read of `k` that reached the upstream was serializable.
+type Seen = Arc<Mutex<Vec<bool>>>;
+
+/// An etcd that answers reads of `k` at the present when it has to ask the cluster, and at an older revision when not.
+async fn lagging_etcd(seen: Seen) -> Served {
+    let answer = move |request: Request<Incoming>| {
+        let seen = seen.clone();
+        async move {
+            let path = request.uri().path().to_owned();
+            let body = request.into_body().collect().await.unwrap().to_bytes();
+            match RangeRequest::decode(body.slice(grpc::PREFIX.min(body.len())..)) {
+                Ok(read) if path == RANGE && read.key == "k" => {
+                    seen.lock().unwrap().push(read.serializable);
+                    let revision = if read.serializable { LAGGING } else { PRESENT };
+                    let header = ResponseHeader { cluster_id: 7, member_id: 8, revision, raft_term: 2 };
+                    response::framed(grpc::frame(&RangeResponse { header: Some(header), ..Default::default() }))
+                }
+                _ => probe_answer(&path).unwrap_or_else(|| response::error(&Status::STOPPED)),
+            }
+        }
+    };
+    serve(Arc::new(Answering(answer)), listener::Settings::default()).await
+}
+
+/// A KV service whose cache does not cover `k`.
+async fn reads_before(etcd: &Served) -> Served {
+    let registry = Registry::new();
+    let upstream = Upstream::start(Settings::new(vec![etcd.address.parse().unwrap()]), &registry).unwrap();
+    let settings = cache::Settings {
+        prefixes: vec![KeyRange::prefix("elsewhere/".into())],
+        cache_bytes: 1 << 20,
+        history: Limits { bytes: 1 << 20, age: 1000 },
+        floor_patience: Duration::from_millis(100),
+        view_patience: Duration::from_millis(100),
+        consensus_patience: PATIENCE,
+        check_interval: Duration::ZERO,
+    };
+    let cache = Cache::start(upstream, settings, &registry).unwrap();
+    let settings = kv::Settings { max_request_bytes: 1 << 20, max_response_bytes: u64::MAX };
+    let metrics = kv::Metrics::register(&registry).unwrap();
+    serve(Arc::new(Reads(Kv::new(cache, settings, metrics))), listener::Settings::default()).await
+}
+
+#[tokio::test]
+async fn revisions_do_not_go_back_though_a_member_lags() {
+    let seen = Seen::default();
+    let etcd = lagging_etcd(seen.clone()).await;
+    let served = reads_before(&etcd).await;
+    let client = Upstream::start(Settings::new(vec![served.address.parse().unwrap()]), &Registry::new()).unwrap();
+    let read = async |serializable: bool| {
+        let request = RangeRequest { key: "k".into(), serializable, ..Default::default() };
+        let answer: RangeResponse = client.unary(AT, RANGE, &request, PATIENCE).await.unwrap();
+        answer.header.unwrap().revision
+    };
+    assert_eq!(read(true).await, LAGGING, "nobody knows more");
+    assert_eq!(read(false).await, PRESENT);
+    assert_eq!(read(true).await, PRESENT, "the member is behind what a client was told, so the cluster is asked");
+    assert_eq!(*seen.lock().unwrap(), [true, false, true, false]);
+}
