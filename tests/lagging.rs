@@ -14,7 +14,10 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use millpond::{
     cache::{self, Cache},
-    proto::etcdserverpb::{RangeRequest, RangeResponse, ResponseHeader},
+    proto::etcdserverpb::{
+        RangeRequest, RangeResponse, RequestOp, ResponseHeader, TxnRequest, TxnResponse,
+        request_op::Request as Operation,
+    },
     server::{
         body::Body,
         kv::{self, Kv},
@@ -30,6 +33,7 @@ use prost::Message;
 use proxy::{Answering, PATIENCE, Served, fake::AT, probe_answer, serve};
 
 const RANGE: &str = "/etcdserverpb.KV/Range";
+const TXN: &str = "/etcdserverpb.KV/Txn";
 const LAGGING: i64 = 120;
 const PRESENT: i64 = 122;
 
@@ -42,7 +46,7 @@ impl Handler for Reads {
     }
 }
 
-/// Whether each read of `k` that reached the upstream was serializable.
+/// Whether each call about `k`, and each transaction, that reached the upstream left the answer to one member.
 type Seen = Arc<Mutex<Vec<bool>>>;
 
 /// An etcd that answers reads of `k` at the present when it has to ask the cluster, and at an older revision when not.
@@ -52,18 +56,34 @@ async fn lagging_etcd(seen: Seen) -> Served {
         async move {
             let path = request.uri().path().to_owned();
             let body = request.into_body().collect().await.unwrap().to_bytes();
-            match RangeRequest::decode(body.slice(grpc::PREFIX.min(body.len())..)) {
+            let message = body.slice(grpc::PREFIX.min(body.len())..);
+            let header = |by_one_member: bool| {
+                seen.lock().unwrap().push(by_one_member);
+                let revision = if by_one_member { LAGGING } else { PRESENT };
+                Some(ResponseHeader { cluster_id: 7, member_id: 8, revision, raft_term: 2 })
+            };
+            if path == TXN {
+                let txn = TxnRequest::decode(message).unwrap();
+                let header = header(txn.success.iter().filter_map(read_of).all(|read| read.serializable));
+                return response::framed(grpc::frame(&TxnResponse { header, ..Default::default() }));
+            }
+            match RangeRequest::decode(message) {
                 Ok(read) if path == RANGE && read.key == "k" => {
-                    seen.lock().unwrap().push(read.serializable);
-                    let revision = if read.serializable { LAGGING } else { PRESENT };
-                    let header = ResponseHeader { cluster_id: 7, member_id: 8, revision, raft_term: 2 };
-                    response::framed(grpc::frame(&RangeResponse { header: Some(header), ..Default::default() }))
+                    let header = header(read.serializable);
+                    response::framed(grpc::frame(&RangeResponse { header, ..Default::default() }))
                 }
                 _ => probe_answer(&path).unwrap_or_else(|| response::error(&Status::STOPPED)),
             }
         }
     };
     serve(Arc::new(Answering(answer)), listener::Settings::default()).await
+}
+
+fn read_of(operation: &RequestOp) -> Option<&RangeRequest> {
+    match &operation.request {
+        Some(Operation::RequestRange(read)) => Some(read),
+        _ => None,
+    }
 }
 
 /// A KV service whose cache does not cover `k`.
@@ -100,4 +120,29 @@ async fn revisions_do_not_go_back_though_a_member_lags() {
     assert_eq!(read(false).await, PRESENT);
     assert_eq!(read(true).await, PRESENT, "the member is behind what a client was told, so the cluster is asked");
     assert_eq!(*seen.lock().unwrap(), [true, false, true, false]);
+}
+
+#[tokio::test]
+async fn transactions_of_reads_do_not_go_back_either_and_one_without_reads_proves_nothing() {
+    let seen = Seen::default();
+    let etcd = lagging_etcd(seen.clone()).await;
+    let served = reads_before(&etcd).await;
+    let client = Upstream::start(Settings::new(vec![served.address.parse().unwrap()]), &Registry::new()).unwrap();
+    let txn = async |reads: &[bool]| {
+        let read =
+            |serializable: &bool| RangeRequest { key: "k".into(), serializable: *serializable, ..Default::default() };
+        let operation = |serializable| RequestOp { request: Some(Operation::RequestRange(read(serializable))) };
+        let request = TxnRequest { success: reads.iter().map(operation).collect(), ..Default::default() };
+        let answer: TxnResponse = client.unary(AT, TXN, &request, PATIENCE).await.unwrap();
+        answer.header.unwrap().revision
+    };
+    assert_eq!(txn(&[true, true]).await, LAGGING, "nobody knows more");
+    assert_eq!(txn(&[true, false]).await, PRESENT);
+    assert_eq!(txn(&[true, true]).await, PRESENT);
+    assert_eq!(
+        txn(&[]).await,
+        LAGGING,
+        "etcd has no consensus on a transaction without reads, so it is passed on as it is"
+    );
+    assert_eq!(*seen.lock().unwrap(), [true, false, true, false, true]);
 }

@@ -26,11 +26,11 @@ use parking_lot::Mutex;
 
 use turn::Turn;
 
-type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
+type CallFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Takes the calls of one connection from hyper.
 #[derive(Clone, Default)]
-pub(super) struct NewCalls(Arc<Mutex<Vec<Call>>>);
+pub(super) struct NewCalls(Arc<Mutex<Vec<CallFuture>>>);
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for NewCalls {
     fn execute(&self, call: F) {
@@ -48,7 +48,7 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for NewCalls {
 #[derive(Default)]
 pub(super) struct Calls {
     new: NewCalls,
-    running: FuturesUnordered<Call>,
+    running: FuturesUnordered<CallFuture>,
     turn: Turn,
 }
 
@@ -77,7 +77,7 @@ impl Calls {
 
     /// Runs a call to its first wait. One that has to wait is polled again at once, with the others that run, so nobody has to
     /// be woken for the first time.
-    fn begin(&mut self, mut call: Call) {
+    fn begin(&mut self, mut call: CallFuture) {
         if call.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
             self.running.push(call);
         }
@@ -103,12 +103,12 @@ mod tests {
     use super::*;
 
     /// A connection that hands over `calls`, then waits for `end`.
-    async fn connection(executor: NewCalls, calls: Vec<Call>, end: oneshot::Receiver<()>) {
+    async fn connection(executor: NewCalls, calls: Vec<CallFuture>, end: oneshot::Receiver<()>) {
         calls.into_iter().for_each(|call| executor.execute(call));
         let _ = end.await;
     }
 
-    async fn run(calls: Vec<Call>, end: oneshot::Receiver<()>) {
+    async fn run(calls: Vec<CallFuture>, end: oneshot::Receiver<()>) {
         let mut running = Calls::default();
         let mut connection = Box::pin(connection(running.executor(), calls, end));
         poll_fn(|cx| running.poll(cx, connection.as_mut())).await;
@@ -151,7 +151,7 @@ mod tests {
     #[tokio::test]
     async fn what_was_not_over_goes_with_the_connection() {
         let dropped = Arc::new(AtomicUsize::new(0));
-        let waits = |witness: Witness| -> Call {
+        let waits = |witness: Witness| -> CallFuture {
             Box::pin(async move {
                 pending::<()>().await;
                 drop(witness);

@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     cache::{Cache, Proof, Stamp, Unserved},
-    proto::etcdserverpb::{CompactionRequest, PutRequest, RangeRequest, ResponseHeader},
+    proto::etcdserverpb::{CompactionRequest, PutRequest, ResponseHeader},
     status::Status,
     store::{KeyRange, Revision, View},
     upstream::{ConnectionNumber, RequestBody, grpc},
@@ -177,31 +177,31 @@ impl Kv {
     }
 
     async fn relay_noting(&self, call: Call<'_>, consensus: Consensus, write: Write) -> Response<Body> {
-        let sent = (consensus == Consensus::Proof).then(|| self.cache.consensus().stamp());
-        let observer = Observer { cache: self.cache.clone(), sent, write, revision: OnceLock::new() };
+        let observer = Arc::new(self.observer(consensus, write));
         let request = call.request.map(|_| RequestBody::full(framed(&call.message)));
-        Box::pin(forward(self.cache.upstream(), call.connection, request, Some(Arc::new(observer)))).await
+        Box::pin(forward(self.cache.upstream(), call.connection, request, Some(observer))).await
     }
 
     /// Relays a read that one member may answer as it stands. Should that member lag behind what clients were told before, the
-    /// cluster is asked: nobody's revisions go back.
-    async fn relay_serializable(&self, call: Call<'_>, request: RangeRequest) -> Response<Body> {
+    /// cluster is asked by the message that `ask` gives: nobody's revisions go back.
+    async fn relay_hearsay(&self, call: Call<'_>, ask: impl FnOnce() -> Vec<u8>) -> Response<Body> {
         let (told, again) = (self.cache.told(), head_of(&call.request));
-        let observer =
-            Observer { cache: self.cache.clone(), sent: None, write: Write::Other, revision: OnceLock::new() };
-        let observer = Arc::new(observer);
-        let first = call.request.map(|_| RequestBody::full(framed(&call.message)));
-        let upstream = self.cache.upstream();
-        let mut response = Box::pin(forward(upstream, call.connection, first, Some(observer.clone()))).await;
+        let (upstream, observer) = (self.cache.upstream(), Arc::new(self.observer(Consensus::Hearsay, Write::Other)));
+        let request = call.request.map(|_| RequestBody::full(framed(&call.message)));
+        let mut response = Box::pin(forward(upstream, call.connection, request, Some(observer.clone()))).await;
         response.body_mut().read_ahead().await;
         if observer.revision.get().is_none_or(|revision| *revision >= told) {
             return response;
         }
-        let sent = Some(self.cache.consensus().stamp());
-        let observer = Observer { cache: self.cache.clone(), sent, write: Write::Other, revision: OnceLock::new() };
-        let message = RangeRequest { serializable: false, ..request }.encode_to_vec();
-        let again = again.map(|()| RequestBody::full(framed(&message.into())));
-        Box::pin(forward(upstream, call.connection, again, Some(Arc::new(observer)))).await
+        let observer = Arc::new(self.observer(Consensus::Proof, Write::Other));
+        let request = again.map(|()| RequestBody::full(framed(&ask().into())));
+        Box::pin(forward(upstream, call.connection, request, Some(observer))).await
+    }
+
+    /// An observer of the answer to a call that is sent from now on.
+    fn observer(&self, consensus: Consensus, write: Write) -> Observer {
+        let sent = (consensus == Consensus::Proof).then(|| self.cache.consensus().stamp());
+        Observer { cache: self.cache.clone(), sent, write, revision: OnceLock::new() }
     }
 
     async fn put(&self, call: Call<'_>) -> Response<Body> {

@@ -133,7 +133,8 @@ impl Body for Relay {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        // Of what has been read ahead, the body does not know any more.
+        if self.first.is_some() { SizeHint::default() } else { self.body.size_hint() }
     }
 }
 

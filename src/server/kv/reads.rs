@@ -1,6 +1,7 @@
 //! Range: checked as etcd checks it, answered from the view, or relayed.
 
 use ::http::{HeaderValue, Response};
+use prost::Message;
 
 use super::{Call, Consensus, Kv, answer, decode};
 use crate::{
@@ -57,7 +58,10 @@ impl Kv {
         };
         self.metrics.count("Range", unserved);
         Ok(match request.serializable {
-            true => Box::pin(self.relay_serializable(call, request)).await,
+            true => {
+                let ask = || RangeRequest { serializable: false, ..request }.encode_to_vec();
+                Box::pin(self.relay_hearsay(call, ask)).await
+            }
             false => Box::pin(self.relay(call, Consensus::Proof)).await,
         })
     }

@@ -5,6 +5,7 @@ use std::cmp::Ordering;
 
 use ::http::Response;
 use bytes::{BufMut, BytesMut};
+use prost::Message;
 
 use super::{Call, Consensus, Kv, answer, decode, reads::check};
 use crate::{
@@ -40,8 +41,14 @@ impl Kv {
             },
         };
         self.count_unserved("Txn", unserved);
-        let consensus = if goes_through_consensus(&request) { Consensus::Proof } else { Consensus::Hearsay };
-        Ok(self.relay(call, consensus).await)
+        if goes_through_consensus(&request) {
+            return Ok(self.relay(call, Consensus::Proof).await);
+        }
+        let asking = through_consensus(request);
+        if !goes_through_consensus(&asking) {
+            return Ok(self.relay(call, Consensus::Hearsay).await);
+        }
+        Ok(self.relay_hearsay(call, || asking.encode_to_vec()).await)
     }
 
     async fn answer_reads(&self, request: &TxnRequest, reads: &Reads<'_>) -> Result<Response<Body>, &'static str> {
@@ -132,6 +139,16 @@ fn read_of(operation: &RequestOp) -> Option<&RangeRequest> {
 fn goes_through_consensus(request: &TxnRequest) -> bool {
     let mut operations = request.success.iter().chain(&request.failure);
     operations.any(|operation| read_of(operation).is_none_or(|read| !read.serializable))
+}
+
+/// The same transaction, put so that etcd takes it through consensus, provided that it has a read.
+fn through_consensus(mut request: TxnRequest) -> TxnRequest {
+    for operation in request.success.iter_mut().chain(&mut request.failure) {
+        if let Some(Operation::RequestRange(read)) = &mut operation.request {
+            read.serializable = false;
+        }
+    }
+    request
 }
 
 /// Whether a compare holds: for every key of its range, or for the key that is not there. A value that is not there equals
