@@ -200,6 +200,7 @@ impl Asker {
             return;
         }
         let _ = timeout(self.round_trip.max(GATHERING), self.waiting.gather(self.last)).await;
+        self.waiting.readers.lock().awaited = None;
     }
 
     /// Puts a question until some endpoint answers it, or nobody waits any more.
