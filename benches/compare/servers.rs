@@ -1,11 +1,6 @@
 //! The servers that are compared, as child processes that die with the run.
 
-use std::{
-    fs,
-    ops::{Deref, DerefMut},
-    path::Path,
-    process::Command,
-};
+use std::{fs, path::Path, process::Command};
 
 use bytes::Bytes;
 use tempfile::TempDir;
@@ -48,31 +43,12 @@ impl System {
 }
 
 /// A running server, with a directory of its own.
-pub struct Server {
-    /// Which.
-    pub system: System,
-    child: Child,
-    _home: TempDir,
-}
-
-impl Deref for Server {
-    type Target = Child;
-
-    fn deref(&self) -> &Child {
-        &self.child
-    }
-}
-
-impl DerefMut for Server {
-    fn deref_mut(&mut self) -> &mut Child {
-        &mut self.child
-    }
-}
+pub type Server = Child<System>;
 
 impl Server {
     /// An empty etcd. It does not wait for the disk, whose speed is not what is compared.
     pub fn etcd() -> Outcome<Self> {
-        Self::start(System::Etcd, Child::is_well, |endpoint, _, home| {
+        Self::start(System::Etcd, Self::is_well, |endpoint, _, home| {
             let mut command = child::etcd(endpoint, home);
             command.arg("--unsafe-no-fsync");
             Ok(command)
@@ -81,7 +57,7 @@ impl Server {
 
     /// etcd's proxy in front of an endpoint.
     pub fn grpc_proxy(upstream: &str) -> Outcome<Self> {
-        Self::start(System::GrpcProxy, Child::is_well, |endpoint, _, home| {
+        Self::start(System::GrpcProxy, Self::is_well, |endpoint, _, home| {
             let mut command = Command::new(Release::newest().etcd);
             command.args(["grpc-proxy", "start", "--endpoints", upstream, "--listen-addr", endpoint]);
             command.current_dir(home);
@@ -91,7 +67,7 @@ impl Server {
 
     /// The floor, with that gRPC-framed answer.
     pub fn bare(answer: &Bytes) -> Outcome<Self> {
-        Self::start(System::Bare, Child::listens, |endpoint, _, home| {
+        Self::start(System::Bare, Self::listens, |endpoint, _, home| {
             let file = home.join("answer");
             fs::write(&file, answer)?;
             let port = endpoint.rsplit(':').next().unwrap_or_default();
@@ -103,7 +79,7 @@ impl Server {
 
     /// Millpond in front of an endpoint, not yet warm.
     pub fn millpond(upstream: &str) -> Outcome<Self> {
-        let is_there = |child: &Child| child.get("/livez").is_ok();
+        let is_there = |server: &Self| server.get("/livez").is_ok();
         Self::start(System::Millpond, is_there, |endpoint, admin, home| {
             let mut command = child::millpond(endpoint, admin);
             command.args(["--endpoints", upstream]).current_dir(home);
@@ -111,10 +87,11 @@ impl Server {
         })
     }
 
-    /// Starts what `command` makes of the ports for clients and operators and a directory, and waits until it is as it should be.
+    /// Starts what `command` makes of the addresses for clients and for operators and of a directory, and waits until it is as
+    /// it should be.
     fn start(
         system: System,
-        is_so: impl Fn(&Child) -> bool,
+        is_so: impl Fn(&Self) -> bool,
         command: impl FnOnce(&str, &str, &Path) -> Outcome<Command>,
     ) -> Outcome<Self> {
         let home = TempDir::with_prefix("millpond-compare-")?;
@@ -122,9 +99,9 @@ impl Server {
         // The others have one port for everything.
         let admin = if system == System::Millpond { local() } else { endpoint.clone() };
         let command = command(&endpoint, &admin, home.path())?;
-        let mut child = Child::start(system.name(), endpoint, admin, command, home.path());
-        child.wait(is_so)?;
-        Ok(Self { system, child, _home: home })
+        let mut server = Self::spawn((system, system.name()), (endpoint, admin), command, home.path()).housed(home);
+        server.wait(is_so)?;
+        Ok(server)
     }
 
     /// The sum of a metric over all of its label values that `labels` appears in.

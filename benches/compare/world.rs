@@ -21,7 +21,6 @@ use tokio::runtime::Runtime;
 
 use super::{
     Outcome,
-    child::Child,
     servers::{Server, System},
 };
 
@@ -78,13 +77,13 @@ impl World {
         match system {
             System::Etcd => Ok(Some(&self.etcd)),
             System::GrpcProxy => {
-                if self.proxy.as_mut().is_none_or(|server| server.is_gone()) {
+                if self.proxy.as_mut().is_none_or(Server::is_gone) {
                     self.proxy = Some(Server::grpc_proxy(&self.etcd.endpoint)?);
                 }
                 Ok(self.proxy.as_ref())
             }
             System::Millpond => {
-                if self.millpond.as_mut().is_none_or(|tried| tried.as_mut().is_some_and(|server| server.is_gone())) {
+                if self.millpond.as_mut().is_none_or(|tried| tried.as_mut().is_some_and(Server::is_gone)) {
                     self.millpond = Some(warm_millpond(&self.etcd.endpoint));
                 }
                 Ok(self.millpond.as_ref().and_then(Option::as_ref))
@@ -132,7 +131,7 @@ pub fn fill(runtime: &Runtime, endpoint: &str, keys: &Keys, value_size: usize) -
 
 fn warm_millpond(upstream: &str) -> Option<Server> {
     let warm = Server::millpond(upstream).and_then(|mut server| {
-        server.wait(Child::is_warm)?;
+        server.wait(Server::is_warm)?;
         Ok(server)
     });
     warm.inspect_err(|error| eprintln!("without Millpond: {error}")).ok()

@@ -2,7 +2,6 @@
 
 use std::{
     env, fs,
-    ops::{Deref, DerefMut},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -76,25 +75,7 @@ impl System {
 }
 
 /// A running server.
-pub struct Server {
-    /// Which.
-    pub system: System,
-    child: Child,
-}
-
-impl Deref for Server {
-    type Target = Child;
-
-    fn deref(&self) -> &Child {
-        &self.child
-    }
-}
-
-impl DerefMut for Server {
-    fn deref_mut(&mut self) -> &mut Child {
-        &mut self.child
-    }
-}
+pub type Server = Child<System>;
 
 /// A directory on the disk that is measured.
 pub fn scratch() -> Outcome<TempDir> {
@@ -108,9 +89,9 @@ impl Server {
     pub fn start(system: System, home: &Path) -> Outcome<Self> {
         let mut server = Self::launch(system, home)?;
         server.wait(match system {
-            System::Millpond => Child::is_warm,
-            System::Etcd => Child::is_well,
-            System::Engine | System::Kine(_) => Child::listens,
+            System::Millpond => Self::is_warm,
+            System::Etcd => Self::is_well,
+            System::Engine | System::Kine(_) => Self::listens,
         })?;
         Ok(server)
     }
@@ -125,7 +106,7 @@ impl Server {
             System::Etcd => child::etcd(&endpoint, home),
             System::Kine(kine) => kine_command(kine, &endpoint, home),
         };
-        Ok(Self { system, child: Child::start(system.name(), endpoint, admin, command, home) })
+        Ok(Self::spawn((system, system.name()), (endpoint, admin), command, home))
     }
 }
 

@@ -10,27 +10,42 @@ use std::{
 };
 
 use millpond::telemetry::process::ProcessStat;
+use tempfile::TempDir;
 
 use crate::{Outcome, ports, process::Process, toolchain::Release};
 
 /// How long a server may take to start, or to load everything.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A running server.
-pub struct Child {
-    /// What it is called in tables.
-    pub name: &'static str,
+/// A running server of a kind.
+pub struct Child<K> {
+    /// Which.
+    pub system: K,
+    /// What it is called.
+    name: &'static str,
     /// `host:port` for clients.
     pub endpoint: String,
     /// `host:port` for health and metrics.
     admin: String,
     process: Process,
+    _home: Option<TempDir>,
 }
 
-impl Child {
+impl<K> Child<K> {
     /// Starts it, with its log in `home`.
-    pub fn start(name: &'static str, endpoint: String, admin: String, command: Command, home: &Path) -> Self {
-        Self { name, endpoint, admin, process: Process::start(command, &home.join("log")) }
+    pub fn spawn(
+        (system, name): (K, &'static str),
+        (endpoint, admin): (String, String),
+        command: Command,
+        home: &Path,
+    ) -> Self {
+        Self { system, name, endpoint, admin, process: Process::start(command, &home.join("log")), _home: None }
+    }
+
+    /// The same, with a directory that goes with it.
+    #[allow(dead_code, reason = "only one of the comparisons gives each server a directory of its own")]
+    pub fn housed(self, home: TempDir) -> Self {
+        Self { _home: Some(home), ..self }
     }
 
     /// Waits until `is_so`, and says how long that took. Fails when the server ends or takes too long.
@@ -46,7 +61,7 @@ impl Child {
     }
 
     /// Whether its process has ended by itself, which is told with its last words.
-    #[allow(dead_code, reason = "where servers are used for one row only, nobody asks")]
+    #[allow(dead_code, reason = "only one of the comparisons uses a server for several rows")]
     pub fn is_gone(&mut self) -> bool {
         let gone = self.process.exited();
         if let Some(status) = gone {

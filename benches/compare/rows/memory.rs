@@ -17,7 +17,6 @@ use millpond::{
 use super::RowKind;
 use crate::{
     Outcome,
-    child::Child,
     report::{Aim, Row},
     servers::{
         Server,
@@ -76,7 +75,7 @@ pub fn per_key(world: &mut World, kind: &RowKind) -> Outcome<Row> {
     let sent = runtime.block_on(list(&etcd.endpoint, &keys))?;
     let started = Instant::now();
     let mut millpond = Server::millpond(&etcd.endpoint)?;
-    millpond.wait(Child::is_warm)?;
+    millpond.wait(Server::is_warm)?;
     let loaded = started.elapsed();
     let bytes = KEYS * (keys.key(0).len() + VALUE) as u64;
     row.cells.push((Millpond, millpond.resident()?.saturating_sub(bytes) as f64 / KEYS as f64));

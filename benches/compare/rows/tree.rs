@@ -1,4 +1,5 @@
-//! A Millpond behind a Millpond: does a leaf cost its trunk what one watcher costs, and itself what it would cost at the etcd?
+//! A Millpond behind a Millpond: does a leaf cost its trunk what one watcher costs, and itself what it would cost at the
+//! etcd?
 
 use millpond::cli::bench::{
     loads::{Delivery, WatchLoad},
