@@ -12,63 +12,35 @@ use millpond::proto::{
     mvccpb::event::EventType,
 };
 use support::{
-    client::{Client, eventually},
+    client::eventually,
     etcd::Cluster,
-    fault::{FaultProxy, Faults},
+    fault::Faults,
     millpond::{Millpond, breathe},
     operation::range,
+    scene::Scene,
     toolchain::Release,
     watching::{WatchStream, create, revision_of},
 };
 use tokio::{io::AsyncWriteExt, net::TcpStream, task::JoinSet, time::timeout};
 use tonic::Code;
 
-/// An etcd, a link that can break, and a Millpond.
-struct Scene {
-    cluster: Cluster,
-    link: FaultProxy,
-    millpond: Millpond,
+async fn start(flags: &[&str]) -> Scene {
+    let cluster = Cluster::builder(Release::newest()).fixed_identity().flag("--max-txn-ops=128").start().await;
+    Scene::before(cluster, Faults::default(), flags).await
 }
 
-impl Scene {
-    async fn start(flags: &[&str]) -> Self {
-        let cluster = Cluster::builder(Release::newest()).fixed_identity().flag("--max-txn-ops=128").start().await;
-        let link = FaultProxy::start(&cluster.endpoint(0)).await;
-        let millpond = Millpond::start(std::slice::from_ref(&link.endpoint), flags).await;
-        Self { cluster, link, millpond }
-    }
-
-    fn etcd(&self) -> Client {
-        self.cluster.client(0)
-    }
-
-    /// A watch of everything under `k` from `start` on, created.
-    async fn watch(&self, start: i64) -> WatchStream {
-        let stream = WatchStream::open(&self.millpond.client()).await;
-        stream.create(create("k", "l", start));
-        stream.until_count(1).await;
-        stream
-    }
-
-    /// Waits until a read through consensus is answered.
-    async fn recovered(&self) {
-        let client = self.millpond.client();
-        eventually("a linearizable answer", async || {
-            timeout(Duration::from_secs(2), client.range(range("k", "l"))).await.ok()?.ok()
-        })
-        .await;
-    }
+/// A watch of everything under `k` from `start` on, created.
+async fn watch(scene: &Scene, start: i64) -> WatchStream {
+    WatchStream::watching(&scene.millpond.client(), create("k", "l", start)).await
 }
 
-fn revisions(stream: &WatchStream) -> Vec<i64> {
-    stream.events().iter().map(revision_of).collect()
-}
-
-async fn until_revisions(stream: &WatchStream, expected: &[i64]) {
-    stream
-        .until("all events", |responses| responses.iter().map(|one| one.events.len()).sum::<usize>() >= expected.len())
-        .await;
-    assert_eq!(revisions(stream), expected);
+/// Waits until a read through consensus is answered.
+async fn recovered(scene: &Scene) {
+    let client = scene.millpond.client();
+    eventually("a linearizable answer", async || {
+        timeout(Duration::from_secs(2), client.range(range("k", "l"))).await.ok()?.ok()
+    })
+    .await;
 }
 
 async fn until_compacted(stream: &WatchStream) -> i64 {
@@ -78,9 +50,9 @@ async fn until_compacted(stream: &WatchStream) -> i64 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn watches_go_on_without_a_gap_when_the_etcd_is_killed_and_restarted() {
-    let mut scene = Scene::start(&[]).await;
+    let mut scene = start(&[]).await;
     let first = scene.etcd().put("k1", "before").await.unwrap();
-    let stream = scene.watch(first).await;
+    let stream = watch(&scene, first).await;
     let client = scene.millpond.client();
     let lease = pb::LeaseGrantRequest { id: 0, ttl: 600 };
     let lease = client.lease.clone().lease_grant(lease).await.unwrap().into_inner().id;
@@ -99,18 +71,18 @@ async fn watches_go_on_without_a_gap_when_the_etcd_is_killed_and_restarted() {
     assert_eq!(client.range(without_values).await.unwrap().kvs, before.kvs, "in the form of the version that is away");
     scene.cluster.restart(0).await;
     let second = scene.etcd().put("k2", "after").await.unwrap();
-    until_revisions(&stream, &[first, second]).await;
-    scene.recovered().await;
+    stream.until_revisions(&[first, second]).await;
+    recovered(&scene).await;
     assert!(stream.end().is_none(), "the watch was never interrupted");
     scene.millpond.assert_well();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_stale_is_called_current_behind_a_black_hole() {
-    let mut scene = Scene::start(&["--read-timeout=2s"]).await;
+    let mut scene = start(&["--read-timeout=2s"]).await;
     let first = scene.etcd().put("k1", "old").await.unwrap();
-    let stream = scene.watch(first).await;
-    until_revisions(&stream, &[first]).await;
+    let stream = watch(&scene, first).await;
+    stream.until_revisions(&[first]).await;
     scene.link.set(Faults::black_hole());
     let second = scene.etcd().put("k1", "new").await.unwrap();
     let client = scene.millpond.client();
@@ -121,7 +93,7 @@ async fn nothing_stale_is_called_current_behind_a_black_hole() {
     let refused = current.expect("a read is refused in time").expect_err("nobody can know what is current");
     assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
     scene.link.heal();
-    until_revisions(&stream, &[first, second]).await;
+    stream.until_revisions(&[first, second]).await;
     eventually("the new value", async || {
         let answer = timeout(Duration::from_secs(3), client.range(range("k1", ""))).await.ok()?.ok()?;
         (answer.kvs[0].value == "new").then_some(())
@@ -132,11 +104,11 @@ async fn nothing_stale_is_called_current_behind_a_black_hole() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_compaction_past_the_feed_cancels_only_who_is_below_it() {
-    let mut scene = Scene::start(&[]).await;
+    let mut scene = start(&[]).await;
     let first = scene.etcd().put("k1", "1").await.unwrap();
-    let below = scene.watch(first).await;
-    until_revisions(&below, &[first]).await;
-    let future = scene.watch(first + 50).await;
+    let below = watch(&scene, first).await;
+    below.until_revisions(&[first]).await;
+    let future = watch(&scene, first + 50).await;
     scene.link.set(Faults { refuse: true, ..Faults::black_hole() });
     for number in 0..20 {
         scene.etcd().put("k2", format!("{number}")).await.unwrap();
@@ -147,10 +119,10 @@ async fn a_compaction_past_the_feed_cancels_only_who_is_below_it() {
     breathe(100).await;
     scene.link.heal();
     assert_eq!(until_compacted(&below).await, first + 20);
-    assert_eq!(revisions(&below), [first], "what happened in between cannot be known, so nothing is made up");
-    scene.recovered().await;
+    assert_eq!(below.revisions(), [first], "what happened in between cannot be known, so nothing is made up");
+    recovered(&scene).await;
     while scene.etcd().put("k3", "later").await.unwrap() < first + 52 {}
-    until_revisions(&future, &[first + 50, first + 51, first + 52]).await;
+    future.until_revisions(&[first + 50, first + 51, first + 52]).await;
     let refused = scene.millpond.client().range(pb::RangeRequest { revision: first, ..range("k1", "") }).await;
     assert_eq!(refused.unwrap_err().message(), "etcdserver: mvcc: required revision has been compacted");
     scene.millpond.assert_well();
@@ -158,22 +130,22 @@ async fn a_compaction_past_the_feed_cancels_only_who_is_below_it() {
 
 /// After a restore with these flags, whatever was cached of the old history is gone, and its watchers know.
 async fn another_history(extra: &[&str]) {
-    let mut scene = Scene::start(&[]).await;
+    let mut scene = start(&[]).await;
     scene.etcd().put("k1", "kept").await.unwrap();
     let snapshot = scene.cluster.save_snapshot("backup.db").await;
     for number in 0..10 {
         scene.etcd().put("k2", format!("lost {number}")).await.unwrap();
     }
     let last = scene.etcd().put("k1", "lost").await.unwrap();
-    let stream = scene.watch(last).await;
-    until_revisions(&stream, &[last]).await;
+    let stream = watch(&scene, last).await;
+    stream.until_revisions(&[last]).await;
     scene.cluster.restore(&snapshot, extra).await;
     // The restored etcd may already be past what was cached when it is found again.
     for number in 0..15 {
         scene.etcd().put("k3", format!("new {number}")).await.unwrap();
     }
     assert!(until_compacted(&stream).await > 0);
-    assert_eq!(revisions(&stream), [last], "nothing of the new history follows on the old one");
+    assert_eq!(stream.revisions(), [last], "nothing of the new history follows on the old one");
     let client = scene.millpond.client();
     let answer = eventually("a current answer", async || client.range(range("k", "l")).await.ok()).await;
     let found: Vec<(&[u8], &[u8])> = answer.kvs.iter().map(|kv| (&kv.key[..], &kv.value[..])).collect();
@@ -201,7 +173,7 @@ async fn a_cluster_of_three_may_lose_one_then_two_then_all() {
     let first = client.put("k", "0").await.unwrap();
     let stream = WatchStream::open(&client).await;
     stream.create(create("k", "l", first));
-    until_revisions(&stream, &[first]).await;
+    stream.until_revisions(&[first]).await;
     cluster.kill(0);
     let second = eventually("a put without one member", async || {
         timeout(Duration::from_secs(3), client.put("k", "1")).await.ok()?.ok()
@@ -229,13 +201,13 @@ async fn a_cluster_of_three_may_lose_one_then_two_then_all() {
             responses.iter().any(|one| one.events.iter().any(|event| revision_of(event) == third))
         })
         .await;
-    assert!(revisions(&stream).is_sorted_by(|one, next| one < next), "no event came twice: {:?}", revisions(&stream));
+    assert!(stream.revisions().is_sorted_by(|one, next| one < next), "no event came twice: {:?}", stream.revisions());
     millpond.assert_well();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_from_one_prefix_is_never_followed_by_an_older_one_from_another() {
-    let mut scene = Scene::start(&["--prefixes=a/,b/"]).await;
+    let mut scene = start(&["--prefixes=a/,b/"]).await;
     let client = scene.millpond.client();
     for number in 0..20 {
         let written = scene.etcd().put("a/1", format!("{number}")).await.unwrap();
@@ -257,9 +229,9 @@ fn put(key: String, value: impl Into<Bytes>) -> pb::RequestOp {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn large_revisions_stay_whole() {
-    let mut scene = Scene::start(&[]).await;
+    let mut scene = start(&[]).await;
     let client = scene.millpond.client();
-    let stream = scene.watch(2).await;
+    let stream = watch(&scene, 2).await;
     for part in 0..79 {
         let success = (0..128).map(|number| put(format!("k{part:03}/{number:03}"), "v")).collect();
         client.kv.clone().txn(pb::TxnRequest { success, ..Default::default() }).await.unwrap();
@@ -284,7 +256,7 @@ async fn large_revisions_stay_whole() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_vanish_or_never_read_stall_nobody() {
-    let mut scene = Scene::start(&[]).await;
+    let mut scene = start(&[]).await;
     let mut clients = JoinSet::new();
     for number in 0..1000 {
         let endpoint = scene.millpond.endpoint.clone();
@@ -307,12 +279,12 @@ async fn clients_that_vanish_or_never_read_stall_nobody() {
         // Each on a connection of its own, whose answers nobody ever asks for.
         silent.push(scene.millpond.client().watch.watch(requests).await.unwrap());
     }
-    let stream = scene.watch(2).await;
+    let stream = watch(&scene, 2).await;
     let mut expected = Vec::new();
     for _ in 0..40 {
         expected.push(scene.etcd().put("k", vec![b'v'; 200_000]).await.unwrap());
     }
-    until_revisions(&stream, &expected).await;
+    stream.until_revisions(&expected).await;
     // Nothing was lost for who was slow.
     let mut slow = silent.pop().unwrap().into_inner();
     let mut seen = Vec::new();
@@ -327,15 +299,15 @@ async fn clients_that_vanish_or_never_read_stall_nobody() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_keyspace_over_the_limit_is_forwarded_and_its_watches_go_on() {
-    let mut scene = Scene::start(&["--cache-bytes=1MiB"]).await;
+    let mut scene = start(&["--cache-bytes=1MiB"]).await;
     let first = scene.etcd().put("k/first", "small").await.unwrap();
-    let stream = scene.watch(first).await;
-    until_revisions(&stream, &[first]).await;
+    let stream = watch(&scene, first).await;
+    stream.until_revisions(&[first]).await;
     let mut expected = vec![first];
     for number in 0..30 {
         expected.push(scene.etcd().put(format!("k/{number}"), vec![b'v'; 100_000]).await.unwrap());
     }
-    until_revisions(&stream, &expected).await;
+    stream.until_revisions(&expected).await;
     eventually("the limit to show", async || {
         (scene.millpond.metric("millpond_feed_over_limit").await > 0.0).then_some(())
     })
@@ -344,8 +316,8 @@ async fn a_keyspace_over_the_limit_is_forwarded_and_its_watches_go_on() {
     let answer = client.range(pb::RangeRequest { keys_only: true, ..range("k", "l") }).await.unwrap();
     assert_eq!(answer.count, 31, "reads are forwarded");
     expected.push(scene.etcd().put("k/after", "small").await.unwrap());
-    until_revisions(&stream, &expected).await;
+    stream.until_revisions(&expected).await;
     breathe(50).await;
-    assert_eq!(revisions(&stream), expected, "and nothing comes twice");
+    assert_eq!(stream.revisions(), expected, "and nothing comes twice");
     scene.millpond.assert_well();
 }

@@ -25,17 +25,7 @@ const DAY: i64 = 86_400;
 
 /// A stream on a connection of its own, with a watcher of `k/` from `start` on.
 async fn parked(millpond: &Millpond, start: i64) -> WatchStream {
-    let stream = WatchStream::open(&millpond.client()).await;
-    stream.create(create("k/", "k0", start));
-    stream.until_count(1).await;
-    stream
-}
-
-async fn until_events(stream: &WatchStream, expected: &[i64]) {
-    let count = |responses: &[pb::WatchResponse]| responses.iter().map(|one| one.events.len()).sum::<usize>();
-    stream.until("all events", |responses| count(responses) >= expected.len()).await;
-    let found: Vec<i64> = stream.events().iter().map(revision_of).collect();
-    assert_eq!(found, expected);
+    WatchStream::watching(&millpond.client(), create("k/", "k0", start)).await
 }
 
 async fn put(client: &Client, number: usize) -> i64 {
@@ -77,7 +67,7 @@ async fn watchers_parked_through_an_outage_go_on_without_a_gap() {
         expected.push(put(&cluster.client(0), number).await);
     }
     for stream in &streams {
-        until_events(stream, &expected).await;
+        stream.until_revisions(&expected).await;
         assert!(stream.end().is_none(), "no stream was interrupted");
     }
     eventually("answers without an age", async || age(&client).await.is_none().then_some(())).await;
@@ -112,7 +102,7 @@ async fn a_herd_from_the_far_past_is_served_and_stalls_nobody() {
     for number in 300..320 {
         later.push(put(&client, number).await);
     }
-    until_events(&current, &later).await;
+    current.until_revisions(&later).await;
     expected.extend(later);
     for stream in &herd {
         let all = expected.len() * WATCHERS as usize;
@@ -132,7 +122,7 @@ async fn a_herd_from_the_far_past_is_served_and_stalls_nobody() {
 /// Whether a read through consensus, a write and a watch work, and nothing is lost on the way.
 async fn works(client: &Client, stream: &WatchStream, expected: &mut Vec<i64>) {
     expected.push(put(client, expected.len()).await);
-    until_events(stream, expected).await;
+    stream.until_revisions(expected).await;
     let current = client.range(pb::RangeRequest { count_only: true, ..range("k/", "k0") }).await.unwrap();
     assert_eq!(current.count, expected.len() as i64);
 }
@@ -156,7 +146,7 @@ async fn a_wall_clock_that_jumps_changes_nothing() {
         eventually("a write", async || client.put("other", "v").await.ok()).await;
         works(&client, &stream, &mut expected).await;
         // A window that went by the wall clock would have lost its beginning.
-        until_events(&parked(&millpond, expected[0]).await, &expected).await;
+        parked(&millpond, expected[0]).await.until_revisions(&expected).await;
     }
     let dates: std::collections::BTreeSet<String> =
         millpond.process.log().lines().filter_map(|line| line.get(..10)).map(str::to_owned).collect();

@@ -9,7 +9,7 @@ use support::{
     millpond::Millpond,
     operation::range,
     toolchain::Release,
-    watching::{WatchStream, create, revision_of},
+    watching::{WatchStream, create},
 };
 
 /// An etcd, a Millpond in front of it, and one in front of that.
@@ -28,18 +28,8 @@ impl Tree {
     }
 
     async fn watch(&self, start: i64) -> WatchStream {
-        let stream = WatchStream::open(&self.leaf.client()).await;
-        stream.create(create("k", "l", start));
-        stream.until_count(1).await;
-        stream
+        WatchStream::watching(&self.leaf.client(), create("k", "l", start)).await
     }
-}
-
-async fn until_revisions(stream: &WatchStream, expected: &[i64]) {
-    let count = |responses: &[pb::WatchResponse]| responses.iter().map(|one| one.events.len()).sum::<usize>();
-    stream.until("all events", |responses| count(responses) >= expected.len()).await;
-    let found: Vec<i64> = stream.events().iter().map(revision_of).collect();
-    assert_eq!(found, expected);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -55,7 +45,7 @@ async fn a_leaf_reads_writes_and_watches_as_if_it_stood_at_the_etcd() {
         expected.push(writer.put("k", value.clone()).await.unwrap());
         assert_eq!(leaf.range(range("k", "")).await.unwrap().kvs[0].value, value);
     }
-    until_revisions(&stream, &expected).await;
+    stream.until_revisions(&expected).await;
     let last = etcd.put("elsewhere", "no event of the range").await.unwrap();
     assert!(leaf.revision().await.unwrap() >= last);
     stream.ask_progress();
@@ -76,13 +66,13 @@ async fn a_trunk_that_is_killed_costs_a_leaf_nothing_but_time() {
     let etcd = tree.cluster.client(0);
     let mut expected = vec![etcd.put("k", "before").await.unwrap()];
     let stream = tree.watch(expected[0]).await;
-    until_revisions(&stream, &expected).await;
+    stream.until_revisions(&expected).await;
     for round in 0..3 {
         tree.trunk.process.kill();
         expected.push(etcd.put("k", format!("meanwhile {round}")).await.unwrap());
         tree.trunk.restart().await;
         expected.push(etcd.put("k", format!("after {round}")).await.unwrap());
-        until_revisions(&stream, &expected).await;
+        stream.until_revisions(&expected).await;
     }
     let leaf = tree.leaf.client();
     eventually("a consistent read", async || leaf.range(range("k", "")).await.ok()).await;
@@ -101,7 +91,7 @@ async fn a_restored_etcd_reaches_the_leaf() {
     }
     let last = etcd.put("k", "lost").await.unwrap();
     let stream = tree.watch(last).await;
-    until_revisions(&stream, &[last]).await;
+    stream.until_revisions(&[last]).await;
     tree.cluster.kill(0);
     tree.cluster.restore(&snapshot, &[]).await;
     let is_canceled = |responses: &[pb::WatchResponse]| responses.iter().any(|one| one.canceled);

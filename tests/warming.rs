@@ -5,12 +5,12 @@ mod support;
 
 use millpond::proto::etcdserverpb as pb;
 use support::{
-    client::{Client, eventually},
+    client::eventually,
     etcd::Cluster,
-    fault::{FaultProxy, Faults},
-    millpond::Millpond,
+    fault::Faults,
+    scene::Scene,
     toolchain::Release,
-    watching::{WatchStream, create, revision_of},
+    watching::{WatchStream, create},
 };
 use tonic::Code;
 
@@ -20,48 +20,33 @@ const BULK: usize = 40;
 const WATCHES: usize = 40;
 
 /// A Millpond that would need a minute to load everything.
-struct Scene {
-    cluster: Cluster,
-    link: FaultProxy,
-    millpond: Millpond,
+async fn cold(flags: &[&str]) -> Scene {
+    let cluster = Cluster::builder(Release::newest()).fixed_identity().start().await;
+    let etcd = cluster.client(0);
+    for number in 0..BULK {
+        etcd.put(format!("bulk/{number}"), vec![b'v'; 100 << 10]).await.unwrap();
+    }
+    Scene::before(cluster, Faults { bytes_per_second: 64 << 10, ..Faults::default() }, flags).await
 }
 
-impl Scene {
-    async fn start(flags: &[&str]) -> Self {
-        let cluster = Cluster::builder(Release::newest()).fixed_identity().start().await;
-        let etcd = cluster.client(0);
-        for number in 0..BULK {
-            etcd.put(format!("bulk/{number}"), vec![b'v'; 100 << 10]).await.unwrap();
-        }
-        let link = FaultProxy::start(&cluster.endpoint(0)).await;
-        link.set(Faults { bytes_per_second: 64 << 10, ..Faults::default() });
-        let millpond = Millpond::start(std::slice::from_ref(&link.endpoint), flags).await;
-        Self { cluster, link, millpond }
-    }
-
-    fn etcd(&self) -> Client {
-        self.cluster.client(0)
-    }
-
-    async fn is_warm(&self) -> bool {
-        self.millpond.metric("millpond_feed_lists_total").await > 0.0
-    }
+async fn is_warm(scene: &Scene) -> bool {
+    scene.millpond.metric("millpond_feed_lists_total").await > 0.0
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn watches_go_over_to_the_cache_once_it_is_warm() {
-    let mut scene = Scene::start(&["--catch-up-limit=4"]).await;
+    let mut scene = cold(&["--catch-up-limit=4"]).await;
     let stream = WatchStream::open(&scene.millpond.client()).await;
     for number in 0..WATCHES {
         stream.create(create(format!("k/{number:02}"), "", 0));
     }
     stream.until_count(WATCHES).await;
-    assert!(!scene.is_warm().await, "loading takes longer than this");
+    assert!(!is_warm(&scene).await, "loading takes longer than this");
     scene.link.heal();
     // Nothing happens upstream that could wake a relay.
     eventually("no relays", async || {
         let relays = scene.millpond.metric("millpond_server_watch_relays").await;
-        (scene.is_warm().await && relays == 0.0).then_some(())
+        (is_warm(&scene).await && relays == 0.0).then_some(())
     })
     .await;
     let mut expected = Vec::new();
@@ -70,7 +55,7 @@ async fn watches_go_over_to_the_cache_once_it_is_warm() {
     }
     let all = |responses: &[pb::WatchResponse]| responses.iter().map(|one| one.events.len()).sum::<usize>() == WATCHES;
     stream.until("an event for each watch", all).await;
-    let mut found: Vec<i64> = stream.events().iter().map(revision_of).collect();
+    let mut found = stream.revisions();
     found.sort_unstable();
     assert_eq!(found, expected);
     scene.millpond.assert_well();
@@ -78,22 +63,19 @@ async fn watches_go_over_to_the_cache_once_it_is_warm() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_begun_in_the_cold_does_not_go_on_in_another_history() {
-    let mut scene = Scene::start(&[]).await;
+    let mut scene = cold(&[]).await;
     let snapshot = scene.cluster.save_snapshot("backup").await;
-    let stream = WatchStream::open(&scene.millpond.client()).await;
-    stream.create(create("k/", "k0", 0));
-    stream.until_count(1).await;
+    let stream = WatchStream::watching(&scene.millpond.client(), create("k/", "k0", 0)).await;
     let lost = scene.etcd().put("k/1", "only in the history that ends").await.unwrap();
     stream.until_count(2).await;
-    assert!(!scene.is_warm().await, "loading takes longer than this");
+    assert!(!is_warm(&scene).await, "loading takes longer than this");
     scene.cluster.restore(&snapshot, &[]).await;
     while scene.etcd().put("k/2", "only in the other").await.unwrap() < lost + 10 {}
     scene.link.heal();
     let end = stream.until_end().await.unwrap_err();
     assert_eq!(end.code(), Code::Unavailable, "{end:?}");
-    let found: Vec<i64> = stream.events().iter().map(revision_of).collect();
-    assert_eq!(found, [lost]);
-    eventually("a warm cache", async || scene.is_warm().await.then_some(())).await;
+    assert_eq!(stream.revisions(), [lost]);
+    eventually("a warm cache", async || is_warm(&scene).await.then_some(())).await;
     let again = WatchStream::open(&scene.millpond.client()).await;
     again.create(create("k/", "k0", lost + 1));
     again.until("what the other history has", |responses| responses.iter().any(|one| !one.events.is_empty())).await;

@@ -6,6 +6,7 @@
 //! - [`millpond`]: the Millpond binary as a child process.
 //! - [`subject`]: the server under test, and a plain etcd beside it that must answer the same.
 //! - [`fault`]: a TCP proxy that breaks connections in chosen ways.
+//! - [`scene`]: an etcd and a Millpond with such a link between them.
 //! - [`etcdctl`]: the command line client.
 //! - [`raw`]: gRPC by hand, for bad input.
 //! - [`client`]: stubs and small calls.
@@ -29,6 +30,7 @@ pub mod ports;
 pub mod process;
 pub mod random;
 pub mod raw;
+pub mod scene;
 pub mod script;
 pub mod subject;
 pub mod toolchain;

@@ -51,6 +51,14 @@ impl WatchStream {
         Self { requests: Some(requests), received, reading }
     }
 
+    /// Opens a stream of a client's with one watcher, which has been created.
+    pub async fn watching(client: &Client, request: pb::WatchCreateRequest) -> Self {
+        let stream = Self::open(client).await;
+        stream.create(request);
+        stream.until_count(1).await;
+        stream
+    }
+
     pub fn send(&self, request: RequestUnion) {
         self.send_raw(pb::WatchRequest { request_union: Some(request) });
     }
@@ -111,6 +119,18 @@ impl WatchStream {
     pub async fn until_count(&self, count: usize) -> Vec<pb::WatchResponse> {
         self.until(&format!("{count} watch responses"), |responses| responses.len() >= count).await;
         self.responses()
+    }
+
+    /// Waits for as many events as are expected: those of these revisions, in this order, and no others.
+    pub async fn until_revisions(&self, expected: &[i64]) {
+        let count = |responses: &[pb::WatchResponse]| responses.iter().map(|one| one.events.len()).sum::<usize>();
+        self.until("all events", |responses| count(responses) >= expected.len()).await;
+        assert_eq!(self.revisions(), expected);
+    }
+
+    /// The revision of every event so far.
+    pub fn revisions(&self) -> Vec<i64> {
+        self.events().iter().map(revision_of).collect()
     }
 
     /// Waits for the end of the stream.
