@@ -13,7 +13,6 @@
 
 pub mod admin;
 pub mod body;
-mod calls;
 pub mod forward;
 pub mod health;
 pub mod http;

@@ -10,6 +10,9 @@
 //! The end of the reading phase is the signal because HTTP/2 connections always read before they write in a poll. HTTP/1
 //! connections do not, and gather by themselves, so an accepted connection is looked at first ([`Gather::sniffing`]).
 
+mod calls;
+mod turn;
+
 use std::{
     io::{self, IoSlice},
     os::fd::AsFd,
@@ -21,6 +24,8 @@ use std::{
 use bytes::{Buf, BytesMut};
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+pub(crate) use self::calls::{Calls, NewCalls};
 
 /// Bytes that are gathered at most before they are written.
 const CAPACITY: usize = 64 * 1024;

@@ -33,12 +33,9 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{
-    body::{Body, BodyError},
-    calls::{Calls, NewCalls},
-};
+use super::body::{Body, BodyError};
 use crate::{
-    socket::{Gather, detect_dead_peer},
+    socket::{Calls, Gather, NewCalls, detect_dead_peer},
     upstream::EndpointId,
 };
 

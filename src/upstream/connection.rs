@@ -11,12 +11,18 @@
 
 use std::{sync::Arc, time::Duration};
 
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper::{
+    client::conn::{http1, http2},
+    rt::Executor,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::time::timeout;
 
 use super::{body::RequestBody, endpoint::Dial, sender::Sender};
-use crate::{socket::Gather, status::Status};
+use crate::{
+    socket::{Calls, Gather, NewCalls},
+    status::Status,
+};
 
 /// A kind of traffic; each has connections of its own, so none waits behind another.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -102,17 +108,23 @@ pub(super) async fn http2(dial: &Arc<dyn Dial>, name: &str, class: Class, tuning
     if let Some(server) = dial.in_process() {
         return Ok(Sender::InProcess(server));
     }
+    let calls = Calls::default();
+    let executor = calls.executor();
     let opened = timeout(tuning.connect_timeout, async {
         let io = dial.dial().await.map_err(|error| error.to_string())?;
-        builder(class, tuning).handshake(TokioIo::new(Gather::new(io))).await.map_err(|error| error.to_string())
+        builder(class, tuning, executor.clone())
+            .handshake(TokioIo::new(Gather::new(io)))
+            .await
+            .map_err(|error| error.to_string())
     });
     let (sender, connection) = flatten(opened.await).map_err(|reason| cannot_dial(name, &reason))?;
     let name = name.to_owned();
-    tokio::spawn(async move {
+    executor.execute(async move {
         if let Err(error) = connection.await {
             tracing::debug!(endpoint = name, class = class.name(), %error, "upstream connection ended");
         }
     });
+    tokio::spawn(calls.run());
     Ok(Sender::Http2(sender))
 }
 
@@ -138,9 +150,9 @@ pub(super) async fn http1(
     Ok(sender)
 }
 
-fn builder(class: Class, tuning: Tuning) -> http2::Builder<TokioExecutor> {
+fn builder(class: Class, tuning: Tuning, executor: NewCalls) -> http2::Builder<NewCalls> {
     let streams = u32::try_from(class.streams()).unwrap_or(u32::MAX);
-    let mut builder = http2::Builder::new(TokioExecutor::new());
+    let mut builder = http2::Builder::new(executor);
     builder
         .timer(TokioTimer::new())
         .initial_stream_window_size(class.stream_window())

@@ -28,7 +28,7 @@ const WOKEN_ELSEWHERE: u8 = 4;
 const LOOKS: u8 = 32;
 
 /// The turns of one task.
-pub(super) struct Turn {
+pub(crate) struct Turn {
     shared: Arc<Shared>,
     waker: Waker,
     looks: u8,
@@ -51,7 +51,7 @@ impl Default for Turn {
 
 impl Turn {
     /// Begins a turn of the task that `cx` wakes. What is polled in it is to be woken by the waker that this gives.
-    pub(super) fn begin(&mut self, cx: &Context<'_>) -> Waker {
+    pub(crate) fn begin(&mut self, cx: &Context<'_>) -> Waker {
         self.looks = 0;
         self.shared.task.register(cx.waker());
         self.shared.thread.store(this_thread(), Ordering::Relaxed);
@@ -61,7 +61,7 @@ impl Turn {
 
     /// Whether the turn ends, with everything polled. If something was woken meanwhile, either it does not, and all is to be
     /// polled again, or the task will have another turn.
-    pub(super) fn is_over(&mut self) -> bool {
+    pub(crate) fn is_over(&mut self) -> bool {
         let state = &self.shared.state;
         let Err(woken) = state.compare_exchange(POLLED, 0, Ordering::AcqRel, Ordering::Acquire) else { return true };
         self.looks += 1;

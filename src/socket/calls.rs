@@ -6,14 +6,15 @@
 //! answers leave in one write. What has to wait (a watch, a relayed call, a read that wants proof) is polled when it is woken,
 //! which wakes its connection's task once for a burst.
 //!
+//! On a connection to the upstream, hyper hands over three futures instead: what reads and writes the frames, what sends a
+//! request's body, and what waits for its answer. As tasks, they woke each other on several threads for every call.
+//!
 //! The connection and its calls wake each other all the time. [`Turn`] keeps that from the scheduler.
 //!
 //! The price: one connection's calls never run on two cores. Its HTTP/2 frames never did.
 
-mod turn;
-
 use std::{
-    future::Future,
+    future::{Future, poll_fn},
     panic::AssertUnwindSafe,
     pin::Pin,
     sync::Arc,
@@ -24,13 +25,13 @@ use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use hyper::rt::Executor;
 use parking_lot::Mutex;
 
-use turn::Turn;
+use super::turn::Turn;
 
 type CallFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Takes the calls of one connection from hyper.
 #[derive(Clone, Default)]
-pub(super) struct NewCalls(Arc<Mutex<Vec<CallFuture>>>);
+pub(crate) struct NewCalls(Arc<Mutex<Vec<CallFuture>>>);
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for NewCalls {
     fn execute(&self, call: F) {
@@ -46,7 +47,7 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for NewCalls {
 
 /// Runs the calls of one connection.
 #[derive(Default)]
-pub(super) struct Calls {
+pub(crate) struct Calls {
     new: NewCalls,
     running: FuturesUnordered<CallFuture>,
     turn: Turn,
@@ -54,17 +55,27 @@ pub(super) struct Calls {
 
 impl Calls {
     /// What hyper is to give the connection's calls to.
-    pub(super) fn executor(&self) -> NewCalls {
+    pub(crate) fn executor(&self) -> NewCalls {
         self.new.clone()
     }
 
     /// Polls the connection and its calls. Ready when the connection is; what was left of its calls is dropped with `self`.
-    pub(super) fn poll<C: Future>(&mut self, cx: &mut Context<'_>, mut connection: Pin<&mut C>) -> Poll<C::Output> {
+    pub(crate) fn poll<C: Future>(&mut self, cx: &mut Context<'_>, mut connection: Pin<&mut C>) -> Poll<C::Output> {
+        self.turn(cx, |_, cx| connection.as_mut().poll(cx))
+    }
+
+    /// Runs the calls until none is left.
+    pub(crate) async fn run(mut self) {
+        poll_fn(|cx| self.turn(cx, |calls, _| if calls.is_empty() { Poll::Ready(()) } else { Poll::Pending })).await;
+    }
+
+    /// Polls the calls, and then `end`, for as long as one of them has something to do. Ready when `end` is.
+    fn turn<T>(&mut self, cx: &mut Context<'_>, mut end: impl FnMut(&Self, &mut Context<'_>) -> Poll<T>) -> Poll<T> {
         let waker = self.turn.begin(cx);
         let cx = &mut Context::from_waker(&waker);
         loop {
             while let Poll::Ready(Some(())) = self.running.poll_next_unpin(cx) {}
-            if let Poll::Ready(end) = connection.as_mut().poll(cx) {
+            if let Poll::Ready(end) = end(self, cx) {
                 return Poll::Ready(end);
             }
             let new = std::mem::take(&mut *self.new.0.lock());
@@ -73,6 +84,10 @@ impl Calls {
             }
             new.into_iter().for_each(|call| self.begin(call));
         }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.running.is_empty() && self.new.0.lock().is_empty()
     }
 
     /// Runs a call to its first wait. One that has to wait is polled again at once, with the others that run, so nobody has to
@@ -138,6 +153,22 @@ mod tests {
             end.send(()).unwrap();
         };
         run(vec![Box::pin(waits), Box::pin(ends), Box::pin(passes)], ended).await;
+    }
+
+    #[tokio::test]
+    async fn without_a_connection_calls_run_until_none_is_left() {
+        let over = Arc::new(AtomicUsize::new(0));
+        let calls = Calls::default();
+        let (first, second) = (calls.executor(), over.clone());
+        calls.executor().execute(async move {
+            tokio::task::yield_now().await;
+            first.execute(async move {
+                tokio::task::yield_now().await;
+                second.fetch_add(1, Ordering::Relaxed);
+            });
+        });
+        calls.run().await;
+        assert_eq!(over.load(Ordering::Relaxed), 1);
     }
 
     #[tokio::test]
