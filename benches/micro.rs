@@ -34,7 +34,7 @@ fn key(number: u64) -> Vec<u8> {
     format!("/registry/pods/namespace-{:03}/pod-{number:06}", number % 200).into_bytes()
 }
 
-fn record(number: u64, revision: i64, value: usize) -> Arc<Record> {
+fn record(number: u64, revision: i64, value: usize) -> Record {
     Record::new(&key(number), &vec![b'v'; value], Revision(2), Revision(revision), 3, 0)
 }
 

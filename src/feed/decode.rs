@@ -1,7 +1,5 @@
 //! Takes etcd's answers apart as far as a store needs it: records stay bytes.
 
-use std::sync::Arc;
-
 use prost::Message;
 
 use super::End;
@@ -26,7 +24,7 @@ impl From<MalformedRecord> for End {
 #[derive(Debug, Default)]
 pub(super) struct Page {
     pub(super) header: Option<ResponseHeader>,
-    pub(super) records: Vec<Arc<Record>>,
+    pub(super) records: Vec<Record>,
     pub(super) more: bool,
 }
 

@@ -1,7 +1,5 @@
 //! The first state: every key of the range at one pinned revision.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 use tracing::debug;
 
@@ -34,7 +32,7 @@ struct Filling {
 
 impl Filling {
     /// Takes the records of a page in. False when the limit is reached.
-    fn take(&mut self, records: Vec<Arc<Record>>) -> bool {
+    fn take(&mut self, records: Vec<Record>) -> bool {
         for record in records {
             self.bytes += record.memory();
             self.tree.insert(record);

@@ -3,7 +3,7 @@
 //! The cluster id does not tell: a restore from a backup with the same flags keeps every id, and the restored cluster may
 //! already be past our revision.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -210,7 +210,7 @@ impl Feed {
         witness: Witness,
         key: &[u8],
         revision: Revision,
-    ) -> Result<Result<Option<Arc<Record>>, Continuity>, End> {
+    ) -> Result<Result<Option<Record>, Continuity>, End> {
         let request = RangeRequest { key: Bytes::copy_from_slice(key), revision: revision.0, ..Default::default() };
         Ok(self.range_at(link, witness, request).await?.map(|(page, _)| page.records.into_iter().next()))
     }
@@ -264,7 +264,7 @@ impl Feed {
         if unchanged.peek().is_none() && !term_held {
             return Some("no key is left to bear witness".into());
         }
-        let differs = |record: &&Arc<Record>| !old.get(record.key()).is_some_and(|known| known.same_version(record));
+        let differs = |record: &&Record| !old.get(record.key()).is_some_and(|known| known.same_version(record));
         unchanged.find(differs).map(|record| format!("{record:?} was {:?}", old.get(record.key())))
     }
 }

@@ -34,9 +34,9 @@ pub struct Event {
     /// What happened.
     pub kind: EventKind,
     /// The new version, or the tombstone.
-    pub record: Arc<Record>,
+    pub record: Record,
     /// The version that this one replaced; none on a creation.
-    pub previous: Option<Arc<Record>>,
+    pub previous: Option<Record>,
 }
 
 /// All events of one revision. Never empty.

@@ -3,7 +3,7 @@
 //! In key order a selection is a run of the tree, whose size is known without a look at its records; in any other order,
 //! or behind a revision filter, it is a list.
 
-use std::sync::Arc;
+use bytes::Bytes;
 
 use super::{KeyRange, Record, Revision, Sums, Tree, View};
 use crate::proto::etcdserverpb::{
@@ -39,10 +39,10 @@ pub struct Selection {
 /// Records to send, in order.
 #[derive(Clone, Debug)]
 pub enum Records {
-    /// A run of a tree in key order, and what it amounts to.
-    Run(Tree, KeyRange, Sums),
+    /// A run of a tree from a key on, in key order, and what it amounts to.
+    Run(Tree, Bytes, Sums),
     /// Any records.
-    List(Vec<Arc<Record>>),
+    List(Vec<Record>),
 }
 
 impl Records {
@@ -65,7 +65,7 @@ impl Records {
     pub fn sums(&self) -> Sums {
         match self {
             Self::Run(_, _, sums) => *sums,
-            Self::List(records) => records.iter().map(|record| Sums::of(record)).sum(),
+            Self::List(records) => records.iter().map(Sums::of).sum(),
         }
     }
 }
@@ -97,7 +97,7 @@ fn tree_for(view: &View, revision: Revision) -> Result<Tree, RangeError> {
 }
 
 /// The most frequent of all reads, which needs one way down the tree only.
-fn select_one(record: Option<&Arc<Record>>, request: &RangeRequest) -> Selection {
+fn select_one(record: Option<&Record>, request: &RangeRequest) -> Selection {
     let count = u64::from(record.is_some());
     let selected = record.filter(|record| !request.count_only && passes(record, request));
     Selection { count, more: false, records: Records::List(selected.cloned().into_iter().collect()) }
@@ -131,12 +131,12 @@ fn select_in(tree: Tree, range: KeyRange, request: &RangeRequest) -> Selection {
 fn select_run(tree: Tree, mut range: KeyRange, sums: Sums, limit: u64) -> Selection {
     let count = sums.keys;
     if limit == 0 || count <= limit {
-        return Selection { count, more: false, records: Records::Run(tree, range, sums) };
+        return Selection { count, more: false, records: Records::Run(tree, range.start, sums) };
     }
     let first_left_out = tree.nth_from(&range.start, limit).map(|record| record.key().to_vec());
     range.end = first_left_out.map(Into::into).or(range.end);
     let sums = tree.sums_in(&range);
-    Selection { count, more: true, records: Records::Run(tree, range, sums) }
+    Selection { count, more: true, records: Records::Run(tree, range.start, sums) }
 }
 
 fn in_key_order(request: &RangeRequest) -> bool {
@@ -169,7 +169,7 @@ fn passes(record: &Record, request: &RangeRequest) -> bool {
 }
 
 /// Sorts by the request's target; ties stay in the order of keys.
-fn sort(records: &mut [Arc<Record>], request: &RangeRequest) {
+fn sort(records: &mut [Record], request: &RangeRequest) {
     let descending = request.sort_order() == SortOrder::Descend;
     let directed = |ordering: std::cmp::Ordering| if descending { ordering.reverse() } else { ordering };
     match request.sort_target() {

@@ -1,6 +1,8 @@
 //! One version of one key, kept as the encoded `mvccpb.KeyValue` that will be sent.
 
-use std::{fmt, sync::Arc};
+use std::fmt;
+
+use triomphe::ThinArc;
 
 use super::{
     Revision,
@@ -25,24 +27,27 @@ pub enum MalformedRecord {
     Impossible,
 }
 
-/// One version of one key: the encoded `mvccpb.KeyValue` and the few numbers that the index needs. Immutable and shared.
+/// One version of one key: the encoded `mvccpb.KeyValue`, and where its parts lie. Immutable; a clone is a reference.
 ///
-/// The bytes are in field order, so everything before the value is the record of a keys-only answer.
-pub struct Record {
-    create_revision: i64,
+/// The bytes are in field order, so everything before the value is the record of a keys-only answer. They lie beside the
+/// numbers in one allocation, since what a walk over records pays for is cache misses.
+#[derive(Clone)]
+pub struct Record(ThinArc<Head, u8>);
+
+/// What is asked of a record without a look at its bytes.
+struct Head {
     mod_revision: i64,
-    version: i64,
-    lease: i64,
-    key_start: u32,
-    key_end: u32,
+    key_len: u32,
     value_start: u32,
     lease_start: u32,
-    wire: Box<[u8]>,
 }
+
+/// What a record takes beside its bytes: the head, the count of references, and the length.
+const OVERHEAD: usize = size_of::<Head>() + 2 * size_of::<usize>();
 
 impl Record {
     /// Takes in the encoded `mvccpb.KeyValue`, copied out of whatever buffer it arrived in.
-    pub fn from_wire(bytes: &[u8]) -> Result<Arc<Self>, MalformedRecord> {
+    pub fn from_wire(bytes: &[u8]) -> Result<Self, MalformedRecord> {
         let mut parts = Parts::default();
         let mut in_order = true;
         let mut last = 0;
@@ -56,76 +61,89 @@ impl Record {
             return Err(MalformedRecord::Impossible);
         }
         let canonical = in_order && parts.encoded_len() == bytes.len();
-        Ok(Arc::new(if canonical { parts.keep(bytes.into()) } else { parts.encode() }))
+        Ok(if canonical { parts.keep(bytes) } else { parts.encode() })
     }
 
     /// A record from its parts.
-    pub fn new(key: &[u8], value: &[u8], create: Revision, modified: Revision, version: i64, lease: i64) -> Arc<Self> {
+    pub fn new(key: &[u8], value: &[u8], create: Revision, modified: Revision, version: i64, lease: i64) -> Self {
         let (create_revision, mod_revision) = (create.0, modified.0);
-        Arc::new(Parts { key, value, create_revision, mod_revision, version, lease, value_bytes: None }.encode())
+        Parts { key, value, create_revision, mod_revision, version, lease, value_bytes: None }.encode()
     }
 
     /// The record of a deleted key: only the key and the revision of its deletion, as etcd sends it.
-    pub fn tombstone(key: &[u8], modified: Revision) -> Arc<Self> {
+    pub fn tombstone(key: &[u8], modified: Revision) -> Self {
         Self::new(key, &[], Revision::ZERO, modified, 0, 0)
+    }
+
+    fn head(&self) -> &Head {
+        &self.0.header.header
     }
 
     /// The key.
     pub fn key(&self) -> &[u8] {
-        &self.wire[self.key_start as usize..self.key_end as usize]
+        let length = self.head().key_len as usize;
+        let start = 1 + wire::varint_len(length as u64);
+        &self.wire()[start..start + length]
     }
 
     /// The value.
     pub fn value(&self) -> &[u8] {
-        let field = &self.wire[self.value_start as usize..self.lease_start as usize];
+        let field = &self.wire()[self.head().value_start as usize..self.head().lease_start as usize];
         Fields::of(field).next().and_then(Result::ok).map_or(&[], |field| field.value.bytes())
     }
 
     /// The revision of the key's creation.
     pub fn create_revision(&self) -> Revision {
-        Revision(self.create_revision)
+        Revision(self.number(CREATE_REVISION))
     }
 
     /// The revision at which the key got this value.
     pub fn mod_revision(&self) -> Revision {
-        Revision(self.mod_revision)
+        Revision(self.head().mod_revision)
     }
 
     /// How many times the key was written since its creation.
     pub fn version(&self) -> i64 {
-        self.version
+        self.number(VERSION)
     }
 
     /// The lease that the key hangs on, or zero.
     pub fn lease(&self) -> i64 {
-        self.lease
+        self.number(LEASE)
+    }
+
+    /// A field that few ask for; zero where it is left out.
+    fn number(&self, field: u8) -> i64 {
+        let (before, lease) = self.wire_without_value();
+        let mut fields = Fields::of(before).chain(Fields::of(lease)).filter_map(Result::ok);
+        fields.find(|found| found.number == u32::from(field)).map_or(0, |found| found.value.int())
     }
 
     /// The encoded `mvccpb.KeyValue`.
     pub fn wire(&self) -> &[u8] {
-        &self.wire
+        &self.0.slice
     }
 
     /// The encoded `mvccpb.KeyValue` without its value, in two pieces: all before the value, and the lease after it.
     pub fn wire_without_value(&self) -> (&[u8], &[u8]) {
-        (&self.wire[..self.value_start as usize], &self.wire[self.lease_start as usize..])
+        (&self.wire()[..self.head().value_start as usize], &self.wire()[self.head().lease_start as usize..])
     }
 
     /// How much memory the record takes, in bytes, its own book-keeping included.
     pub fn memory(&self) -> usize {
-        size_of::<Self>() + 2 * size_of::<usize>() + self.wire.len()
+        OVERHEAD + self.wire().len()
     }
 
     /// Whether both are the same version of the same key with the same value.
     pub fn same_version(&self, other: &Self) -> bool {
-        self.wire == other.wire
+        self.wire() == other.wire()
     }
 }
 
 impl fmt::Debug for Record {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let key = String::from_utf8_lossy(self.key());
-        write!(f, "{key}@{} (created {}, version {})", self.mod_revision, self.create_revision, self.version)
+        write!(f, "{key}@{} (created {}, version {})", self.mod_revision().0, self.create_revision().0, self.version())
     }
 }
 
@@ -165,21 +183,16 @@ impl<'a> Parts<'a> {
         wire::bytes_field_len(self.key.len()) + value + numbers.into_iter().map(wire::int_field_len).sum::<usize>()
     }
 
-    fn keep(&self, wire: Box<[u8]>) -> Record {
+    fn keep(&self, wire: &[u8]) -> Record {
         let tail = wire.len() - wire::int_field_len(self.lease);
         let (value_start, lease_start) = self.value_bytes.unwrap_or((tail, tail));
-        let key_start = 1 + wire::varint_len(self.key.len() as u64);
-        Record {
-            create_revision: self.create_revision,
+        let head = Head {
             mod_revision: self.mod_revision,
-            version: self.version,
-            lease: self.lease,
-            key_start: key_start as u32,
-            key_end: (key_start + self.key.len()) as u32,
+            key_len: self.key.len() as u32,
             value_start: value_start as u32,
             lease_start: lease_start as u32,
-            wire,
-        }
+        };
+        Record(ThinArc::from_header_and_slice(head, wire))
     }
 
     fn encode(mut self) -> Record {
@@ -196,7 +209,7 @@ impl<'a> Parts<'a> {
         }
         self.value_bytes = Some((start, out.len()));
         wire::put_int_field(&mut out, LEASE, self.lease);
-        self.keep(out.into_boxed_slice())
+        self.keep(&out)
     }
 }
 

@@ -78,12 +78,12 @@ impl Tree {
     }
 
     /// The record of `key`. O(log n).
-    pub fn get(&self, key: &[u8]) -> Option<&Arc<Record>> {
+    pub fn get(&self, key: &[u8]) -> Option<&Record> {
         self.root.get(key)
     }
 
     /// Puts `record` in; gives back the record of the same key that it replaced. O(log n).
-    pub fn insert(&mut self, record: Arc<Record>) -> Option<Arc<Record>> {
+    pub fn insert(&mut self, record: Record) -> Option<Record> {
         let added = Sums::of(&record);
         let (outcome, split) = Arc::make_mut(&mut self.root).insert(record);
         if let Some(right) = split {
@@ -101,7 +101,7 @@ impl Tree {
     }
 
     /// Takes the record of `key` out. O(log n).
-    pub fn remove(&mut self, key: &[u8]) -> Option<Arc<Record>> {
+    pub fn remove(&mut self, key: &[u8]) -> Option<Record> {
         self.get(key)?;
         let removed = Arc::make_mut(&mut self.root).remove(key)?;
         while let Some(only) = self.root.only_child() {
@@ -124,7 +124,7 @@ impl Tree {
     }
 
     /// The `n`th record, counted from zero, at or after `start`. O(log n).
-    pub fn nth_from(&self, start: &[u8], n: u64) -> Option<&Arc<Record>> {
+    pub fn nth_from(&self, start: &[u8], n: u64) -> Option<&Record> {
         self.root.nth(self.root.sums_below(start).keys.checked_add(n)?)
     }
 
@@ -134,7 +134,7 @@ impl Tree {
     }
 
     /// The records in `range`, in order.
-    pub fn range<'a>(&'a self, range: &'a KeyRange) -> impl Iterator<Item = &'a Arc<Record>> + 'a {
+    pub fn range<'a>(&'a self, range: &'a KeyRange) -> impl Iterator<Item = &'a Record> + 'a {
         self.iter_from(&range.start)
             .take_while(move |record| range.end.as_ref().is_none_or(|end| record.key() < &end[..]))
     }
@@ -148,8 +148,8 @@ impl Tree {
     }
 }
 
-impl FromIterator<Arc<Record>> for Tree {
-    fn from_iter<I: IntoIterator<Item = Arc<Record>>>(records: I) -> Self {
+impl FromIterator<Record> for Tree {
+    fn from_iter<I: IntoIterator<Item = Record>>(records: I) -> Self {
         let mut tree = Self::default();
         for record in records {
             tree.insert(record);

@@ -132,9 +132,9 @@ pub struct Change {
     /// What happened.
     pub kind: EventKind,
     /// The new version, or the tombstone.
-    pub record: Arc<Record>,
+    pub record: Record,
     /// The version before, where the upstream was asked for it; the index, where there is one, knows better.
-    pub previous: Option<Arc<Record>>,
+    pub previous: Option<Record>,
 }
 
 /// The only one who changes a store. Changes are seen by readers when they are published, all at once.
@@ -165,7 +165,7 @@ impl Writer {
     }
 
     /// The record of `key` as of the last change.
-    pub fn get(&self, key: &[u8]) -> Option<&Arc<Record>> {
+    pub fn get(&self, key: &[u8]) -> Option<&Record> {
         self.next.tree.as_ref()?.get(key)
     }
 

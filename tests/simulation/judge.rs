@@ -153,7 +153,7 @@ fn is_record(kv: &KeyValue, record: &Record) -> bool {
     kv.key == record.key() && kv.value == record.value() && (kv.create_revision, kv.mod_revision, kv.version) == numbers
 }
 
-fn is_event(expected: &Event, kind: EventKind, record: &Record, previous: Option<&Arc<Record>>) -> bool {
+fn is_event(expected: &Event, kind: EventKind, record: &Record, previous: Option<&Record>) -> bool {
     let put = expected.r#type == EventType::Put as i32;
     let same_previous = match (&expected.prev_kv, previous) {
         (Some(kv), Some(record)) => is_record(kv, record),

@@ -101,7 +101,7 @@ fn a_compaction_does_not_outlive_its_history() {
 #[test]
 fn a_keyspace_over_the_limit_is_tried_again_in_its_own_history() {
     simulated(async {
-        let world = with_room(400);
+        let world = with_room(200);
         let view = || world.0.cache.prefixes()[0].store().view_owned();
         put(&world, &["a/1", "a/2", "a/3", "a/4", "a/5", "b/1"]).await;
         // The history has been cut by its age meanwhile, so no event is left that shows which one it is.

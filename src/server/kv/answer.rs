@@ -93,7 +93,9 @@ pub(super) fn nested_range(view: &View, selection: &Selection, values: Values) -
 
 pub(super) fn put_records(out: &mut impl BufMut, records: &Records, values: Values) {
     match records {
-        Records::Run(tree, range, _) => tree.range(range).for_each(|record| put_record(out, record, values)),
+        Records::Run(tree, start, sums) => {
+            tree.iter_from(start).take(sums.keys as usize).for_each(|record| put_record(out, record, values));
+        }
         Records::List(records) => records.iter().for_each(|record| put_record(out, record, values)),
     }
 }

@@ -20,7 +20,7 @@ use tokio::time::sleep;
 use super::answer::{Values, put_record};
 use crate::{
     server::body::BodyError,
-    store::{KeyRange, Record, Tree, range::Records},
+    store::{Record, Tree, range::Records},
 };
 
 /// Between two looks at who has stopped reading.
@@ -34,17 +34,19 @@ pub(super) enum Rest {
     Run {
         /// The tree of the answer's view.
         tree: Tree,
-        /// What is left of the range.
-        range: KeyRange,
+        /// The key of the next record.
+        start: Bytes,
+        /// How many are left.
+        left: u64,
     },
     /// In any order.
-    List(std::vec::IntoIter<Arc<Record>>),
+    List(std::vec::IntoIter<Record>),
 }
 
 impl From<Records> for Rest {
     fn from(records: Records) -> Self {
         match records {
-            Records::Run(tree, range, _) => Self::Run { tree, range },
+            Records::Run(tree, start, sums) => Self::Run { tree, start, left: sums.keys },
             Records::List(records) => Self::List(records.into_iter()),
         }
     }
@@ -54,17 +56,17 @@ impl Rest {
     /// Writes records until `out` holds `until` bytes or `most` have been written. True when none is left.
     fn write(&mut self, out: &mut BytesMut, until: usize, most: usize, values: Values) -> bool {
         match self {
-            Self::Run { tree, range } => {
-                let mut next = None;
-                for (written, record) in tree.range(range).enumerate() {
-                    if out.len() >= until || written == most {
-                        next = Some(Bytes::copy_from_slice(record.key()));
-                        break;
-                    }
+            Self::Run { tree, start, left } => {
+                let mut records = tree.iter_from(start).take(*left as usize);
+                let mut written = 0;
+                while written < most && out.len() < until {
+                    let Some(record) = records.next() else { break };
                     put_record(out, record, values);
+                    written += 1;
                 }
-                let Some(next) = next else { return true };
-                range.start = next;
+                *left -= written as u64;
+                let Some(next) = records.next() else { return true };
+                *start = Bytes::copy_from_slice(next.key());
                 false
             }
             Self::List(records) => {
@@ -169,7 +171,7 @@ mod tests {
         writer.reset(Position { epoch: 1, revision: Revision(10) }, Some((0..keys).map(record).collect()));
         writer.publish(0);
         let tree = store.view().tree.clone().expect("the store has an index");
-        Rest::Run { tree, range: KeyRange::everything() }
+        Rest::Run { left: tree.len(), start: Bytes::new(), tree }
     }
 
     fn holder() -> Arc<Holder> {

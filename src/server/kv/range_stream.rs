@@ -243,7 +243,7 @@ mod tests {
         store::{Limits, Record, Store, range::Records},
     };
 
-    fn record(number: usize) -> Arc<Record> {
+    fn record(number: usize) -> Record {
         let key = format!("k{number}").into();
         let record = KeyValue { key, mod_revision: 2, create_revision: 2, version: 1, ..Default::default() };
         Record::from_wire(&record.encode_to_vec()).unwrap()

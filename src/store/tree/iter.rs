@@ -1,6 +1,6 @@
 //! Walking the index in key order.
 
-use std::{slice, sync::Arc};
+use std::slice;
 
 use super::node::{Child, Node, route};
 use crate::store::Record;
@@ -9,7 +9,7 @@ use crate::store::Record;
 pub struct Iter<'a> {
     /// What is still to come of each inner node on the path to the current leaf, the root's first.
     path: Vec<slice::Iter<'a, Child>>,
-    leaf: slice::Iter<'a, Arc<Record>>,
+    leaf: slice::Iter<'a, Record>,
 }
 
 impl<'a> Iter<'a> {
@@ -52,7 +52,7 @@ impl<'a> Iter<'a> {
 }
 
 impl<'a> Iterator for Iter<'a> {
-    type Item = &'a Arc<Record>;
+    type Item = &'a Record;
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {

@@ -13,7 +13,7 @@ const SPARSE: usize = CAPACITY / 4;
 
 #[derive(Clone, Debug)]
 pub(super) enum Node {
-    Leaf(Vec<Arc<Record>>),
+    Leaf(Vec<Record>),
     Inner(Vec<Child>),
 }
 
@@ -29,7 +29,7 @@ pub(super) struct Child {
 /// What an insertion did.
 pub(super) enum Inserted {
     New,
-    Replaced(Arc<Record>),
+    Replaced(Record),
 }
 
 impl Default for Node {
@@ -59,12 +59,12 @@ impl Node {
 
     pub(super) fn sums(&self) -> Sums {
         match self {
-            Self::Leaf(records) => records.iter().map(|record| Sums::of(record)).sum(),
+            Self::Leaf(records) => records.iter().map(Sums::of).sum(),
             Self::Inner(children) => children.iter().map(|child| child.sums).sum(),
         }
     }
 
-    pub(super) fn get(&self, key: &[u8]) -> Option<&Arc<Record>> {
+    pub(super) fn get(&self, key: &[u8]) -> Option<&Record> {
         match self {
             Self::Leaf(records) => find(records, key).ok().map(|at| &records[at]),
             Self::Inner(children) => children[route(children, key)].node.get(key),
@@ -76,7 +76,7 @@ impl Node {
         match self {
             Self::Leaf(records) => {
                 let at = find(records, key).unwrap_or_else(|at| at);
-                records[..at].iter().map(|record| Sums::of(record)).sum()
+                records[..at].iter().map(Sums::of).sum()
             }
             Self::Inner(children) => {
                 let at = route(children, key);
@@ -88,7 +88,7 @@ impl Node {
     }
 
     /// The `n`th record of the subtree, counted from zero.
-    pub(super) fn nth(&self, mut n: u64) -> Option<&Arc<Record>> {
+    pub(super) fn nth(&self, mut n: u64) -> Option<&Record> {
         match self {
             Self::Leaf(records) => records.get(usize::try_from(n).ok()?),
             Self::Inner(children) => {
@@ -104,7 +104,7 @@ impl Node {
     }
 
     /// Puts `record` in; the second half of the answer is the right part of this node when it had to split.
-    pub(super) fn insert(&mut self, record: Arc<Record>) -> (Inserted, Option<Child>) {
+    pub(super) fn insert(&mut self, record: Record) -> (Inserted, Option<Child>) {
         match self {
             Self::Leaf(records) => match find(records, record.key()) {
                 Ok(at) => (Inserted::Replaced(std::mem::replace(&mut records[at], record)), None),
@@ -133,7 +133,7 @@ impl Node {
         }
     }
 
-    pub(super) fn remove(&mut self, key: &[u8]) -> Option<Arc<Record>> {
+    pub(super) fn remove(&mut self, key: &[u8]) -> Option<Record> {
         match self {
             Self::Leaf(records) => find(records, key).ok().map(|at| records.remove(at)),
             Self::Inner(children) => {
@@ -186,7 +186,7 @@ impl Node {
 }
 
 /// Where `key` stands among `records`, or where it would.
-fn find(records: &[Arc<Record>], key: &[u8]) -> Result<usize, usize> {
+fn find(records: &[Record], key: &[u8]) -> Result<usize, usize> {
     records.binary_search_by(|record| record.key().cmp(key))
 }
 
@@ -201,7 +201,7 @@ fn split_point(len: usize, at_end: bool) -> usize {
     if at_end { len - 1 } else { len / 2 }
 }
 
-fn split_leaf(records: &mut Vec<Arc<Record>>, at_end: bool) -> Option<Child> {
+fn split_leaf(records: &mut Vec<Record>, at_end: bool) -> Option<Child> {
     if records.len() <= CAPACITY {
         return None;
     }
