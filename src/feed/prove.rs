@@ -17,7 +17,7 @@ use super::{
 use crate::{
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
     status::Status,
-    store::{Entry, Event, EventKind, Record, Revision},
+    store::{Entry, Event, EventKind, Record, Revision, Tree, Window},
     upstream::Link,
 };
 
@@ -36,6 +36,16 @@ pub(super) enum Continuity {
 
 /// A member that does not answer sooner is no witness; the cluster is asked then.
 const SHORT_DEADLINE: Duration = Duration::from_secs(1);
+
+/// The record that was written last, of those that are there. The window tells where it reaches back that far.
+fn newest<'a>(window: &Window, tree: &'a Tree) -> Option<&'a Record> {
+    let still_there = |event: &Event| {
+        let found = tree.get(event.record.key())?;
+        (event.kind == EventKind::Put && found.mod_revision() == event.record.mod_revision()).then_some(found)
+    };
+    let recent = window.backwards().find_map(|entry| entry.events.iter().find_map(still_there));
+    recent.or_else(|| tree.iter_from(b"").max_by_key(|record| record.mod_revision()))
+}
 
 /// Who is asked for proof.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,10 +103,17 @@ impl Feed {
     }
 
     async fn confirm_state(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
-        let Some(entry) = self.writer.last_entry() else { return self.confirm_list(link, witness).await };
+        let Some(entry) = self.writer.last_entry() else { return self.confirm_newest(link, witness).await };
         let confirmed = self.confirm_entry(link, witness, &entry).await?;
+        if confirmed != Continuity::Proven {
+            return Ok(confirmed);
+        }
+        // Deletions look alike: a lease that ran out before a restore may run out at the same revision after it.
+        if self.writer.has_index() && entry.events.last().is_some_and(|event| event.kind == EventKind::Delete) {
+            return self.confirm_newest(link, witness).await;
+        }
         // Progress has brought the view further; in another history something may have happened since.
-        let quiet_since = confirmed == Continuity::Proven && entry.revision < self.writer.position().revision;
+        let quiet_since = entry.revision < self.writer.position().revision;
         if quiet_since { self.confirm_quiet(link, witness, entry.revision).await } else { Ok(confirmed) }
     }
 
@@ -164,18 +181,18 @@ impl Feed {
         Ok(if same { Continuity::Proven } else { Continuity::Broken("the last deletion did not happen there") })
     }
 
-    /// When nothing has happened since the list: the newest key is as it is here, and nothing has happened since that.
-    async fn confirm_list(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
+    /// Whether the newest key is as it is here, and nothing has happened since that left a trace.
+    async fn confirm_newest(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
         let view = self.writer.store().view_owned();
         let Some(tree) = &view.tree else { return Ok(Continuity::Doubtful("there is no index")) };
-        let Some(newest) = tree.iter_from(b"").max_by_key(|record| record.mod_revision()) else {
+        let Some(newest) = newest(&view.window, tree) else {
             return self.confirm_quiet(link, witness, Revision::ZERO).await;
         };
         match self.record_at(link, witness, newest.key(), view.revision()).await? {
             Ok(Some(found)) if found.same_version(newest) => {
                 self.confirm_quiet(link, witness, newest.mod_revision()).await
             }
-            Ok(_) => Ok(Continuity::Broken("the listed state is not to be found")),
+            Ok(_) => Ok(Continuity::Broken("the newest key is not to be found")),
             Err(doubt) => Ok(doubt),
         }
     }

@@ -137,6 +137,11 @@ impl Window {
         Some(entries.skip_while(move |entry| entry.revision <= revision))
     }
 
+    /// The entries from the last one back.
+    pub fn backwards(&self) -> impl Iterator<Item = &Arc<Entry>> {
+        (0..self.segments.len()).rev().flat_map(|index| self.entries(index).rev())
+    }
+
     /// The tree as it was at `revision`, when `now` is the tree of this window's own view. None when the window does not
     /// reach back that far, or there was no index then.
     pub(super) fn tree_at(&self, revision: Revision, now: &Tree) -> Option<Tree> {

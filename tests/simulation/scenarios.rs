@@ -74,6 +74,26 @@ fn a_history_that_parts_where_the_prefix_is_quiet_is_another() {
     });
 }
 
+/// A deletion that was the last event was taken for a proof. In the restored history the same key was deleted at the same
+/// revision, as when a lease runs out again, but other things had happened before.
+#[test]
+fn a_history_that_ends_with_the_same_deletion_is_another() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        put(&world, &["a/1", "a/2"]).await;
+        delete(&world, &["a/1"]).await;
+        answer(&world, &range).await;
+        assert_eq!(world.0.cache.prefixes()[0].store().view().revision(), Revision(4));
+        restore(&world, 2, false).await;
+        put(&world, &["a/3"]).await;
+        delete(&world, &["a/1"]).await;
+        world.0.links[0].touch();
+        answer(&world, &range).await;
+        assert_eq!(world.0.cache.prefixes()[0].store().view().position.epoch, 2);
+        settle(&world);
+    });
+}
+
 /// A compaction that was noted in the old history was held against the new one, which had not been compacted.
 #[test]
 fn a_compaction_does_not_outlive_its_history() {
