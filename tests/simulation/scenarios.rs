@@ -80,7 +80,9 @@ fn a_history_that_parts_where_the_prefix_is_quiet_is_another() {
 fn a_history_that_ends_with_the_same_deletion_is_another() {
     simulated(async {
         let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
-        put(&world, &["a/1", "a/2"]).await;
+        put(&world, &["a/1"]).await;
+        answer(&world, &range).await;
+        put(&world, &["a/2"]).await;
         delete(&world, &["a/1"]).await;
         answer(&world, &range).await;
         assert_eq!(world.0.cache.prefixes()[0].store().view().revision(), Revision(4));
