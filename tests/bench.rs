@@ -21,7 +21,9 @@ fn report(load: &str, endpoint: &str, arguments: &[&str]) -> Value {
     let output = bench(load, endpoint, arguments);
     assert!(output.status.success(), "{load}: {}", String::from_utf8_lossy(&output.stderr));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert!(report["operations"].as_u64() > Some(0) && report["errors"] == 0, "{load} {arguments:?}: {report}");
+    // On a busy machine every event of a short run may be late, and count as seen only.
+    let done = [&report["operations"], &report["deliveries"]["seen"]].iter().any(|count| count.as_u64() > Some(0));
+    assert!(done && report["errors"] == 0, "{load} {arguments:?}: {report}");
     report
 }
 
