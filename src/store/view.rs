@@ -201,21 +201,30 @@ impl Writer {
         if revision <= self.next.position.revision || changes.is_empty() {
             return;
         }
-        let events = changes.into_iter().map(|change| self.change(change)).collect();
+        let mut events = Vec::with_capacity(changes.len());
+        for change in changes {
+            let event = self.change(change, &events);
+            events.push(event);
+        }
         self.next.position.revision = revision;
-        self.history.push(Entry { revision, events }, self.next.tree.as_ref(), now);
+        self.history.push(Entry { revision, events: events.into() }, self.next.tree.as_ref(), now);
     }
 
-    fn change(&mut self, Change { kind, record, mut previous }: Change) -> Event {
+    /// `earlier`: what happened before in the same revision.
+    fn change(&mut self, Change { kind, record, mut previous }: Change, earlier: &[Event]) -> Event {
         if let Some(tree) = &mut self.next.tree {
-            previous = match kind {
+            let replaced = match kind {
                 EventKind::Put => {
                     self.index_bytes += record.memory();
                     tree.insert(record.clone())
                 }
                 EventKind::Delete => tree.remove(record.key()),
             };
-            self.index_bytes -= previous.as_ref().map_or(0, |previous| previous.memory());
+            self.index_bytes -= replaced.as_ref().map_or(0, |replaced| replaced.memory());
+            previous = match replaced {
+                Some(replaced) if replaced.mod_revision() == record.mod_revision() => before(kind, &record, earlier),
+                replaced => replaced,
+            };
         }
         Event { kind, record, previous }
     }
@@ -249,6 +258,15 @@ impl Writer {
             changed
         });
     }
+}
+
+/// The version that etcd calls the previous one where a transaction touches a key twice, which it lets pass in some shapes: the
+/// one before the revision, and none for a key that the revision created.
+fn before(kind: EventKind, record: &Record, earlier: &[Event]) -> Option<Record> {
+    if kind == EventKind::Put && record.create_revision() == record.mod_revision() {
+        return None;
+    }
+    earlier.iter().find(|event| event.record.key() == record.key())?.previous.clone()
 }
 
 #[cfg(test)]

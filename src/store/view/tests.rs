@@ -81,3 +81,31 @@ async fn those_who_wait_for_a_revision_are_woken_by_its_publication() {
     writer.publish(0);
     waiting.await.unwrap();
 }
+
+/// etcd looks a previous version up at the revision before, however often a transaction touches the key.
+#[test]
+fn the_previous_version_is_the_one_before_the_revision() {
+    let mut writer = loaded(UNBOUNDED);
+    let change = |kind, create, version| {
+        let record = match kind {
+            EventKind::Put => Record::new(b"a", b"v", Revision(create), Revision(12), version, 0),
+            EventKind::Delete => Record::tombstone(b"a", Revision(12)),
+        };
+        Change { kind, record, previous: None }
+    };
+    writer.apply(Revision(11), put("a", 11), 0);
+    let (put, delete) = (EventKind::Put, EventKind::Delete);
+    writer.apply(
+        Revision(12),
+        vec![change(put, 11, 2), change(delete, 0, 0), change(put, 12, 1), change(delete, 0, 0)],
+        0,
+    );
+    writer.publish(0);
+    let view = writer.store().view_owned();
+    let entry = view.window.after(Revision(11)).unwrap().next().unwrap();
+    let previous = entry.events.iter().map(|event| event.previous.as_ref().map(|record| record.mod_revision().0));
+    assert_eq!(previous.collect::<Vec<_>>(), [Some(11), Some(11), None, Some(11)]);
+    assert_eq!((view.tree.as_ref().map(Tree::len), writer.store().index_bytes()), (Some(0), 0));
+    let before = view.tree_at(Revision(11)).unwrap();
+    assert_eq!(before.get(b"a").map(Record::mod_revision), Some(Revision(11)));
+}
