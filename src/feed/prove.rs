@@ -37,16 +37,6 @@ pub(super) enum Continuity {
 /// A member that does not answer sooner is no witness; the cluster is asked then.
 const SHORT_DEADLINE: Duration = Duration::from_secs(1);
 
-/// The record that was written last, of those that are there. The window tells where it reaches back that far.
-fn newest<'a>(window: &Window, tree: &'a Tree) -> Option<&'a Record> {
-    let still_there = |event: &Event| {
-        let found = tree.get(event.record.key())?;
-        (event.kind == EventKind::Put && found.mod_revision() == event.record.mod_revision()).then_some(found)
-    };
-    let recent = window.backwards().find_map(|entry| entry.events.iter().find_map(still_there));
-    recent.or_else(|| tree.iter_from(b"").max_by_key(|record| record.mod_revision()))
-}
-
 /// Who is asked for proof.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Witness {
@@ -176,7 +166,9 @@ impl Feed {
         let same = match (&before, &event.previous) {
             (Some(before), Some(previous)) => before.same_version(previous),
             (Some(_), None) => !self.writer.has_index(),
-            (None, _) => false,
+            // A transaction can create a key and delete it; what it leaves to compare is what all deletions leave.
+            (None, None) => self.writer.has_index(),
+            (None, Some(_)) => false,
         };
         Ok(if same { Continuity::Proven } else { Continuity::Broken("the last deletion did not happen there") })
     }
@@ -284,4 +276,14 @@ impl Feed {
         let differs = |record: &&Record| !old.get(record.key()).is_some_and(|known| known.same_version(record));
         unchanged.find(differs).map(|record| format!("{record:?} was {:?}", old.get(record.key())))
     }
+}
+
+/// The record that was written last, of those that are there. The window tells where it reaches back that far.
+fn newest<'a>(window: &Window, tree: &'a Tree) -> Option<&'a Record> {
+    let still_there = |event: &Event| {
+        let found = tree.get(event.record.key())?;
+        (event.kind == EventKind::Put && found.mod_revision() == event.record.mod_revision()).then_some(found)
+    };
+    let recent = window.backwards().find_map(|entry| entry.events.iter().find_map(still_there));
+    recent.or_else(|| tree.iter_from(b"").max_by_key(|record| record.mod_revision()))
 }

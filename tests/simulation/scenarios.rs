@@ -96,6 +96,29 @@ fn a_history_that_ends_with_the_same_deletion_is_another() {
     });
 }
 
+/// A key that the last transaction created and deleted leaves nothing before it and nothing after. That was taken for another
+/// history at every reconnect.
+#[test]
+fn a_key_that_came_and_went_in_one_revision_is_no_sign_of_another_history() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        put(&world, &["a/1"]).await;
+        answer(&world, &range).await;
+        let key = Bytes::from_static(b"a/2");
+        write(&world, &[Write::Put(key.clone(), "here".into()), Write::Delete(key)]).await;
+        answer(&world, &range).await;
+        assert_eq!(world.0.cache.prefixes()[0].store().view().revision(), Revision(3));
+        world.kill(0);
+        sleep(KEEPALIVE * 2).await;
+        world.0.cluster.revive(0);
+        world.0.links[0].touch();
+        put(&world, &["a/3"]).await;
+        answer(&world, &range).await;
+        assert_eq!(world.0.cache.prefixes()[0].store().view().position.epoch, 1);
+        settle(&world);
+    });
+}
+
 /// A compaction that was noted in the old history was held against the new one, which had not been compacted.
 #[test]
 fn a_compaction_does_not_outlive_its_history() {

@@ -48,7 +48,7 @@ impl History {
         &self.revisions[revision.max(1) as usize - 1].1
     }
 
-    /// The events of `revision`, each with the record that it replaced.
+    /// The events of `revision`, each with the record before it, as etcd tells it: none for a put that creates.
     pub fn events(&self, revision: i64) -> &[Event] {
         &self.revisions[revision as usize - 1].0
     }
@@ -62,8 +62,10 @@ impl History {
     /// Does one transaction: a new revision, unless it changes nothing. Gives the revision at which it stands then.
     pub fn write(&mut self, writes: &[Write]) -> i64 {
         let revision = self.head() + 1;
-        let mut state = BTreeMap::clone(self.state(self.head()));
-        let events: Vec<Event> = writes.iter().filter_map(|write| change(&mut state, write, revision)).collect();
+        let before = self.state(self.head());
+        let mut state = BTreeMap::clone(before);
+        let events: Vec<Event> =
+            writes.iter().filter_map(|write| change(before, &mut state, write, revision)).collect();
         if !events.is_empty() {
             self.revisions.push((events, Arc::new(state)));
         }
@@ -71,12 +73,17 @@ impl History {
     }
 }
 
-fn change(state: &mut BTreeMap<Bytes, KeyValue>, write: &Write, revision: i64) -> Option<Event> {
+fn change(
+    before: &BTreeMap<Bytes, KeyValue>,
+    state: &mut BTreeMap<Bytes, KeyValue>,
+    write: &Write,
+    revision: i64,
+) -> Option<Event> {
     match write {
         Write::Put(key, value) => {
-            let previous = state.get(key).cloned();
             let (create_revision, version) =
-                previous.as_ref().map_or((revision, 1), |old| (old.create_revision, old.version + 1));
+                state.get(key).map_or((revision, 1), |old| (old.create_revision, old.version + 1));
+            let previous = before.get(key).filter(|_| create_revision < revision).cloned();
             let kv = KeyValue {
                 key: key.clone(),
                 value: value.clone(),
@@ -89,9 +96,9 @@ fn change(state: &mut BTreeMap<Bytes, KeyValue>, write: &Write, revision: i64) -
             Some(Event { r#type: EventType::Put as i32, kv: Some(kv), prev_kv: previous })
         }
         Write::Delete(key) => {
-            let previous = state.remove(key)?;
+            state.remove(key)?;
             let kv = KeyValue { key: key.clone(), mod_revision: revision, ..KeyValue::default() };
-            Some(Event { r#type: EventType::Delete as i32, kv: Some(kv), prev_kv: Some(previous) })
+            Some(Event { r#type: EventType::Delete as i32, kv: Some(kv), prev_kv: before.get(key).cloned() })
         }
     }
 }
