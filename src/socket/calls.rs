@@ -61,16 +61,21 @@ impl Calls {
 
     /// Polls the connection and its calls. Ready when the connection is; what was left of its calls is dropped with `self`.
     pub(crate) fn poll<C: Future>(&mut self, cx: &mut Context<'_>, mut connection: Pin<&mut C>) -> Poll<C::Output> {
-        self.turn(cx, |_, cx| connection.as_mut().poll(cx))
+        self.poll_until(cx, |_, cx| connection.as_mut().poll(cx))
     }
 
     /// Runs the calls until none is left.
     pub(crate) async fn run(mut self) {
-        poll_fn(|cx| self.turn(cx, |calls, _| if calls.is_empty() { Poll::Ready(()) } else { Poll::Pending })).await;
+        poll_fn(|cx| self.poll_until(cx, |calls, _| if calls.is_empty() { Poll::Ready(()) } else { Poll::Pending }))
+            .await;
     }
 
     /// Polls the calls, and then `end`, for as long as one of them has something to do. Ready when `end` is.
-    fn turn<T>(&mut self, cx: &mut Context<'_>, mut end: impl FnMut(&Self, &mut Context<'_>) -> Poll<T>) -> Poll<T> {
+    fn poll_until<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut end: impl FnMut(&Self, &mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
         let waker = self.turn.begin(cx);
         let cx = &mut Context::from_waker(&waker);
         loop {

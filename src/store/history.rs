@@ -35,7 +35,7 @@ pub struct Event {
     pub kind: EventKind,
     /// The new version, or the tombstone.
     pub record: Record,
-    /// The version that this one replaced; none on a creation.
+    /// The version before the revision; none on a creation.
     pub previous: Option<Record>,
 }
 

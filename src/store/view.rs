@@ -222,7 +222,9 @@ impl Writer {
             };
             self.index_bytes -= replaced.as_ref().map_or(0, |replaced| replaced.memory());
             previous = match replaced {
-                Some(replaced) if replaced.mod_revision() == record.mod_revision() => before(kind, &record, earlier),
+                Some(replaced) if replaced.mod_revision() == record.mod_revision() => {
+                    before_revision(kind, &record, earlier)
+                }
                 replaced => replaced,
             };
         }
@@ -262,7 +264,7 @@ impl Writer {
 
 /// The version that etcd calls the previous one where a transaction touches a key twice, which it lets pass in some shapes: the
 /// one before the revision, and none for a key that the revision created.
-fn before(kind: EventKind, record: &Record, earlier: &[Event]) -> Option<Record> {
+fn before_revision(kind: EventKind, record: &Record, earlier: &[Event]) -> Option<Record> {
     if kind == EventKind::Put && record.create_revision() == record.mod_revision() {
         return None;
     }

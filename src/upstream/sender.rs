@@ -1,7 +1,7 @@
 //! Where a request is handed over: to an HTTP/2 connection, or to a server within the process.
 //!
 //! A server in the same process is called like a function. A pipe with HTTP/2 on it would cost each call its frames, and the
-//! waking of four tasks one after another, which is most of what a lone write waits for besides the disk.
+//! waking of the tasks at its ends, which is most of what a lone write waits for besides the disk.
 
 use std::{
     future::Future,
