@@ -105,12 +105,18 @@ async fn reads_before(etcd: &Served) -> Served {
     serve(Arc::new(Reads(Kv::new(cache, settings, metrics))), listener::Settings::default()).await
 }
 
-#[tokio::test]
-async fn revisions_do_not_go_back_though_a_member_lags() {
+/// What the etcd is asked, a client of the service before it, and both servers.
+async fn scene() -> (Seen, Upstream, [Served; 2]) {
     let seen = Seen::default();
     let etcd = lagging_etcd(seen.clone()).await;
     let served = reads_before(&etcd).await;
     let client = Upstream::start(Settings::new(vec![served.address.parse().unwrap()]), &Registry::new()).unwrap();
+    (seen, client, [etcd, served])
+}
+
+#[tokio::test]
+async fn revisions_do_not_go_back_though_a_member_lags() {
+    let (seen, client, _servers) = scene().await;
     let read = async |serializable: bool| {
         let request = RangeRequest { key: "k".into(), serializable, ..Default::default() };
         let answer: RangeResponse = client.unary(AT, RANGE, &request, PATIENCE).await.unwrap();
@@ -124,10 +130,7 @@ async fn revisions_do_not_go_back_though_a_member_lags() {
 
 #[tokio::test]
 async fn transactions_of_reads_do_not_go_back_either_and_one_without_reads_proves_nothing() {
-    let seen = Seen::default();
-    let etcd = lagging_etcd(seen.clone()).await;
-    let served = reads_before(&etcd).await;
-    let client = Upstream::start(Settings::new(vec![served.address.parse().unwrap()]), &Registry::new()).unwrap();
+    let (seen, client, _servers) = scene().await;
     let txn = async |reads: &[bool]| {
         let read =
             |serializable: &bool| RangeRequest { key: "k".into(), serializable: *serializable, ..Default::default() };
