@@ -197,7 +197,7 @@ impl Cache {
         }
     }
 
-    /// Notes that the cluster has been compacted at `revision`.
+    /// Notes that a client is told that the cluster has been compacted at `revision`: older revisions are not served then.
     pub fn note_compacted(&self, revision: Revision) {
         self.0.prefixes.iter().for_each(|prefix| prefix.note_compacted(revision));
     }
@@ -222,7 +222,8 @@ impl Cache {
         let view = self.servable(prefix)?;
         self.confirm(prefix, self.heard(), self.0.settings.floor_patience).await?;
         let floor = prefix.floor();
-        if view.revision() >= floor && view.position.epoch == prefix.store().view().position.epoch {
+        let same_epoch = view.position.epoch == prefix.store().view().position.epoch;
+        if view.revision() >= floor && same_epoch && self.is_compacted_in(prefix, &view) {
             return Ok(self.show(prefix, view));
         }
         drop(view);
@@ -234,6 +235,7 @@ impl Cache {
         prefix.want(floor);
         let reached = timeout(self.0.settings.floor_patience, prefix.store().reached(floor)).await;
         reached.map_err(|_| Unserved::Behind)?;
+        self.compacted(prefix, self.0.settings.floor_patience).await?;
         let view = self.servable(prefix)?;
         if view.revision() < floor {
             return Err(Unserved::Proving);
@@ -267,6 +269,7 @@ impl Cache {
             let reached = timeout(self.0.settings.view_patience, prefix.store().reached(proof.revision)).await;
             reached.map_err(|_| Unserved::Behind)?;
         }
+        self.compacted(prefix, self.0.settings.view_patience).await?;
         let view = self.provable(prefix)?;
         if view.position.epoch != before.position.epoch || view.revision() < proof.revision {
             return Err(Unserved::Proving);
@@ -308,6 +311,19 @@ impl Cache {
         confirmed.map_err(|_| Unserved::Proving)
     }
 
+    /// Whether `view` knows of the compactions that clients were told of, or cannot learn of them: the upstream is lost.
+    fn is_compacted_in(&self, prefix: &Prefix, view: &View) -> bool {
+        prefix.is_compacted_in(view) || prefix.phase() != Phase::Live
+    }
+
+    /// Waits until the view of `prefix` knows of the compactions that clients were told of.
+    async fn compacted(&self, prefix: &Prefix, patience: Duration) -> Result<(), Unserved> {
+        if self.is_compacted_in(prefix, &prefix.store().view()) {
+            return Ok(());
+        }
+        Box::pin(timeout(patience, prefix.compacted())).await.map_err(|_| Unserved::Behind)
+    }
+
     /// Whether a watcher may begin on the view of `prefix`: not while its history may be another than what is relayed.
     pub fn is_settled(&self, prefix: &Prefix) -> bool {
         self.is_settled_for(prefix, self.heard())
@@ -336,6 +352,27 @@ impl Cache {
                 return;
             }
         }
+    }
+
+    /// Whether the view of `prefix` holds everything that clients were told of, compactions included, or cannot get there:
+    /// the upstream is lost.
+    pub fn is_level(&self, prefix: &Prefix) -> bool {
+        let view = prefix.store().view();
+        let is_level = view.revision() >= prefix.floor() && prefix.is_compacted_in(&view);
+        is_level || prefix.phase() != Phase::Live
+    }
+
+    /// Waits until the view of `prefix` holds everything that clients have been told of by now, for as long as a
+    /// serializable read would.
+    pub async fn level(&self, prefix: &Prefix) {
+        let floor = prefix.floor();
+        prefix.want(floor);
+        let level = async {
+            prefix.store().reached(floor).await;
+            prefix.compacted().await;
+        };
+        // One that stays behind is the feed's concern: what it has can be sent meanwhile.
+        let _ = timeout(self.0.settings.floor_patience, level).await;
     }
 
     /// The current view of `prefix`, if anything may be read from it.

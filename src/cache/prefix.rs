@@ -1,6 +1,12 @@
 //! One cached prefix: its store, the feed that fills it, the hub that tells its watchers.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::{sync::watch, task::AbortHandle};
 
@@ -10,7 +16,7 @@ use crate::{
     feed::{self, Demand, Feed, Floor, Phase, Signals},
     proto::mvccpb,
     status::Status,
-    store::{KeyRange, Position, Revision, Store},
+    store::{KeyRange, Position, Revision, Store, View},
     upstream::{ConnectionNumber, Upstream},
 };
 
@@ -22,6 +28,8 @@ pub struct Prefix {
     demand: watch::Sender<Demand>,
     signals: Signals,
     floor: Arc<Floor>,
+    /// The highest compaction that was noted, in whatever history.
+    noted_compaction: AtomicI64,
     tasks: [AbortHandle; 3],
 }
 
@@ -49,7 +57,8 @@ impl Prefix {
             tokio::spawn(hub.clone().run()).abort_handle(),
             tokio::spawn(mind(hub.clone(), signals.phase.clone())).abort_handle(),
         ];
-        Ok(Self { range: range.clone(), store, hub, demand, signals, floor, tasks })
+        let noted_compaction = AtomicI64::new(0);
+        Ok(Self { range: range.clone(), store, hub, demand, signals, floor, noted_compaction, tasks })
     }
 
     /// The keys.
@@ -174,9 +183,26 @@ impl Prefix {
         (epoch() == found).then_some(found)
     }
 
+    /// Notes that a client is told that the cluster has been compacted at `revision`.
     pub(super) fn note_compacted(&self, revision: Revision) {
         let epoch = self.store.view().position.epoch;
         self.demand.send_if_modified(|demand| move_on(&mut demand.compacted, Position { epoch, revision }));
+        self.noted_compaction.fetch_max(revision.0, Ordering::Release);
+    }
+
+    /// Whether `view` knows of every compaction in its history that clients were told of.
+    pub(super) fn is_compacted_in(&self, view: &View) -> bool {
+        if self.noted_compaction.load(Ordering::Acquire) <= view.compacted.0 {
+            return true;
+        }
+        let noted = self.demand.borrow().compacted;
+        noted.epoch != view.position.epoch || noted.revision <= view.compacted
+    }
+
+    /// Waits until the view knows of every compaction in its history that clients were told of.
+    pub(super) async fn compacted(&self) {
+        // The sender lives as long as the store, so this cannot fail.
+        let _ = self.store.position().wait_for(|_| self.is_compacted_in(&self.store.view())).await;
     }
 }
 

@@ -94,7 +94,7 @@ impl Store {
         self.current.load_full()
     }
 
-    /// Where the store is, with a signal at every change.
+    /// Where the store is, with a signal at every change of it, and at every compaction.
     pub fn position(&self) -> watch::Receiver<Position> {
         self.position.subscribe()
     }
@@ -251,11 +251,11 @@ impl Writer {
     pub fn publish(&mut self, now: u64) {
         self.history.trim(self.limits, now);
         self.next.window = self.history.window();
-        self.store.current.store(Arc::new(self.next.clone()));
+        let before = self.store.current.swap(Arc::new(self.next.clone())).compacted;
         self.store.index_bytes.store(self.index_bytes as u64, Ordering::Relaxed);
         self.store.history_bytes.store(self.history.bytes() as u64, Ordering::Relaxed);
         self.store.position.send_if_modified(|position| {
-            let changed = *position != self.next.position;
+            let changed = *position != self.next.position || before != self.next.compacted;
             *position = self.next.position;
             changed
         });

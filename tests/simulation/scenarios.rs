@@ -142,6 +142,38 @@ fn a_compaction_does_not_outlive_its_history() {
     });
 }
 
+/// The feed learns of a compaction after the client that asked for it was answered, and what had been compacted was served
+/// until then. Likewise, a watcher began in the past on a view that was behind what its client had written.
+#[test]
+fn what_clients_were_told_of_is_known_to_reads_and_watchers_that_begin_afterwards() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        let (cache, view) = (&world.0.cache, || world.0.cache.prefixes()[0].store().view_owned());
+        let prefix = &cache.prefixes()[0];
+        put(&world, &["a/1", "a/2", "a/3"]).await;
+        answer(&world, &range).await;
+        let compact = |revision| {
+            world.0.cluster.compact(revision);
+            cache.note_compacted(Revision(revision));
+            assert_eq!((cache.is_level(prefix), view().compacted < Revision(revision)), (false, true));
+        };
+        compact(2);
+        assert_eq!(cache.serializable(&range).await.map(|view| view.compacted), Ok(Revision(2)));
+        compact(3);
+        assert_eq!(cache.linearizable(&range).await.map(|view| view.compacted), Ok(Revision(3)));
+        compact(4);
+        cache.level(prefix).await;
+        assert_eq!((cache.is_level(prefix), view().compacted), (true, Revision(4)));
+
+        put(&world, &["a/4"]).await;
+        cache.note_relayed(Revision(5), cache.upstream().newest_connection());
+        assert_eq!((cache.is_level(prefix), view().revision()), (false, Revision(4)));
+        cache.level(prefix).await;
+        assert_eq!((cache.is_level(prefix), view().revision()), (true, Revision(5)));
+        settle(&world);
+    });
+}
+
 /// A keyspace over the limit is tried again now and then. While its prefix was quiet, each attempt began a new epoch.
 #[test]
 fn a_keyspace_over_the_limit_is_tried_again_in_its_own_history() {

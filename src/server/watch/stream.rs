@@ -198,14 +198,16 @@ impl Stream {
         }
     }
 
-    /// Creates a watcher at once if the view of its range can be relied on. While that is being found out, the request
-    /// waits; where there is no view, only the cluster knows what the present is.
+    /// Creates a watcher at once if the view of its range can be relied on. One that names its start needs a view with all
+    /// that clients were told of: as in etcd, what it catches up with reaches the present that its creation shows. Until
+    /// then the request waits; where there is no view, only the cluster knows what the present is.
     fn take_create(&mut self, request: WatchCreateRequest) {
         let options = WatchOptions::from_request(&request);
+        let names_start = request.start_revision > 0;
         let cache = &self.shared.cache;
         let loaded = cache.covering(&options.range).filter(|(_, prefix)| prefix.store().view().is_loaded());
         match loaded {
-            Some((_, prefix)) if cache.is_settled(prefix) => {
+            Some((_, prefix)) if cache.is_settled(prefix) && (!names_start || cache.is_level(prefix)) => {
                 let now = cache.present(prefix);
                 self.create(request, now);
             }
@@ -214,6 +216,9 @@ impl Stream {
                 let settled = async move {
                     let prefix = &cache.prefixes()[lane];
                     cache.settled(prefix).await;
+                    if names_start && !cache.is_level(prefix) {
+                        cache.level(prefix).await;
+                    }
                     cache.present(prefix)
                 };
                 self.wait(request, settled);
