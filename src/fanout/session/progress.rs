@@ -78,6 +78,12 @@ impl Session {
         (live && lane.told >= watcher.next.previous()).then(|| (lane.hub.store().view().responder, lane.told))
     }
 
+    /// Whether a watcher waits for a revision that the view does not have yet.
+    fn begins_later(&self, watcher: &Watcher) -> bool {
+        let view = |lane: usize| self.hubs[lane].store().view().revision();
+        matches!(watcher.state, State::Live { .. }) && watcher.lane.is_some_and(|lane| view(lane) < watcher.start)
+    }
+
     /// Answers a request for progress, if it can be answered. False: it can be as soon as the hubs' mail is fetched.
     pub(super) fn answer_progress(&mut self, out: &mut BytesMut) -> bool {
         if !self.progress_requested {
@@ -100,7 +106,8 @@ impl Session {
         let mut told: Option<(Responder, Revision)> = None;
         for watcher in self.watchers.iter().flatten() {
             let Some((responder, revision)) = self.progress_of(watcher) else {
-                return if watcher.state == State::Dead { Answer::Never } else { Answer::NotYet };
+                let never = watcher.state == State::Dead || self.begins_later(watcher);
+                return if never { Answer::Never } else { Answer::NotYet };
             };
             if revision < watcher.start {
                 return Answer::Never;

@@ -225,6 +225,20 @@ fn who_comes_before_the_hub_has_seen_the_first_view_misses_nothing() {
     assert_eq!(stage.events(0).len(), 2);
 }
 
+/// The request was kept, and answered when the watcher had been cancelled, between other answers.
+#[test]
+fn a_request_for_progress_while_a_watcher_begins_later_is_never_answered() {
+    let mut stage = Stage::new(u64::MAX);
+    stage.create(everything(), Start::After(Revision(1)));
+    stage.create(everything(), Start::At(Revision(1000)));
+    stage.pump_all();
+    let before = stage.heard.len();
+    stage.session.request_progress();
+    stage.pump_all();
+    assert!(!stage.session.awaits_progress());
+    assert_eq!(stage.heard.len(), before);
+}
+
 #[test]
 fn progress_is_not_told_before_the_events_it_covers() {
     let mut stage = Stage::new(u64::MAX);
