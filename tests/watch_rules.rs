@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use millpond::proto::{
     etcdserverpb::{self as pb, RequestOp, TxnRequest, WatchCreateRequest, WatchResponse, request_op::Request},
-    mvccpb::event::EventType,
+    mvccpb::{Event, event::EventType},
 };
 use support::{
     client::{Client, eventually, http_get},
@@ -135,6 +135,43 @@ async fn a_start_at_the_compaction_is_valid() {
     })
     .await;
     assert_eq!(revisions, [8, 9, 10, 11, 12]);
+}
+
+/// A put that its own transaction deletes again is gone with the compaction of their revision; the deletion is not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_at_the_compaction_shows_what_was_left_of_its_revision() {
+    let events = on_both(&twins().await, async |client| {
+        client.put("old", "1").await.unwrap();
+        client.put("k", "0").await.unwrap();
+        let put = |key: &'static str| {
+            Request::RequestPut(pb::PutRequest { key: key.into(), value: "2".into(), ..Default::default() })
+        };
+        let delete =
+            pb::DeleteRangeRequest { key: "k".into(), range_end: b"\0".as_slice().into(), ..Default::default() };
+        let requests = [put("a"), put("k"), put("new"), Request::RequestDeleteRange(delete)];
+        let success = requests.map(|request| RequestOp { request: Some(request) }).to_vec();
+        let twice = client.kv.clone().txn(TxnRequest { success, ..Default::default() }).await.unwrap().into_inner();
+        let revision = twice.header.unwrap().revision;
+        client.put("z", "3").await.unwrap();
+        let mut told = Vec::new();
+        for compacted in [false, true] {
+            if compacted {
+                client.compact(revision).await.unwrap();
+            }
+            let stream = WatchStream::open(&client).await;
+            stream.create(WatchCreateRequest { prev_kv: true, ..create("\0", "\0", revision) });
+            stream
+                .until("the last put", |all| all.iter().flat_map(|r| &r.events).any(|e| revision_of(e) > revision))
+                .await;
+            told.push(stream.events());
+        }
+        told
+    })
+    .await;
+    let puts = |events: &[Event]| events.iter().filter(|event| event.r#type() == EventType::Put).count();
+    assert_eq!((puts(&events[0]), events[0].len()), (4, 7), "before the compaction: a, k, new and z; three deletions");
+    assert_eq!((puts(&events[1]), events[1].len()), (2, 5), "after it: a and z; the deletions");
+    assert!(events[1].iter().all(|event| event.prev_kv.is_none()), "nothing is left from before it");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

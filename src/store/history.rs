@@ -6,7 +6,7 @@
 //! undone.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashSet, VecDeque},
     sync::{Arc, OnceLock},
 };
 
@@ -49,6 +49,15 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// What etcd keeps of it when it is compacted at just this revision: the last event of each key. A transaction can put a
+    /// key and delete it again.
+    pub fn left_by_compaction(&self) -> Vec<&Event> {
+        let mut later = HashSet::new();
+        let mut left: Vec<_> = self.events.iter().rev().filter(|event| later.insert(event.record.key())).collect();
+        left.reverse();
+        left
+    }
+
     fn memory(&self) -> usize {
         let event = |event: &Event| size_of::<Event>() + event.record.memory() + TREE_BYTES_PER_EVENT;
         self.events.iter().map(event).sum()

@@ -10,7 +10,7 @@ use crate::{
         watcher::Watcher,
     },
     proto::{etcdserverpb::WatchResponse, mvccpb},
-    store::{Entry, Position, Responder, Revision, View},
+    store::{Entry, Event, Position, Responder, Revision, View},
 };
 use prost::Message;
 
@@ -219,12 +219,18 @@ fn stretch(
             break;
         }
         *entries -= 1;
-        // What came before a compaction is gone for whoever begins at it, as in etcd; Kubernetes tells by that.
-        let compacted_away = entry.revision == view.compacted && watcher.start == entry.revision;
-        let prev_kv = watcher.options.prev_kv && !compacted_away;
-        for event in entry.events.iter().filter(|event| watcher.options.wants(event)) {
-            put_event(&mut scratch.bytes, event, prev_kv);
-            lengths.push(event_len(event, prev_kv));
+        // What a compaction took is gone for whoever begins at it, as in etcd; Kubernetes tells by that.
+        let compacted = entry.revision == view.compacted && watcher.start == entry.revision;
+        let prev_kv = watcher.options.prev_kv && !compacted;
+        let mut put = |event: &Event| {
+            if watcher.options.wants(event) {
+                put_event(&mut scratch.bytes, event, prev_kv);
+                lengths.push(event_len(event, prev_kv));
+            }
+        };
+        match compacted {
+            true => entry.left_by_compaction().into_iter().for_each(&mut put),
+            false => entry.events.iter().for_each(&mut put),
         }
     }
     watcher.next = reached;
