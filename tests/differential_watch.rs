@@ -39,5 +39,5 @@ async fn scripts_against(version: &str) {
         events += volume.1;
     }
     println!("etcd {version}: {responses} watch responses with {events} events");
-    assert!(events > 300, "the scripts exercised too little: {events} events");
+    assert!(events > 50, "the scripts exercised too little: {events} events");
 }

@@ -228,6 +228,18 @@ impl Generator {
         txn
     }
 
+    /// A transaction that deletes again some of what it puts. Etcd refuses to touch a key twice, but does not notice it in a
+    /// deletion of everything from a key on.
+    pub fn put_and_delete(&mut self) -> pb::TxnRequest {
+        let put = |key: String, value| pb::PutRequest { key: key.into(), value, ..Default::default() };
+        let mut requests: Vec<_> =
+            (0..3).map(|at| Op::RequestPut(put(format!("b/2/{}", 3 * at + self.below(3)), self.value()))).collect();
+        let (key, prev_kv) = (format!("b/2/{}", self.below(10)).into(), self.chance(2));
+        requests.push(Op::RequestDeleteRange(pb::DeleteRangeRequest { key, range_end: b"\0"[..].into(), prev_kv }));
+        let success = requests.into_iter().map(|request| pb::RequestOp { request: Some(request) }).collect();
+        pb::TxnRequest { success, ..Default::default() }
+    }
+
     fn nested_txn(&mut self, bounds: Bounds, depth: usize) -> pb::TxnRequest {
         let compares = self.below(4);
         pb::TxnRequest {

@@ -34,6 +34,8 @@ struct Watcher {
     request: WatchCreateRequest,
     /// The first revision that it is to be told.
     from: i64,
+    /// It began at the last compaction, which left only the last event of each key of that revision.
+    at_compaction: bool,
     /// Cancelled by the server because of a compaction; its id stays taken.
     compacted: bool,
 }
@@ -112,9 +114,10 @@ impl Script {
     }
 
     async fn write(&mut self) {
-        let operation = match self.rng.random_range(0..10) {
-            0..6 => Operation::Put(self.generator.put()),
-            6 | 7 => Operation::Delete(self.generator.delete()),
+        let operation = match self.rng.random_range(0..40) {
+            0..24 => Operation::Put(self.generator.put()),
+            24..32 => Operation::Delete(self.generator.delete()),
+            32 => Operation::Txn(self.generator.put_and_delete()),
             _ => Operation::Txn(self.generator.txn(self.bounds, 1)),
         };
         self.steps.push(format!("{operation:?}"));
@@ -158,7 +161,11 @@ impl Script {
 
     fn create_request(&mut self) -> WatchCreateRequest {
         let (key, range_end) = self.span();
-        let start_revision = if self.generator.chance(2) { 0 } else { self.generator.revision(self.bounds).max(-5) };
+        let start_revision = match self.rng.random_range(0..8) {
+            0..4 => 0,
+            4 => self.bounds.compacted,
+            _ => self.generator.revision(self.bounds).max(-5),
+        };
         let filters = match self.rng.random_range(0..8) {
             0 => vec![0],
             1 => vec![1],
@@ -215,7 +222,8 @@ impl Script {
         }
         let compacted = !is_live && from < self.bounds.compacted;
         self.controls += usize::from(compacted);
-        self.watchers.insert(id, Watcher { request: request.clone(), from, compacted });
+        let at_compaction = !is_live && from == self.bounds.compacted;
+        self.watchers.insert(id, Watcher { request: request.clone(), from, at_compaction, compacted });
     }
 
     fn pick_id(&mut self) -> i64 {
@@ -317,7 +325,12 @@ impl Script {
             return 0;
         }
         let history = self.recorder.events();
-        history.iter().filter(|event| revision_of(event) >= watcher.from && sees(&watcher.request, event)).count()
+        let is_due = |at: &usize| {
+            let event = &history[*at];
+            let gone = watcher.at_compaction && revision_of(event) == watcher.from && is_superseded(&history, *at);
+            revision_of(event) >= watcher.from && sees(&watcher.request, event) && !gone
+        };
+        (0..history.len()).filter(is_due).count()
     }
 
     fn compare(&self) {
@@ -339,8 +352,18 @@ impl Script {
     }
 
     fn last_steps(&self) -> String {
-        self.steps[self.steps.len().saturating_sub(12)..].join("\n")
+        const LENGTH: usize = 400;
+        let last = &self.steps[self.steps.len().saturating_sub(12)..];
+        last.iter().map(|step| step.chars().take(LENGTH).collect::<String>()).collect::<Vec<_>>().join("\n")
     }
+}
+
+/// Whether a later event of the same revision is about the same key.
+fn is_superseded(history: &[Event], at: usize) -> bool {
+    let key = |event: &Event| event.kv.as_ref().expect("every event has a record").key.clone();
+    let revision = revision_of(&history[at]);
+    let mut later = history[at + 1..].iter().take_while(|later| revision_of(later) == revision);
+    later.any(|later| key(later) == key(&history[at]))
 }
 
 fn span_of(request: &WatchCreateRequest) -> (&[u8], &[u8]) {
