@@ -5,12 +5,14 @@
 //! once without writing: it only asks for the connection's task to be polled again. The task goes to the end of the
 //! scheduler's queue, behind the tasks that are about to add their responses, and the buffer leaves when the reading side
 //! of a later poll has run dry. No timer is involved: a lonely response waits for two turns of an otherwise idle
-//! scheduler. Large writes pass through without being copied, together with what was gathered before them.
+//! scheduler. Large writes pass through without being copied, together with what was gathered before them. Only the answer
+//! to a ping that came with a request waits for a timer, if nothing follows it ([`courtesy`]).
 //!
 //! The end of the reading phase is the signal because HTTP/2 connections always read before they write in a poll. HTTP/1
 //! connections do not, and gather by themselves, so an accepted connection is looked at first ([`Gather::sniffing`]).
 
 mod calls;
+mod courtesy;
 mod turn;
 
 use std::{
@@ -26,6 +28,7 @@ use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 pub(crate) use self::calls::{Calls, NewCalls};
+use self::courtesy::{Pause, may_wait};
 
 /// Bytes that are gathered at most before they are written.
 const CAPACITY: usize = 64 * 1024;
@@ -35,6 +38,8 @@ const LARGE: usize = 8 * 1024;
 const FIRST_ALLOCATION: usize = 2 * 1024;
 /// How every HTTP/2 connection begins; no HTTP/1 method in use starts so.
 const HTTP2_START: [u8; 4] = *b"PRI ";
+/// A read of no more bytes than this brought nothing that somebody waits for.
+const SMALL_READ: usize = 64;
 /// Slices of one vectored write: what was gathered, and the head, payload and rest of a frame.
 const SLICES: usize = 8;
 
@@ -64,6 +69,10 @@ pub struct Gather<S> {
     pending: BytesMut,
     mode: Mode,
     deferral: Deferral,
+    /// Bytes of the last read that brought any.
+    last_read: usize,
+    /// Once it has been needed.
+    pause: Option<Pause>,
 }
 
 enum Mode {
@@ -81,6 +90,10 @@ enum Deferral {
     None,
     /// A flush was promised in this poll; others may add to it until the next one is over.
     Promised,
+    /// There was nothing to flush but what may wait; another poll will show whether that remains so.
+    Courtesy,
+    /// It did: the flush waits for something to be added, or for the end of the pause.
+    Paused,
     /// The promise is kept as soon as the reading side is dry.
     Due,
 }
@@ -88,7 +101,8 @@ enum Deferral {
 impl<S> Gather<S> {
     /// For a connection that is known to speak HTTP/2.
     pub fn new(inner: S) -> Self {
-        Self { inner, pending: BytesMut::new(), mode: Mode::Gathering, deferral: Deferral::None }
+        let (pending, mode, deferral) = (BytesMut::new(), Mode::Gathering, Deferral::None);
+        Self { inner, pending, mode, deferral, last_read: 0, pause: None }
     }
 
     /// For an accepted connection: gathers only if the peer opens with the HTTP/2 preface.
@@ -160,17 +174,27 @@ impl<S: AsyncWrite + Unpin> Gather<S> {
         match self.deferral {
             Deferral::None if self.pending.is_empty() => self.pending = BytesMut::new(),
             Deferral::None => {}
-            Deferral::Promised => {
-                self.deferral = Deferral::Due;
-                cx.waker().wake_by_ref();
+            Deferral::Promised if self.last_read > SMALL_READ && may_wait(&self.pending) => {
+                self.look_again(Deferral::Courtesy, cx);
             }
-            Deferral::Due => {
+            Deferral::Promised => self.look_again(Deferral::Due, cx),
+            Deferral::Courtesy => {
+                self.deferral = Deferral::Paused;
+                self.pause.get_or_insert_with(Pause::new).begin_anew(cx);
+            }
+            Deferral::Paused if self.pause.as_mut().is_some_and(|pause| !pause.is_over(cx)) => {}
+            Deferral::Paused | Deferral::Due => {
                 if let Poll::Ready(result) = self.drain(cx) {
                     result?;
                 }
             }
         }
         Ok(())
+    }
+
+    fn look_again(&mut self, deferral: Deferral, cx: &Context<'_>) {
+        self.deferral = deferral;
+        cx.waker().wake_by_ref();
     }
 }
 
@@ -183,6 +207,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Gather<S> {
         if read.is_empty() {
             me.reading_is_dry(cx)?;
         } else {
+            me.last_read = read.len();
             me.sniff(read);
         }
         result
@@ -220,9 +245,12 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
         if me.pending.is_empty() && me.deferral == Deferral::None {
             return Pin::new(&mut me.inner).poll_flush(cx);
         }
-        if me.deferral == Deferral::None {
-            me.deferral = Deferral::Promised;
-            cx.waker().wake_by_ref();
+        match me.deferral {
+            Deferral::None => me.look_again(Deferral::Promised, cx),
+            Deferral::Paused if !may_wait(&me.pending) => me.look_again(Deferral::Promised, cx),
+            // One poll was waited for already.
+            Deferral::Courtesy if !may_wait(&me.pending) => me.look_again(Deferral::Due, cx),
+            _ => {}
         }
         Poll::Ready(Ok(()))
     }

@@ -174,6 +174,70 @@ async fn a_closed_peer_is_an_error_and_not_a_loop() {
     assert!(result.await.is_err());
 }
 
+/// One poll of an HTTP/2 connection; how much it read.
+fn poll_once<S: AsyncRead + AsyncWrite + Unpin>(gather: &mut Gather<S>) -> usize {
+    let mut cx = Context::from_waker(Waker::noop());
+    let mut space = [0; 256];
+    let mut buffer = ReadBuf::new(&mut space);
+    let _ = Pin::new(gather).poll_read(&mut cx, &mut buffer);
+    buffer.filled().len()
+}
+
+const PONG: [u8; 17] = [0, 0, 8, 6, 1, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+
+/// A connection that has read as many bytes and answered the ping among them.
+fn pinged(bytes: usize) -> Gather<Scripted> {
+    let mut gather = Gather::new(Scripted { start: Some(vec![0; bytes]), ..Scripted::default() });
+    assert_eq!(poll_once(&mut gather), bytes);
+    write(&mut gather, &PONG);
+    flush(&mut gather);
+    gather
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_answer_to_a_ping_that_came_with_a_request_leaves_with_what_follows() {
+    let mut gather = pinged(200);
+    let (taken, calls) = (gather.inner.taken.clone(), gather.inner.calls.clone());
+    for _ in 0..5 {
+        poll_once(&mut gather);
+        flush(&mut gather);
+    }
+    assert_eq!(*calls.lock().unwrap(), 0);
+    write(&mut gather, &[1; 60]);
+    flush(&mut gather);
+    poll_once(&mut gather);
+    write(&mut gather, &[2; 60]);
+    flush(&mut gather);
+    assert_eq!(*calls.lock().unwrap(), 0, "what follows may be followed by more");
+    poll_once(&mut gather);
+    assert_eq!(*calls.lock().unwrap(), 1);
+    assert_eq!(*taken.lock().unwrap(), [&PONG[..], &[1; 60], &[2; 60]].concat());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_answer_to_a_ping_leaves_by_itself_when_nothing_follows() {
+    let mut gather = pinged(200);
+    let taken = gather.inner.taken.clone();
+    let sent = taken.clone();
+    let connection = poll_fn(move |cx| {
+        let mut space = [0; 256];
+        let _ = Pin::new(&mut gather).poll_read(cx, &mut ReadBuf::new(&mut space));
+        if sent.lock().unwrap().is_empty() { Poll::Pending } else { Poll::Ready(()) }
+    });
+    let begun = tokio::time::Instant::now();
+    tokio::time::timeout(Duration::from_secs(1), connection).await.unwrap();
+    assert!(begun.elapsed() <= Duration::from_millis(2), "{:?}", begun.elapsed());
+    assert_eq!(*taken.lock().unwrap(), PONG);
+}
+
+#[test]
+fn the_answer_to_a_ping_that_came_alone_does_not_wait() {
+    let mut gather = pinged(30);
+    poll_once(&mut gather);
+    poll_once(&mut gather);
+    assert_eq!(*gather.inner.taken.lock().unwrap(), PONG);
+}
+
 /// Counts the writes that reach the socket.
 struct Counting<S>(S, Arc<Mutex<usize>>);
 
