@@ -21,6 +21,7 @@ use tonic::Code;
 
 use super::{
     Shared,
+    news::News,
     relay::{self, Report},
 };
 use crate::{
@@ -55,6 +56,7 @@ pub(super) struct Stream {
     deframer: Deframer,
     session: Session,
     out: BytesMut,
+    news: News,
     /// A create request that waits to be told what the present is.
     opening: Option<Box<(WatchCreateRequest, Waiting)>>,
     relays: Option<Box<Relays>>,
@@ -93,6 +95,7 @@ impl Stream {
             requests: Some(requests),
             deframer: Deframer::compressed(compression),
             out: BytesMut::new(),
+            news: News::new(),
             opening: None,
             relays: None,
             ticker: None,
@@ -334,7 +337,11 @@ impl HttpBody for Stream {
         if stream.finished {
             return Poll::Ready(None);
         }
-        let more = stream.ended.is_none() && stream.work(cx);
+        let Some(waker) = stream.news.take(cx) else { return Poll::Pending };
+        let more = stream.ended.is_none() && stream.work(&mut Context::from_waker(&waker));
+        if more || stream.ended.is_some() {
+            stream.news.keep();
+        }
         if !stream.out.is_empty() {
             return Poll::Ready(Some(Ok(stream.piece())));
         }

@@ -1,0 +1,101 @@
+//! Whether a stream has anything to do.
+//!
+//! hyper asks a body again after every piece, and whenever anything about its call changes. Going through everything that a Watch
+//! stream waits for costs as much as a delivery does, so all of that is given a waker which remembers that it was called.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Wake, Waker},
+};
+
+use futures_util::task::AtomicWaker;
+
+/// What has become known since the stream has looked last.
+pub(super) struct News {
+    shared: Arc<Shared>,
+    waker: Waker,
+}
+
+struct Shared {
+    is_there: AtomicBool,
+    call: AtomicWaker,
+}
+
+impl News {
+    /// There is news to begin with.
+    pub(super) fn new() -> Self {
+        let shared = Arc::new(Shared { is_there: AtomicBool::new(true), call: AtomicWaker::new() });
+        Self { waker: Waker::from(shared.clone()), shared }
+    }
+
+    /// If there is news: the waker for everything that the stream waits for, all of which is to be polled now. If not, the
+    /// task of `cx` is woken when there is.
+    pub(super) fn take(&self, cx: &Context<'_>) -> Option<Waker> {
+        self.shared.call.register(cx.waker());
+        self.shared.is_there.swap(false, Ordering::AcqRel).then(|| self.waker.clone())
+    }
+
+    /// The stream has not come to the end of what there is. Wakes nobody.
+    pub(super) fn keep(&self) {
+        self.shared.is_there.store(true, Ordering::Release);
+    }
+}
+
+impl Wake for Shared {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.is_there.store(true, Ordering::Release);
+        self.call.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn news_is_told_once_and_wakes_whoever_looked_last() {
+        let (first, second) = (Arc::<Wakes>::default(), Arc::<Wakes>::default());
+        let wakers = [Waker::from(first.clone()), Waker::from(second.clone())];
+        let look = |news: &News, waker: &Waker| news.take(&Context::from_waker(waker));
+        let woken = || (first.0.load(Ordering::Relaxed), second.0.load(Ordering::Relaxed));
+        let news = News::new();
+        let inner = look(&news, &wakers[0]).expect("there is news to begin with");
+        assert!(look(&news, &wakers[0]).is_none() && look(&news, &wakers[1]).is_none());
+        inner.wake_by_ref();
+        inner.wake_by_ref();
+        assert_eq!(woken(), (0, 1), "a task that is woken already need not be told again");
+        assert!(look(&news, &wakers[0]).is_some() && look(&news, &wakers[0]).is_none());
+        news.keep();
+        assert_eq!(woken(), (0, 1));
+        assert!(look(&news, &wakers[0]).is_some());
+    }
+
+    #[test]
+    fn news_that_comes_while_the_stream_works_is_not_lost() {
+        let wakes = Arc::<Wakes>::default();
+        let waker = Waker::from(wakes.clone());
+        let news = News::new();
+        let inner = news.take(&Context::from_waker(&waker)).unwrap();
+        inner.wake_by_ref();
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+        assert!(news.take(&Context::from_waker(&waker)).is_some());
+    }
+}
