@@ -65,7 +65,8 @@ impl Generator {
             40..50 => Operation::RangeStream(self.range(bounds)),
             50..76 => Operation::Put(self.put()),
             76..80 => Operation::Delete(self.delete()),
-            80..98 => Operation::Txn(self.txn(bounds, 2)),
+            80..97 => Operation::Txn(self.txn(bounds, 2)),
+            97 => Operation::Txn(self.put_and_delete()),
             _ => Operation::Compact(self.compaction(bounds)),
         }
     }
@@ -210,6 +211,16 @@ impl Generator {
         pb::DeleteRangeRequest { key, range_end, prev_kv: self.chance(2) }
     }
 
+    /// A deletion that has an end. With one that has none, etcd lets a transaction put a key after it deleted it, and a
+    /// compaction at just that revision takes the key's only record, of which etcd dies at the next read.
+    fn bounded_delete(&mut self) -> pb::DeleteRangeRequest {
+        let mut request = self.delete();
+        if request.range_end == b"\0"[..] {
+            request.range_end = Bytes::new();
+        }
+        request
+    }
+
     fn compaction(&mut self, bounds: Bounds) -> pb::CompactionRequest {
         let revision = match self.below(4) {
             0 => self.revision(bounds),
@@ -259,7 +270,7 @@ impl Generator {
         let request = match self.below(if reads_only { 4 } else { 12 }) {
             0..4 => Some(Op::RequestRange(self.range(bounds))),
             4..9 => Some(Op::RequestPut(self.put())),
-            9 => Some(Op::RequestDeleteRange(self.delete())),
+            9 => Some(Op::RequestDeleteRange(self.bounded_delete())),
             10 if depth > 0 => Some(Op::RequestTxn(self.nested_txn(bounds, depth - 1))),
             _ => Some(Op::RequestPut(self.put())),
         };
