@@ -223,7 +223,7 @@ impl Cache {
         self.confirm(prefix, self.heard(), self.0.settings.floor_patience).await?;
         let floor = prefix.floor();
         let same_epoch = view.position.epoch == prefix.store().view().position.epoch;
-        if view.revision() >= floor && same_epoch && self.is_compacted_in(prefix, &view) {
+        if view.revision() >= floor && same_epoch && prefix.knows_compactions(&view) {
             return Ok(self.show(prefix, view));
         }
         drop(view);
@@ -232,10 +232,7 @@ impl Cache {
 
     /// A view of `prefix` that has got to `floor`.
     async fn serializable_from(&self, prefix: &Prefix, floor: Revision) -> Result<Arc<View>, Unserved> {
-        prefix.want(floor);
-        let reached = timeout(self.0.settings.floor_patience, prefix.store().reached(floor)).await;
-        reached.map_err(|_| Unserved::Behind)?;
-        self.compacted(prefix, self.0.settings.floor_patience).await?;
+        self.reach(prefix, floor, self.0.settings.floor_patience).await?;
         let view = self.servable(prefix)?;
         if view.revision() < floor {
             return Err(Unserved::Proving);
@@ -264,12 +261,7 @@ impl Cache {
         }
         let heard = proof.connection.max(self.heard());
         self.confirm(prefix, heard, self.0.settings.view_patience).await?;
-        if prefix.store().view().revision() < proof.revision {
-            prefix.want(proof.revision);
-            let reached = timeout(self.0.settings.view_patience, prefix.store().reached(proof.revision)).await;
-            reached.map_err(|_| Unserved::Behind)?;
-        }
-        self.compacted(prefix, self.0.settings.view_patience).await?;
+        self.reach(prefix, proof.revision, self.0.settings.view_patience).await?;
         let view = self.provable(prefix)?;
         if view.position.epoch != before.position.epoch || view.revision() < proof.revision {
             return Err(Unserved::Proving);
@@ -311,24 +303,16 @@ impl Cache {
         confirmed.map_err(|_| Unserved::Proving)
     }
 
-    /// Whether `view` knows of the compactions that clients were told of, or cannot learn of them: the upstream is lost.
-    fn is_compacted_in(&self, prefix: &Prefix, view: &View) -> bool {
-        prefix.is_compacted_in(view) || prefix.phase() != Phase::Live
-    }
-
-    /// Waits until the view of `prefix` knows of the compactions that clients were told of.
-    async fn compacted(&self, prefix: &Prefix, patience: Duration) -> Result<(), Unserved> {
-        if self.is_compacted_in(prefix, &prefix.store().view()) {
+    /// Waits until the view of `prefix` has got to `revision`, and knows of the compactions that clients were told of.
+    async fn reach(&self, prefix: &Prefix, revision: Revision, patience: Duration) -> Result<(), Unserved> {
+        if prefix.is_at(revision) {
             return Ok(());
         }
-        Box::pin(timeout(patience, prefix.compacted())).await.map_err(|_| Unserved::Behind)
+        prefix.want(revision);
+        Box::pin(timeout(patience, prefix.reached(revision))).await.map_err(|_| Unserved::Behind)
     }
 
     /// Whether a watcher may begin on the view of `prefix`: not while its history may be another than what is relayed.
-    pub fn is_settled(&self, prefix: &Prefix) -> bool {
-        self.is_settled_for(prefix, self.heard())
-    }
-
     fn is_settled_for(&self, prefix: &Prefix, heard: ConnectionNumber) -> bool {
         match prefix.phase() {
             Phase::Live | Phase::Lost(_) => prefix.confirmed() >= heard,
@@ -336,8 +320,8 @@ impl Cache {
         }
     }
 
-    /// Waits until a watcher may begin on the view of `prefix`.
-    pub async fn settled(&self, prefix: &Prefix) {
+    /// Waits until a watcher may begin on the view of `prefix`, as far as its history goes.
+    async fn settled(&self, prefix: &Prefix) {
         let Signals { mut phase, mut confirmed, .. } = prefix.signals();
         // What is heard from now on is no matter of this call's.
         let heard = self.heard();
@@ -354,25 +338,27 @@ impl Cache {
         }
     }
 
-    /// Whether the view of `prefix` holds everything that clients were told of, compactions included, or cannot get there:
-    /// the upstream is lost.
-    pub fn is_level(&self, prefix: &Prefix) -> bool {
-        let view = prefix.store().view();
-        let is_level = view.revision() >= prefix.floor() && prefix.is_compacted_in(&view);
-        is_level || prefix.phase() != Phase::Live
+    /// As [`Cache::begin`], where there is nothing to wait for.
+    pub fn begin_at_once(&self, prefix: &Prefix, names_start: bool) -> Option<(Responder, Revision)> {
+        let may_begin = self.is_settled_for(prefix, self.heard()) && (!names_start || self.is_level(prefix));
+        may_begin.then(|| self.present(prefix))
     }
 
-    /// Waits until the view of `prefix` holds everything that clients have been told of by now, for as long as a
-    /// serializable read would.
-    pub async fn level(&self, prefix: &Prefix) {
-        let floor = prefix.floor();
-        prefix.want(floor);
-        let level = async {
-            prefix.store().reached(floor).await;
-            prefix.compacted().await;
-        };
-        // One that stays behind is the feed's concern: what it has can be sent meanwhile.
-        let _ = timeout(self.0.settings.floor_patience, level).await;
+    /// Waits until a watcher may begin on the view of `prefix`, and gives who answers and the present. One that names its
+    /// start needs a view with all that clients were told of: as in etcd, what it catches up with reaches the present that its
+    /// creation shows.
+    pub async fn begin(&self, prefix: &Prefix, names_start: bool) -> (Responder, Revision) {
+        self.settled(prefix).await;
+        if names_start && !self.is_level(prefix) {
+            // One that stays behind is the feed's concern: what it has can be sent meanwhile.
+            let _ = self.reach(prefix, prefix.floor(), self.0.settings.floor_patience).await;
+        }
+        self.present(prefix)
+    }
+
+    /// Whether the view of `prefix` has all that clients were told of, or cannot get there: the upstream is lost.
+    fn is_level(&self, prefix: &Prefix) -> bool {
+        prefix.is_at(prefix.floor()) || prefix.phase() != Phase::Live
     }
 
     /// The current view of `prefix`, if anything may be read from it.

@@ -190,19 +190,27 @@ impl Prefix {
         self.noted_compaction.fetch_max(revision.0, Ordering::Release);
     }
 
-    /// Whether `view` knows of every compaction in its history that clients were told of.
-    pub(super) fn is_compacted_in(&self, view: &View) -> bool {
+    /// Whether `view` knows of every compaction in its history that clients were told of, or cannot learn of it: the
+    /// upstream is lost.
+    pub(super) fn knows_compactions(&self, view: &View) -> bool {
+        // Most often, that is all there is to look at.
         if self.noted_compaction.load(Ordering::Acquire) <= view.compacted.0 {
             return true;
         }
         let noted = self.demand.borrow().compacted;
-        noted.epoch != view.position.epoch || noted.revision <= view.compacted
+        noted.epoch != view.position.epoch || noted.revision <= view.compacted || self.phase() != Phase::Live
     }
 
-    /// Waits until the view knows of every compaction in its history that clients were told of.
-    pub(super) async fn compacted(&self) {
+    /// Whether the view has got to `revision`, and knows of the compactions.
+    pub(super) fn is_at(&self, revision: Revision) -> bool {
+        let view = self.store.view();
+        view.revision() >= revision && self.knows_compactions(&view)
+    }
+
+    /// Waits until [`Prefix::is_at`].
+    pub(super) async fn reached(&self, revision: Revision) {
         // The sender lives as long as the store, so this cannot fail.
-        let _ = self.store.position().wait_for(|_| self.is_compacted_in(&self.store.view())).await;
+        let _ = self.store.position().wait_for(|_| self.is_at(revision)).await;
     }
 }
 

@@ -152,24 +152,26 @@ fn what_clients_were_told_of_is_known_to_reads_and_watchers_that_begin_afterward
         let prefix = &cache.prefixes()[0];
         put(&world, &["a/1", "a/2", "a/3"]).await;
         answer(&world, &range).await;
+        let must_wait = || cache.begin_at_once(prefix, true).is_none();
         let compact = |revision| {
             world.0.cluster.compact(revision);
             cache.note_compacted(Revision(revision));
-            assert_eq!((cache.is_level(prefix), view().compacted < Revision(revision)), (false, true));
+            assert!(must_wait() && view().compacted < Revision(revision));
         };
         compact(2);
         assert_eq!(cache.serializable(&range).await.map(|view| view.compacted), Ok(Revision(2)));
         compact(3);
         assert_eq!(cache.linearizable(&range).await.map(|view| view.compacted), Ok(Revision(3)));
         compact(4);
-        cache.level(prefix).await;
-        assert_eq!((cache.is_level(prefix), view().compacted), (true, Revision(4)));
+        cache.begin(prefix, true).await;
+        assert_eq!((must_wait(), view().compacted), (false, Revision(4)));
 
         put(&world, &["a/4"]).await;
         cache.note_relayed(Revision(5), cache.upstream().newest_connection());
-        assert_eq!((cache.is_level(prefix), view().revision()), (false, Revision(4)));
-        cache.level(prefix).await;
-        assert_eq!((cache.is_level(prefix), view().revision()), (true, Revision(5)));
+        assert_eq!((must_wait(), view().revision()), (true, Revision(4)));
+        assert_eq!(cache.begin_at_once(prefix, false).map(|(_, present)| present), Some(Revision(5)));
+        assert_eq!(cache.begin(prefix, true).await.1, Revision(5));
+        assert_eq!((must_wait(), view().revision()), (false, Revision(5)));
         settle(&world);
     });
 }

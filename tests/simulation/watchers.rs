@@ -46,11 +46,10 @@ pub async fn watch(world: World, mut dice: Dice, seen: Seen) {
         if !prefix.store().view().is_loaded() {
             continue;
         }
-        parts.cache.settled(prefix).await;
-        let now = parts.cache.present(prefix);
-        let view = prefix.store().view_owned();
         let options = options(range, &mut dice);
         let back = if dice.chance(2) { 0 } else { dice.between(1, 30) };
+        let now = parts.cache.begin(prefix, back > 0).await;
+        let view = prefix.store().view_owned();
         let (start, first) = match now.1.0 - back {
             after if back == 0 => (Start::After(now.1), after),
             first => (Start::At(Revision(first.max(1))), first.max(1) - 1),

@@ -201,31 +201,21 @@ impl Stream {
         }
     }
 
-    /// Creates a watcher at once if the view of its range can be relied on. One that names its start needs a view with all
-    /// that clients were told of: as in etcd, what it catches up with reaches the present that its creation shows. Until
-    /// then the request waits; where there is no view, only the cluster knows what the present is.
+    /// Creates a watcher at once if it may begin on the view of its range. While that is being found out, the request
+    /// waits; where there is no view, only the cluster knows what the present is.
     fn take_create(&mut self, request: WatchCreateRequest) {
         let options = WatchOptions::from_request(&request);
         let names_start = request.start_revision > 0;
         let cache = &self.shared.cache;
         let loaded = cache.covering(&options.range).filter(|(_, prefix)| prefix.store().view().is_loaded());
         match loaded {
-            Some((_, prefix)) if cache.is_settled(prefix) && (!names_start || cache.is_level(prefix)) => {
-                let now = cache.present(prefix);
-                self.create(request, now);
-            }
-            Some((lane, _)) => {
-                let cache = cache.clone();
-                let settled = async move {
-                    let prefix = &cache.prefixes()[lane];
-                    cache.settled(prefix).await;
-                    if names_start && !cache.is_level(prefix) {
-                        cache.level(prefix).await;
-                    }
-                    cache.present(prefix)
-                };
-                self.wait(request, settled);
-            }
+            Some((lane, prefix)) => match cache.begin_at_once(prefix, names_start) {
+                Some(now) => self.create(request, now),
+                None => {
+                    let cache = cache.clone();
+                    self.wait(request, async move { cache.begin(&cache.prefixes()[lane], names_start).await });
+                }
+            },
             None => {
                 let cache = cache.clone();
                 let asked = async move {
