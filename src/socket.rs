@@ -14,6 +14,8 @@
 mod calls;
 mod courtesy;
 mod turn;
+#[cfg(test)]
+mod wakes;
 
 use std::{
     io::{self, IoSlice},
@@ -29,6 +31,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 pub(crate) use self::calls::{Calls, NewCalls};
 use self::courtesy::{Pause, may_wait};
+#[cfg(test)]
+pub(crate) use self::wakes::Wakes;
 
 /// Bytes that are gathered at most before they are written.
 const CAPACITY: usize = 64 * 1024;
@@ -71,8 +75,6 @@ pub struct Gather<S> {
     deferral: Deferral,
     /// Bytes of the last read that brought any.
     last_read: usize,
-    /// Once it has been needed.
-    pause: Option<Pause>,
 }
 
 enum Mode {
@@ -84,7 +86,6 @@ enum Mode {
     Gathering,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
 enum Deferral {
     /// Nothing was promised by a flush.
     None,
@@ -93,7 +94,7 @@ enum Deferral {
     /// There was nothing to flush but what may wait; another poll will show whether that remains so.
     Courtesy,
     /// It did: the flush waits for something to be added, or for the end of the pause.
-    Paused,
+    Paused(Pause),
     /// The promise is kept as soon as the reading side is dry.
     Due,
 }
@@ -102,7 +103,7 @@ impl<S> Gather<S> {
     /// For a connection that is known to speak HTTP/2.
     pub fn new(inner: S) -> Self {
         let (pending, mode, deferral) = (BytesMut::new(), Mode::Gathering, Deferral::None);
-        Self { inner, pending, mode, deferral, last_read: 0, pause: None }
+        Self { inner, pending, mode, deferral, last_read: 0 }
     }
 
     /// For an accepted connection: gathers only if the peer opens with the HTTP/2 preface.
@@ -171,25 +172,29 @@ impl<S: AsyncWrite + Unpin> Gather<S> {
 
     /// What is to be done when nothing more can be read for now: keep a promise that is due, or give memory back.
     fn reading_is_dry(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        match self.deferral {
+        match &mut self.deferral {
             Deferral::None if self.pending.is_empty() => self.pending = BytesMut::new(),
             Deferral::None => {}
             Deferral::Promised if self.last_read > SMALL_READ && may_wait(&self.pending) => {
                 self.look_again(Deferral::Courtesy, cx);
             }
             Deferral::Promised => self.look_again(Deferral::Due, cx),
-            Deferral::Courtesy => {
-                self.deferral = Deferral::Paused;
-                self.pause.get_or_insert_with(Pause::new).begin_anew(cx);
-            }
-            Deferral::Paused if self.pause.as_mut().is_some_and(|pause| !pause.is_over(cx)) => {}
-            Deferral::Paused | Deferral::Due => {
-                if let Poll::Ready(result) = self.drain(cx) {
-                    result?;
+            Deferral::Courtesy => self.deferral = Deferral::Paused(Pause::begin(cx)),
+            Deferral::Paused(pause) => {
+                if pause.is_over(cx) {
+                    return self.keep_promise(cx);
                 }
             }
+            Deferral::Due => return self.keep_promise(cx),
         }
         Ok(())
+    }
+
+    fn keep_promise(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        match self.drain(cx) {
+            Poll::Ready(result) => result,
+            Poll::Pending => Ok(()),
+        }
     }
 
     fn look_again(&mut self, deferral: Deferral, cx: &Context<'_>) {
@@ -242,12 +247,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let me = self.get_mut();
-        if me.pending.is_empty() && me.deferral == Deferral::None {
-            return Pin::new(&mut me.inner).poll_flush(cx);
-        }
         match me.deferral {
+            Deferral::None if me.pending.is_empty() => return Pin::new(&mut me.inner).poll_flush(cx),
             Deferral::None => me.look_again(Deferral::Promised, cx),
-            Deferral::Paused if !may_wait(&me.pending) => me.look_again(Deferral::Promised, cx),
+            Deferral::Paused(_) if !may_wait(&me.pending) => me.look_again(Deferral::Promised, cx),
             // One poll was waited for already.
             Deferral::Courtesy if !may_wait(&me.pending) => me.look_again(Deferral::Due, cx),
             _ => {}

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Sleep, sleep};
 
 /// How long an answer to a ping waits at most.
 const LONGEST: Duration = Duration::from_millis(1);
@@ -21,23 +21,22 @@ const PONG_BYTES: usize = 17;
 /// A peer with more pings than these has something in mind.
 const MOST: usize = 8 * PONG_BYTES;
 
-/// Whether `frames` are answers to pings alone. Bytes that begin within a frame may be taken for them, which costs a pause.
+/// Whether `frames` are answers to pings and nothing else. Bytes that begin within a frame may be taken for them, which
+/// costs a pause.
 pub(super) fn may_wait(frames: &[u8]) -> bool {
-    frames.len() <= MOST && frames.chunks(PONG_BYTES).all(|frame| frame.len() == PONG_BYTES && frame.starts_with(&PONG))
+    let is_pong = |frame: &[u8]| frame.len() == PONG_BYTES && frame.starts_with(&PONG);
+    (1..=MOST).contains(&frames.len()) && frames.chunks(PONG_BYTES).all(is_pong)
 }
 
 /// The time for which answers to pings wait.
 pub(super) struct Pause(Pin<Box<Sleep>>);
 
 impl Pause {
-    pub(super) fn new() -> Self {
-        Self(Box::pin(sleep(LONGEST)))
-    }
-
-    /// Begins it anew; the task of `cx` is woken at its end.
-    pub(super) fn begin_anew(&mut self, cx: &mut Context<'_>) {
-        self.0.as_mut().reset(Instant::now() + LONGEST);
-        let _ = self.is_over(cx);
+    /// Begins; the task of `cx` is woken at the end.
+    pub(super) fn begin(cx: &mut Context<'_>) -> Self {
+        let mut pause = Self(Box::pin(sleep(LONGEST)));
+        let _ = pause.is_over(cx);
+        pause
     }
 
     /// Whether it is over; if not, the task of `cx` is woken at its end.
@@ -58,6 +57,6 @@ mod tests {
         assert!(!may_wait(&ping) && !may_wait(&data), "somebody waits for these");
         assert!(!may_wait(&[&pong[..], &data].concat()));
         assert!(!may_wait(&pong[..16]) && !may_wait(&pong[1..]));
-        assert!(!may_wait(&pong.repeat(9)));
+        assert!(!may_wait(&pong.repeat(9)) && !may_wait(&[]));
     }
 }

@@ -100,63 +100,49 @@ fn this_thread() -> usize {
 mod tests {
     use std::thread;
 
-    use super::*;
-
-    #[derive(Default)]
-    struct Wakes(AtomicUsize);
-
-    impl Wake for Wakes {
-        fn wake(self: Arc<Self>) {
-            self.0.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    fn task() -> (Arc<Wakes>, Waker) {
-        let wakes = Arc::<Wakes>::default();
-        (wakes.clone(), Waker::from(wakes))
-    }
+    use super::{super::wakes::Wakes, *};
 
     #[test]
     fn a_wake_between_turns_is_told_once() {
-        let ((wakes, task), mut turn) = (task(), Turn::default());
+        let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
         let waker = turn.begin(&Context::from_waker(&task));
         assert!(turn.is_over());
         (0..3).for_each(|_| waker.wake_by_ref());
-        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+        assert_eq!(wakes.count(), 1);
         turn.begin(&Context::from_waker(&task));
         assert!(turn.is_over());
-        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+        assert_eq!(wakes.count(), 1);
     }
 
     #[test]
     fn a_wake_within_a_turn_is_looked_after_there_but_not_for_ever() {
-        let ((wakes, task), mut turn) = (task(), Turn::default());
+        let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
         let waker = turn.begin(&Context::from_waker(&task));
         for _ in 1..LOOKS {
             waker.wake_by_ref();
             assert!(!turn.is_over());
         }
-        assert_eq!(wakes.0.load(Ordering::Relaxed), 0);
+        assert_eq!(wakes.count(), 0);
         waker.wake_by_ref();
         assert!(turn.is_over());
-        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+        assert_eq!(wakes.count(), 1);
     }
 
     #[test]
     fn a_wake_from_another_thread_gives_it_time_for_more() {
-        let ((wakes, task), mut turn) = (task(), Turn::default());
+        let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
         let waker = turn.begin(&Context::from_waker(&task));
         thread::scope(|scope| drop(scope.spawn(|| waker.wake_by_ref())));
         assert!(turn.is_over());
         // The task is to be polled already, so more of them need not tell it.
         thread::scope(|scope| drop(scope.spawn(|| waker.wake_by_ref())));
-        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+        assert_eq!(wakes.count(), 1);
     }
 
     /// However wakes and turns meet, the last wake is followed by a turn.
     #[test]
     fn no_wake_is_lost() {
-        let (wakes, task) = task();
+        let (wakes, task) = Wakes::task();
         let mut turn = Turn::default();
         let work = AtomicUsize::new(0);
         let (mut done, mut seen) = (0, 0);
@@ -172,7 +158,7 @@ mod tests {
                 });
             }
             while done < 100_000 {
-                let told = wakes.0.load(Ordering::Acquire);
+                let told = wakes.count();
                 if told == seen {
                     std::hint::spin_loop();
                     continue;

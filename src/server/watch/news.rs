@@ -57,45 +57,33 @@ impl Wake for Shared {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicUsize;
-
     use super::*;
-
-    #[derive(Default)]
-    struct Wakes(AtomicUsize);
-
-    impl Wake for Wakes {
-        fn wake(self: Arc<Self>) {
-            self.0.fetch_add(1, Ordering::Relaxed);
-        }
-    }
+    use crate::socket::Wakes;
 
     #[test]
     fn news_is_told_once_and_wakes_whoever_looked_last() {
-        let (first, second) = (Arc::<Wakes>::default(), Arc::<Wakes>::default());
-        let wakers = [Waker::from(first.clone()), Waker::from(second.clone())];
+        let ((first, first_waker), (second, second_waker)) = (Wakes::task(), Wakes::task());
         let look = |news: &News, waker: &Waker| news.take(&Context::from_waker(waker));
-        let woken = || (first.0.load(Ordering::Relaxed), second.0.load(Ordering::Relaxed));
+        let woken = || (first.count(), second.count());
         let news = News::new();
-        let inner = look(&news, &wakers[0]).expect("there is news to begin with");
-        assert!(look(&news, &wakers[0]).is_none() && look(&news, &wakers[1]).is_none());
+        let inner = look(&news, &first_waker).expect("there is news to begin with");
+        assert!(look(&news, &first_waker).is_none() && look(&news, &second_waker).is_none());
         inner.wake_by_ref();
         inner.wake_by_ref();
         assert_eq!(woken(), (0, 1), "a task that is woken already need not be told again");
-        assert!(look(&news, &wakers[0]).is_some() && look(&news, &wakers[0]).is_none());
+        assert!(look(&news, &first_waker).is_some() && look(&news, &first_waker).is_none());
         news.keep();
         assert_eq!(woken(), (0, 1));
-        assert!(look(&news, &wakers[0]).is_some());
+        assert!(look(&news, &first_waker).is_some());
     }
 
     #[test]
     fn news_that_comes_while_the_stream_works_is_not_lost() {
-        let wakes = Arc::<Wakes>::default();
-        let waker = Waker::from(wakes.clone());
+        let (wakes, waker) = Wakes::task();
         let news = News::new();
         let inner = news.take(&Context::from_waker(&waker)).unwrap();
         inner.wake_by_ref();
-        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+        assert_eq!(wakes.count(), 1);
         assert!(news.take(&Context::from_waker(&waker)).is_some());
     }
 }
