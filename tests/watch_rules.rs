@@ -214,6 +214,27 @@ async fn live_events_come_under_their_own_revision_in_one_response_each() {
     }
 }
 
+/// etcd takes minutes to cut such a response into fragments, so whoever is to relay it must not ask for them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_keys_deleted_at_once_are_one_response() {
+    const KEYS: usize = 70_000;
+    let deleted = on_both(&twins().await, async |client| {
+        let keys: Vec<String> = (0..KEYS).map(|number| format!("m{number:024}")).collect();
+        for some in keys.chunks(125) {
+            put_together(&client, &some.iter().map(String::as_str).collect::<Vec<_>>(), b"").await;
+        }
+        let stream = WatchStream::watching(&client, create("m", "n", 0)).await;
+        let range = pb::DeleteRangeRequest { key: "m".into(), range_end: "n".into(), ..Default::default() };
+        let answer = client.kv.clone().delete_range(range).await.unwrap().into_inner();
+        let responses = stream.until_count(2).await;
+        let left =
+            client.range(pb::RangeRequest { key: "m".into(), range_end: "n".into(), ..Default::default() }).await;
+        (answer.deleted, responses[1].events.len(), left.unwrap().count)
+    })
+    .await;
+    assert_eq!(deleted, (KEYS as i64, KEYS, 0));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fragments_split_what_is_too_large_and_only_when_asked() {
     let twins = twins().await;

@@ -59,7 +59,6 @@ pub(super) struct Response {
     pub(super) canceled: bool,
     pub(super) compacted: Revision,
     pub(super) reason: String,
-    pub(super) fragment: bool,
     pub(super) changes: Vec<Change>,
 }
 
@@ -74,7 +73,6 @@ impl Response {
                 4 => response.canceled = field.value.int() != 0,
                 5 => response.compacted = Revision(field.value.int()),
                 6 => response.reason = String::from_utf8_lossy(field.value.bytes()).into_owned(),
-                7 => response.fragment = field.value.int() != 0,
                 11 => response.changes.push(change(field.value.bytes())?),
                 _ => {}
             }
@@ -122,13 +120,12 @@ mod tests {
         let sent = WatchResponse {
             header: Some(header),
             created: true,
-            fragment: true,
             compact_revision: 3,
             events: vec![event],
             ..Default::default()
         };
         let read = Response::decode(&sent.encode_to_vec()).unwrap();
-        assert_eq!((read.header, read.created, read.fragment, read.compacted), (header, true, true, Revision(3)));
+        assert_eq!((read.header, read.created, read.compacted), (header, true, Revision(3)));
         assert_eq!(read.changes[0].kind, EventKind::Delete);
         assert_eq!(read.changes[0].record.wire(), kv("a", 9).encode_to_vec());
         assert_eq!(read.changes[0].previous.as_ref().map(|record| record.mod_revision()), Some(Revision(4)));

@@ -36,18 +36,24 @@ const PATIENCE_WITH_EVENTS: Duration = Duration::from_millis(20);
 struct Stream {
     sender: StreamSender<WatchRequest>,
     receiver: StreamReceiver,
-    /// Events of a revision that the next fragment may go on with.
-    rest: Vec<Change>,
 }
 
 /// When to ask for progress, and since when the goal has been missed without an event.
 #[derive(Clone, Copy, Debug)]
 struct Chase {
     since: Instant,
-    /// How many messages with events had come by then.
-    heard: u64,
+    heard: Heard,
     ask: Instant,
     pause: Duration,
+}
+
+/// What has come of the events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Heard {
+    /// Messages that had any.
+    messages: u64,
+    /// Bytes of the message that is on its way. One that deletes a large range has many.
+    bytes: usize,
 }
 
 /// What the answer to a question over the feed's own connection shows.
@@ -74,7 +80,8 @@ impl Feed {
         let (mut chase, mut asking): (_, Asking<'_>) = (None, None);
         let mut housekeeping = Instant::now() + HOUSEKEEPING;
         loop {
-            chase = self.chase(at, chase)?;
+            let heard = Heard { messages: self.heard, bytes: stream.receiver.incomplete() };
+            chase = self.chase(at, heard, chase)?;
             if asking.is_none() && self.is_asked_to_confirm() {
                 asking = Some(Box::pin(ask_again(link, self.upstream.newest_connection())));
             }
@@ -108,6 +115,8 @@ impl Feed {
         }
     }
 
+    /// Asks for whole responses. To cut one, etcd measures all events of a fragment again with each event, which for a
+    /// range of 100,000 small keys that is deleted at once takes it minutes (3.7.1), and the watch stands still for so long.
     async fn open_watch(&mut self, link: &Link) -> Result<Stream, End> {
         let path = "/etcdserverpb.Watch/Watch";
         let metadata = [("hasleader", "true")];
@@ -118,11 +127,10 @@ impl Feed {
             range_end: range.request_end(),
             start_revision: self.writer.position().revision.next().0,
             prev_kv: !self.writer.has_index(),
-            fragment: true,
             ..Default::default()
         };
         sender.send(&WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }).await?;
-        let mut stream = Stream { sender, receiver, rest: Vec::new() };
+        let mut stream = Stream { sender, receiver };
         let opened = timeout(OPENING, stream.receiver.next()).await;
         let message = opened.map_err(|_| End::Failed(Status::TIMEOUT))?;
         self.take_batch(&mut stream, message)?;
@@ -131,17 +139,17 @@ impl Feed {
 
     /// Takes `first` and whatever else has arrived, and publishes it.
     fn take_batch(&mut self, stream: &mut Stream, first: Option<Result<Bytes, Status>>) -> Result<(), End> {
-        let mut outcome = self.take(stream, first);
+        let mut outcome = self.take(first);
         for _ in 1..BATCH_MESSAGES {
             let Some(received) = stream.receiver.next().now_or_never().filter(|_| outcome.is_ok()) else { break };
-            outcome = self.take(stream, received);
+            outcome = self.take(received);
         }
         self.publish();
         outcome?;
         self.watch_size()
     }
 
-    fn take(&mut self, stream: &mut Stream, received: Option<Result<Bytes, Status>>) -> Result<(), End> {
+    fn take(&mut self, received: Option<Result<Bytes, Status>>) -> Result<(), End> {
         let ended = || End::Failed(Status::unavailable("the upstream ended the watch"));
         let response = Response::decode(&received.ok_or_else(ended)??)?;
         if response.compacted > Revision::ZERO {
@@ -162,12 +170,8 @@ impl Feed {
         }
         self.heard += 1;
         self.metrics.events.inc_by(response.changes.len() as u64);
-        stream.rest.extend(response.changes);
-        let whole = if response.fragment { before_last_revision(&stream.rest) } else { stream.rest.len() };
-        let rest = stream.rest.split_off(whole);
-        let whole = std::mem::replace(&mut stream.rest, rest);
         let now = self.started.elapsed().as_millis() as u64;
-        self.apply(whole, now);
+        self.apply(response.changes, now);
         Ok(())
     }
 
@@ -213,7 +217,7 @@ impl Feed {
     }
 
     /// Whether somebody waits for a revision that the view has not reached, and for how long it may stay so.
-    fn chase(&self, endpoint: EndpointId, chase: Option<Chase>) -> Result<Option<Chase>, End> {
+    fn chase(&self, endpoint: EndpointId, heard: Heard, chase: Option<Chase>) -> Result<Option<Chase>, End> {
         let (Position { epoch, revision: goal }, at) = (self.demand.borrow().goal, self.writer.position());
         if epoch != at.epoch || goal <= at.revision {
             return Ok(None);
@@ -221,11 +225,11 @@ impl Feed {
         let now = Instant::now();
         let patience =
             if self.settings.range == KeyRange::everything() { PATIENCE_WITH_EVENTS } else { Duration::ZERO };
-        let fresh = Chase { since: now, heard: self.heard, ask: now + patience, pause: Duration::from_millis(1) };
+        let fresh = Chase { since: now, heard, ask: now + patience, pause: Duration::from_millis(1) };
         let mut chase = chase.unwrap_or(fresh);
-        if chase.heard != self.heard {
+        if chase.heard != heard {
             // It catches up, however slowly. Answers about progress are no such sign: a member that is cut off gives them.
-            (chase.since, chase.heard) = (now, self.heard);
+            (chase.since, chase.heard) = (now, heard);
         }
         if now.duration_since(chase.since) > self.stall_limit(endpoint) {
             return Err(End::Stalled { at: at.revision, goal });
@@ -289,32 +293,5 @@ async fn answer(asking: &mut Asking<'_>) -> Result<Shown, End> {
     match asking {
         Some(question) => question.await,
         None => pending().await,
-    }
-}
-
-/// How many of `changes` belong to revisions before the last one: those are whole, since a response is in order.
-fn before_last_revision(changes: &[Change]) -> usize {
-    let revision = |change: &Change| change.record.mod_revision();
-    let last = changes.last().map(revision);
-    changes.iter().rposition(|change| Some(revision(change)) != last).map_or(0, |before| before + 1)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::store::{EventKind, Record};
-
-    #[test]
-    fn a_fragment_holds_back_its_last_revision_only() {
-        let change = |revision| Change {
-            kind: EventKind::Put,
-            record: Record::new(b"k", b"", Revision(1), Revision(revision), 1, 0),
-            previous: None,
-        };
-        let changes = |revisions: &[i64]| revisions.iter().copied().map(change).collect::<Vec<_>>();
-        assert_eq!(before_last_revision(&changes(&[])), 0);
-        assert_eq!(before_last_revision(&changes(&[5, 5])), 0);
-        assert_eq!(before_last_revision(&changes(&[4, 4, 5, 5])), 2);
-        assert_eq!(before_last_revision(&changes(&[3, 4, 5])), 2);
     }
 }

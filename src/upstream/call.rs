@@ -122,6 +122,10 @@ impl Reading {
         }
     }
 
+    fn incomplete(&self) -> usize {
+        self.deframer.len()
+    }
+
     fn fail(&mut self, status: Status) -> Option<Result<Bytes, Status>> {
         self.ended = true;
         Some(Err(status))
@@ -180,6 +184,14 @@ impl StreamReceiver {
     /// Which connection the call is on.
     pub fn connection(&self) -> ConnectionNumber {
         self.connection
+    }
+
+    /// Bytes of the next message that have come, as long as it is not whole.
+    pub fn incomplete(&self) -> usize {
+        match &self.state {
+            State::Open(reading, _) => reading.incomplete(),
+            State::Opening(_) | State::Ended => 0,
+        }
     }
 
     /// The next message, undecoded. `None` after a success; an error is the last item.

@@ -232,7 +232,12 @@ impl Deframer {
 
     /// Whether the bytes so far end between two messages.
     pub fn is_empty(&self) -> bool {
-        self.received.is_empty() && self.whole.is_empty()
+        self.len() == 0
+    }
+
+    /// Bytes that have not been taken as messages.
+    pub fn len(&self) -> usize {
+        self.at_hand().len()
     }
 }
 

@@ -35,7 +35,7 @@ pub struct Manner {
     pub version: &'static str,
     /// The longest way between two members, in milliseconds.
     pub round_trip: u64,
-    /// Records in a chunk of a RangeStream, and events in a fragment.
+    /// Records in a chunk of a RangeStream.
     pub piece: usize,
     /// A watch that keeps up falls behind once in as many revisions.
     pub victims: u32,

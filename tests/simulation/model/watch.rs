@@ -35,7 +35,6 @@ struct Watcher {
     next: i64,
     behind: bool,
     prev_kv: bool,
-    fragment: bool,
 }
 
 struct Stream {
@@ -112,7 +111,6 @@ impl Stream {
             next: if next > 0 { next } else { self.told + 1 },
             behind: next > 0 && next <= self.told,
             prev_kv: create.prev_kv,
-            fragment: create.fragment,
         });
     }
 
@@ -179,13 +177,8 @@ impl Stream {
         if events.is_empty() {
             return;
         }
-        let (id, fragments) = (watcher.id, watcher.fragment);
-        let piece = if fragments { self.node.manner.piece } else { usize::MAX };
-        let mut pieces = events.chunks(piece).peekable();
-        while let Some(events) = pieces.next() {
-            let (events, fragment) = (events.to_vec(), pieces.peek().is_some());
-            self.send(revision, WatchResponse { watch_id: id, events, fragment, ..Default::default() });
-        }
+        let watch_id = watcher.id;
+        self.send(revision, WatchResponse { watch_id, events, ..Default::default() });
     }
 
     fn send(&self, revision: i64, response: WatchResponse) {
