@@ -55,7 +55,7 @@ impl Filler {
         let starts = (0..keys.count).step_by(batch as usize);
         let writes = starts.map(|start| {
             let end = keys.count.min(start + batch);
-            let puts = (start..end).map(|number| put(keys.key(number), value.clone())).collect();
+            let puts = (start..end).map(|turn| put(keys.key(keys.shuffled(turn)), value.clone())).collect();
             let mut client = self.client.clone();
             async move { client.txn(TxnRequest { success: puts, ..Default::default() }).await.map(|_| end) }
         });

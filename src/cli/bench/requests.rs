@@ -28,6 +28,14 @@ impl Keys {
         Bytes::from(format!("{}{number:08}", self.prefix))
     }
 
+    /// The number of the key that is written in that turn. Keys are not created in the order of their names, and where they
+    /// are, what an index refers to lies in memory as if it had been sorted.
+    pub fn shuffled(&self, turn: u64) -> u64 {
+        /// A prime above every count, hence without a common divisor, and near the golden section of 2^64.
+        const STEP: u64 = 11_400_714_819_323_198_549;
+        (u128::from(turn) * u128::from(STEP) % u128::from(self.count.max(1))) as u64
+    }
+
     /// Any key.
     pub fn random(&self) -> Bytes {
         self.key(rand::rng().random_range(0..self.count.max(1)))
