@@ -2,17 +2,15 @@
 //!
 //! h2 hands every DATA frame of 256 bytes or more to the socket by itself and asks for a flush after it, so a burst of
 //! ready responses would cost one system call each. [`Gather`] copies small writes into a buffer and answers a flush at
-//! once without writing: it only asks for the connection's task to be polled again. The task goes to the end of the
-//! scheduler's queue, behind the tasks that are about to add their responses, and the buffer leaves when the reading side
-//! of a later poll has run dry. No timer is involved: a lonely response waits for two turns of an otherwise idle
-//! scheduler. Large writes pass through without being copied, together with what was gathered before them. Only the answer
-//! to a ping that came with a request waits for a timer, if nothing follows it ([`courtesy`]).
+//! once without writing. The buffer leaves through the [`Outlet`], when the connection's task has done everything that it can
+//! do for now. Large writes pass through without being copied, together with what was gathered before them. No timer is
+//! involved, but for the answers to pings if nothing follows them ([`courtesy`]).
 //!
-//! The end of the reading phase is the signal because HTTP/2 connections always read before they write in a poll. HTTP/1
-//! connections do not, and gather by themselves, so an accepted connection is looked at first ([`Gather::sniffing`]).
+//! HTTP/1 connections gather by themselves, so an accepted connection is looked at first ([`Gather::sniffing`]).
 
 mod calls;
 mod courtesy;
+mod outlet;
 mod turn;
 #[cfg(test)]
 mod wakes;
@@ -21,29 +19,30 @@ use std::{
     io::{self, IoSlice},
     os::fd::AsFd,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
 use bytes::{Buf, BytesMut};
+use parking_lot::Mutex;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 pub(crate) use self::calls::{Calls, NewCalls};
-use self::courtesy::{Pause, may_wait};
+pub use self::outlet::Outlet;
 #[cfg(test)]
 pub(crate) use self::wakes::Wakes;
 
-/// Bytes that are gathered at most before they are written.
-const CAPACITY: usize = 64 * 1024;
+/// Bytes that are gathered at most before they are written. Go's gRPC takes frames of 16 KiB; of a large answer, copying them
+/// together costs less than a system call for each.
+const CAPACITY: usize = 256 * 1024;
 /// A write of this many bytes or more is worth a system call of its own rather than a copy.
-const LARGE: usize = 8 * 1024;
+const LARGE: usize = 32 * 1024;
 /// The first allocation; most lonely responses fit.
 const FIRST_ALLOCATION: usize = 2 * 1024;
 /// How every HTTP/2 connection begins; no HTTP/1 method in use starts so.
 const HTTP2_START: [u8; 4] = *b"PRI ";
-/// A read of no more bytes than this brought nothing that somebody waits for.
-const SMALL_READ: usize = 64;
 /// Slices of one vectored write: what was gathered, and the head, payload and rest of a frame.
 const SLICES: usize = 8;
 
@@ -68,13 +67,16 @@ pub fn detect_dead_peer(socket: &impl AsFd, silence: Duration) {
 }
 
 /// Gathers writes to `S`; see the module's comment.
-pub struct Gather<S> {
+pub struct Gather<S>(Arc<Mutex<Socket<S>>>);
+
+struct Socket<S> {
     inner: S,
     pending: BytesMut,
+    /// What was gathered last time, in bytes: an idle connection keeps no buffer, but knows how large its next one should be.
+    usual: usize,
     mode: Mode,
-    deferral: Deferral,
-    /// Bytes of the last read that brought any.
-    last_read: usize,
+    /// Why what was gathered could not be written, to be told to the connection.
+    failure: Option<io::Error>,
 }
 
 enum Mode {
@@ -86,31 +88,28 @@ enum Mode {
     Gathering,
 }
 
-enum Deferral {
-    /// Nothing was promised by a flush.
-    None,
-    /// A flush was promised in this poll; others may add to it until the next one is over.
-    Promised,
-    /// There was nothing to flush but what may wait; another poll will show whether that remains so.
-    Courtesy,
-    /// It did: the flush waits for something to be added, or for the end of the pause.
-    Paused(Pause),
-    /// The promise is kept as soon as the reading side is dry.
-    Due,
-}
-
 impl<S> Gather<S> {
     /// For a connection that is known to speak HTTP/2.
     pub fn new(inner: S) -> Self {
-        let (pending, mode, deferral) = (BytesMut::new(), Mode::Gathering, Deferral::None);
-        Self { inner, pending, mode, deferral, last_read: 0 }
+        Self::in_mode(inner, Mode::Gathering)
     }
 
     /// For an accepted connection: gathers only if the peer opens with the HTTP/2 preface.
     pub fn sniffing(inner: S) -> Self {
-        Self { mode: Mode::Sniffing(0), ..Self::new(inner) }
+        Self::in_mode(inner, Mode::Sniffing(0))
     }
 
+    fn in_mode(inner: S, mode: Mode) -> Self {
+        Self(Arc::new(Mutex::new(Socket { inner, pending: BytesMut::new(), usual: 0, mode, failure: None })))
+    }
+
+    /// Where what is gathered leaves. Somebody has to see to that.
+    pub fn outlet(&self) -> Outlet<S> {
+        Outlet::new(Arc::downgrade(&self.0))
+    }
+}
+
+impl<S> Socket<S> {
     fn sniff(&mut self, read: &[u8]) {
         let Mode::Sniffing(matched) = self.mode else { return };
         let wanted = HTTP2_START.iter().skip(matched);
@@ -127,22 +126,9 @@ impl<S> Gather<S> {
 
     fn gather(&mut self, slices: &[IoSlice<'_>], length: usize) {
         if self.pending.capacity() == 0 {
-            self.pending.reserve(length.max(FIRST_ALLOCATION));
+            self.pending.reserve(length.max(self.usual).max(FIRST_ALLOCATION));
         }
         slices.iter().for_each(|slice| self.pending.extend_from_slice(slice));
-    }
-}
-
-impl<S: AsyncWrite + Unpin> Gather<S> {
-    /// Writes everything gathered, and flushes what is below.
-    fn drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while self.pending.has_remaining() {
-            let written = ready!(Pin::new(&mut self.inner).poll_write(cx, &self.pending))?;
-            self.consume(written)?;
-        }
-        ready!(Pin::new(&mut self.inner).poll_flush(cx))?;
-        self.deferral = Deferral::None;
-        Poll::Ready(Ok(()))
     }
 
     fn consume(&mut self, written: usize) -> io::Result<()> {
@@ -151,6 +137,31 @@ impl<S: AsyncWrite + Unpin> Gather<S> {
         }
         self.pending.advance(written.min(self.pending.len()));
         Ok(())
+    }
+
+    fn check(&mut self) -> io::Result<()> {
+        self.failure.take().map_or(Ok(()), Err)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> Socket<S> {
+    /// Writes everything gathered, flushes what is below, and gives the buffer back.
+    fn release(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.usual = self.pending.len();
+        let drained = self.drain(cx);
+        if self.pending.is_empty() {
+            self.pending = BytesMut::new();
+        }
+        drained
+    }
+
+    /// Writes everything gathered, and flushes what is below.
+    fn drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.pending.has_remaining() {
+            let written = ready!(Pin::new(&mut self.inner).poll_write(cx, &self.pending))?;
+            self.consume(written)?;
+        }
+        Pin::new(&mut self.inner).poll_flush(cx)
     }
 
     /// Writes what was gathered and `slices` in order without copying, and returns how much of `slices` went.
@@ -169,52 +180,15 @@ impl<S: AsyncWrite + Unpin> Gather<S> {
         }
         Pin::new(&mut self.inner).poll_write_vectored(cx, slices)
     }
-
-    /// What is to be done when nothing more can be read for now: keep a promise that is due, or give memory back.
-    fn reading_is_dry(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        match &mut self.deferral {
-            Deferral::None if self.pending.is_empty() => self.pending = BytesMut::new(),
-            Deferral::None => {}
-            Deferral::Promised if self.last_read > SMALL_READ && may_wait(&self.pending) => {
-                self.look_again(Deferral::Courtesy, cx);
-            }
-            Deferral::Promised => self.look_again(Deferral::Due, cx),
-            Deferral::Courtesy => self.deferral = Deferral::Paused(Pause::begin(cx)),
-            Deferral::Paused(pause) => {
-                if pause.is_over(cx) {
-                    return self.keep_promise(cx);
-                }
-            }
-            Deferral::Due => return self.keep_promise(cx),
-        }
-        Ok(())
-    }
-
-    fn keep_promise(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        match self.drain(cx) {
-            Poll::Ready(result) => result,
-            Poll::Pending => Ok(()),
-        }
-    }
-
-    fn look_again(&mut self, deferral: Deferral, cx: &Context<'_>) {
-        self.deferral = deferral;
-        cx.waker().wake_by_ref();
-    }
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Gather<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for Gather<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let me = self.get_mut();
+        let mut socket = self.0.lock();
+        socket.check()?;
         let before = buffer.filled().len();
-        let result = Pin::new(&mut me.inner).poll_read(cx, buffer);
-        let read = &buffer.filled()[before..];
-        if read.is_empty() {
-            me.reading_is_dry(cx)?;
-        } else {
-            me.last_read = read.len();
-            me.sniff(read);
-        }
+        let result = Pin::new(&mut socket.inner).poll_read(cx, buffer);
+        socket.sniff(&buffer.filled()[before..]);
         result
     }
 }
@@ -229,15 +203,16 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let me = self.get_mut();
+        let mut socket = self.0.lock();
+        socket.check()?;
         let length: usize = slices.iter().map(|slice| slice.len()).sum();
-        if length >= LARGE || !matches!(me.mode, Mode::Gathering) {
-            return me.pass_through(cx, slices);
+        if length >= LARGE || !matches!(socket.mode, Mode::Gathering) {
+            return socket.pass_through(cx, slices);
         }
-        if me.pending.len() + length > CAPACITY {
-            ready!(me.drain(cx))?;
+        if socket.pending.len() + length > CAPACITY {
+            ready!(socket.drain(cx))?;
         }
-        me.gather(slices, length);
+        socket.gather(slices, length);
         Poll::Ready(Ok(length))
     }
 
@@ -245,23 +220,16 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
         true
     }
 
+    /// What was gathered leaves through the outlet.
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let me = self.get_mut();
-        match me.deferral {
-            Deferral::None if me.pending.is_empty() => return Pin::new(&mut me.inner).poll_flush(cx),
-            Deferral::None => me.look_again(Deferral::Promised, cx),
-            Deferral::Paused(_) if !may_wait(&me.pending) => me.look_again(Deferral::Promised, cx),
-            // One poll was waited for already.
-            Deferral::Courtesy if !may_wait(&me.pending) => me.look_again(Deferral::Due, cx),
-            _ => {}
-        }
-        Poll::Ready(Ok(()))
+        let mut socket = self.0.lock();
+        if socket.pending.is_empty() { Pin::new(&mut socket.inner).poll_flush(cx) } else { Poll::Ready(Ok(())) }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let me = self.get_mut();
-        ready!(me.drain(cx))?;
-        Pin::new(&mut me.inner).poll_shutdown(cx)
+        let mut socket = self.0.lock();
+        ready!(socket.drain(cx))?;
+        Pin::new(&mut socket.inner).poll_shutdown(cx)
     }
 }
 

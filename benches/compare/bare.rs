@@ -65,12 +65,14 @@ async fn connection(bare: Arc<Bare>, socket: TcpStream) {
     // A client that is gone is no concern of a benchmark's server.
     let _ = socket.set_nodelay(true);
     let service = service_fn(move |request| answer(Arc::clone(&bare), request));
-    let _ = http2::Builder::new(TokioExecutor::new())
+    let gather = Gather::new(socket);
+    let outlet = gather.outlet();
+    let connection = http2::Builder::new(TokioExecutor::new())
         .max_concurrent_streams(None)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
-        .serve_connection(TokioIo::new(Gather::new(socket)), service)
-        .await;
+        .serve_connection(TokioIo::new(gather), service);
+    let _ = outlet.drive(connection).await;
 }
 
 async fn answer(

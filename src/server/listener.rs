@@ -234,15 +234,15 @@ impl<H: Handler> Server<H> {
             let (server, connection, request) = (self.clone(), connection.clone(), Box::new(request));
             async move { Ok::<_, std::convert::Infallible>(server.answer(&connection, request).await) }
         });
-        let io = TokioIo::new(Gather::sniffing(stream));
-        let mut calls = Calls::default();
+        let gather = Gather::sniffing(stream);
+        let (mut outlet, mut calls) = (gather.outlet(), Calls::default());
         let builder = builder(self.settings, calls.executor());
-        let mut serving = pin!(builder.serve_connection(io, service));
+        let mut serving = pin!(builder.serve_connection(TokioIo::new(gather), service));
         let served = tokio::select! {
-            served = poll_fn(|cx| calls.poll(cx, serving.as_mut())) => Some(served),
+            served = poll_fn(|cx| calls.poll(cx, &mut outlet, serving.as_mut())) => Some(served),
             () = leave.cancelled() => {
                 serving.as_mut().graceful_shutdown();
-                self.close.run_until_cancelled(poll_fn(|cx| calls.poll(cx, serving.as_mut()))).await
+                self.close.run_until_cancelled(poll_fn(|cx| calls.poll(cx, &mut outlet, serving.as_mut()))).await
             }
         };
         if let Some(Err(error)) = served {

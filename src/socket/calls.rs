@@ -17,15 +17,22 @@ use std::{
     future::{Future, poll_fn},
     panic::AssertUnwindSafe,
     pin::Pin,
-    sync::Arc,
-    task::{Context, Poll, Waker},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Wake, Waker},
 };
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
 use hyper::rt::Executor;
 use parking_lot::Mutex;
+use tokio::{io::AsyncWrite, task::coop::has_budget_remaining};
 
-use super::turn::Turn;
+use super::{
+    Outlet,
+    turn::{Next, Turn},
+};
 
 type CallFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -46,11 +53,38 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for NewCalls {
 }
 
 /// Runs the calls of one connection.
-#[derive(Default)]
 pub(crate) struct Calls {
     new: NewCalls,
     running: FuturesUnordered<CallFuture>,
+    woken: Arc<Woken>,
+    waker: Waker,
     turn: Turn,
+}
+
+/// Remembers that a call was woken, and wakes the task.
+struct Woken {
+    any: AtomicBool,
+    task: Waker,
+}
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.any.store(true, Ordering::Release);
+        self.task.wake_by_ref();
+    }
+}
+
+impl Default for Calls {
+    fn default() -> Self {
+        let turn = Turn::default();
+        let woken = Arc::new(Woken { any: AtomicBool::new(false), task: turn.waker() });
+        let (new, running) = (NewCalls::default(), FuturesUnordered::new());
+        Self { new, running, waker: Waker::from(woken.clone()), woken, turn }
+    }
 }
 
 impl Calls {
@@ -59,35 +93,62 @@ impl Calls {
         self.new.clone()
     }
 
-    /// Polls the connection and its calls. Ready when the connection is; what was left of its calls is dropped with `self`.
-    pub(crate) fn poll<C: Future>(&mut self, cx: &mut Context<'_>, mut connection: Pin<&mut C>) -> Poll<C::Output> {
-        self.poll_until(cx, |_, cx| connection.as_mut().poll(cx))
+    /// Polls the connection and its calls, and then writes what they have to send. Ready when the connection is; what was left
+    /// of its calls is dropped with `self`.
+    pub(crate) fn poll<C: Future, S: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        outlet: &mut Outlet<S>,
+        mut connection: Pin<&mut C>,
+    ) -> Poll<C::Output> {
+        self.poll_until(cx, outlet, |_, cx| connection.as_mut().poll(cx))
     }
 
-    /// Runs the calls until none is left.
-    pub(crate) async fn run(mut self) {
-        poll_fn(|cx| self.poll_until(cx, |calls, _| if calls.is_empty() { Poll::Ready(()) } else { Poll::Pending }))
-            .await;
+    /// Runs the calls, of which the connection is one, until none is left.
+    pub(crate) async fn run<S: AsyncWrite + Unpin>(mut self, mut outlet: Outlet<S>) {
+        let is_over = |calls: &Self| if calls.is_empty() { Poll::Ready(()) } else { Poll::Pending };
+        poll_fn(|cx| self.poll_until(cx, &mut outlet, |calls, _| is_over(calls))).await;
     }
 
     /// Polls the calls, and then `end`, for as long as one of them has something to do. Ready when `end` is.
-    fn poll_until<T>(
+    fn poll_until<T, S: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
+        outlet: &mut Outlet<S>,
         mut end: impl FnMut(&Self, &mut Context<'_>) -> Poll<T>,
     ) -> Poll<T> {
-        let waker = self.turn.begin(cx);
+        self.turn.begin(cx);
+        let waker = self.turn.waker();
         let cx = &mut Context::from_waker(&waker);
         loop {
-            while let Poll::Ready(Some(())) = self.running.poll_next_unpin(cx) {}
+            self.run_woken();
             if let Poll::Ready(end) = end(self, cx) {
                 return Poll::Ready(end);
             }
             let new = std::mem::take(&mut *self.new.0.lock());
-            if new.is_empty() && self.turn.is_over() {
-                return Poll::Pending;
+            if new.is_empty() {
+                match self.turn.next() {
+                    Next::Look => continue,
+                    next => {
+                        outlet.end_turn(cx, next == Next::Turn);
+                        return Poll::Pending;
+                    }
+                }
             }
             new.into_iter().for_each(|call| self.begin(call));
+        }
+    }
+
+    /// Polls the calls that were woken.
+    fn run_woken(&mut self) {
+        let cx = &mut Context::from_waker(&self.waker);
+        // The set comes back as soon as two calls have woken themselves while they were polled, and h2 wakes every call that
+        // sends. If the others were left for later, the events of a burst would leave two by two.
+        for _ in 0..=self.running.len() {
+            if !has_budget_remaining() || !self.woken.any.swap(false, Ordering::AcqRel) {
+                break;
+            }
+            while let Poll::Ready(Some(())) = self.running.poll_next_unpin(cx) {}
         }
     }
 
@@ -100,6 +161,7 @@ impl Calls {
     fn begin(&mut self, mut call: CallFuture) {
         if call.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
             self.running.push(call);
+            self.woken.any.store(true, Ordering::Relaxed);
         }
     }
 }
@@ -115,12 +177,13 @@ impl Drop for Calls {
 mod tests {
     use std::{
         future::{pending, poll_fn},
+        pin::pin,
         sync::atomic::{AtomicUsize, Ordering},
     };
 
     use tokio::sync::oneshot;
 
-    use super::*;
+    use super::{super::Gather, *};
 
     /// A connection that hands over `calls`, then waits for `end`.
     async fn connection(executor: NewCalls, calls: Vec<CallFuture>, end: oneshot::Receiver<()>) {
@@ -131,7 +194,8 @@ mod tests {
     async fn run(calls: Vec<CallFuture>, end: oneshot::Receiver<()>) {
         let mut running = Calls::default();
         let mut connection = Box::pin(connection(running.executor(), calls, end));
-        poll_fn(|cx| running.poll(cx, connection.as_mut())).await;
+        let mut outlet = Gather::new(tokio::io::empty()).outlet();
+        poll_fn(|cx| running.poll(cx, &mut outlet, connection.as_mut())).await;
     }
 
     /// Tells when it is dropped.
@@ -160,6 +224,41 @@ mod tests {
         run(vec![Box::pin(waits), Box::pin(ends), Box::pin(passes)], ended).await;
     }
 
+    /// As the streams of a connection that are all sent an event: h2 wakes each of them while it sends.
+    #[tokio::test]
+    async fn calls_that_wake_themselves_are_all_polled_before_their_connection() {
+        const CALLS: usize = 100;
+        let (mut running, polls) = (Calls::default(), Arc::new(AtomicUsize::new(0)));
+        let (executor, done) = (running.executor(), Arc::new(AtomicUsize::new(0)));
+        let event = tokio::sync::watch::Sender::new(false);
+        for _ in 0..CALLS {
+            let (mut events, done) = (event.subscribe(), done.clone());
+            executor.execute(async move {
+                events.changed().await.unwrap();
+                done.fetch_add(1, Ordering::Relaxed);
+                poll_fn(|cx| {
+                    cx.waker().wake_by_ref();
+                    Poll::Ready(())
+                })
+                .await;
+                pending::<()>().await;
+            });
+        }
+        let mut connection = pin!(poll_fn(|_| {
+            polls.fetch_add(1, Ordering::Relaxed);
+            Poll::<()>::Pending
+        }));
+        let mut outlet = Gather::new(tokio::io::empty()).outlet();
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(running.poll(&mut cx, &mut outlet, connection.as_mut()).is_pending());
+        event.send(true).unwrap();
+        let before = polls.load(Ordering::Relaxed);
+        assert!(running.poll(&mut cx, &mut outlet, connection.as_mut()).is_pending());
+        assert_eq!(done.load(Ordering::Relaxed), CALLS);
+        let polls = polls.load(Ordering::Relaxed) - before;
+        assert!(polls <= 2, "the connection was polled {polls} times");
+    }
+
     #[tokio::test]
     async fn without_a_connection_calls_run_until_none_is_left() {
         let over = Arc::new(AtomicUsize::new(0));
@@ -172,7 +271,7 @@ mod tests {
                 second.fetch_add(1, Ordering::Relaxed);
             });
         });
-        calls.run().await;
+        calls.run(Gather::new(tokio::io::empty()).outlet()).await;
         assert_eq!(over.load(Ordering::Relaxed), 1);
     }
 
@@ -206,7 +305,8 @@ mod tests {
             executor.execute(waits(Witness(dropped.clone())));
             Poll::Ready(dropped.clone())
         }));
-        let dropped = poll_fn(|cx| running.poll(cx, connection.as_mut())).await;
+        let mut outlet = Gather::new(tokio::io::empty()).outlet();
+        let dropped = poll_fn(|cx| running.poll(cx, &mut outlet, connection.as_mut())).await;
         drop(connection);
         assert_eq!(dropped.load(Ordering::Relaxed), 0);
         drop(running);

@@ -67,13 +67,6 @@ impl AsyncWrite for Scripted {
     }
 }
 
-/// One poll of an HTTP/2 connection that has nothing to read.
-fn poll_reading<S: AsyncRead + AsyncWrite + Unpin>(gather: &mut Gather<S>) {
-    let mut cx = Context::from_waker(Waker::noop());
-    let mut space = [0; 64];
-    assert!(Pin::new(gather).poll_read(&mut cx, &mut ReadBuf::new(&mut space)).is_pending());
-}
-
 fn flush<S: AsyncRead + AsyncWrite + Unpin>(gather: &mut Gather<S>) {
     let mut cx = Context::from_waker(Waker::noop());
     assert!(Pin::new(gather).poll_flush(&mut cx).is_ready());
@@ -84,25 +77,57 @@ fn write<S: AsyncRead + AsyncWrite + Unpin>(gather: &mut Gather<S>, data: &[u8])
     assert!(matches!(Pin::new(gather).poll_write(&mut cx, data), Poll::Ready(Ok(n)) if n == data.len()));
 }
 
+fn end_turn<S: AsyncWrite + Unpin>(outlet: &mut Outlet<S>, goes_on: bool) {
+    outlet.end_turn(&mut Context::from_waker(Waker::noop()), goes_on);
+}
+
+fn pending<S>(gather: &Gather<S>) -> usize {
+    gather.0.lock().pending.len()
+}
+
 #[test]
-fn a_burst_over_two_polls_leaves_in_one_call_and_the_buffer_is_given_back() {
+fn what_was_gathered_leaves_in_one_call_at_the_end_of_the_turn_and_the_buffer_is_given_back() {
     let socket = Scripted::default();
     let (taken, calls) = (socket.taken.clone(), socket.calls.clone());
     let mut gather = Gather::new(socket);
+    let mut outlet = gather.outlet();
     for round in 0..2u8 {
-        poll_reading(&mut gather);
         for frame in 0..10u8 {
             write(&mut gather, &[round * 10 + frame; 300]);
             flush(&mut gather);
         }
         assert_eq!(*calls.lock().unwrap(), 0, "nothing leaves while responses may follow");
+        end_turn(&mut outlet, true);
     }
-    poll_reading(&mut gather);
-    assert_eq!(*calls.lock().unwrap(), 1);
+    assert_eq!(*calls.lock().unwrap(), 1, "another turn is waited for, but not two");
     let expected: Vec<u8> = (0..20u8).flat_map(|frame| [frame; 300]).collect();
     assert_eq!(*taken.lock().unwrap(), expected);
-    poll_reading(&mut gather);
-    assert_eq!(gather.pending.capacity(), 0);
+    assert_eq!(gather.0.lock().pending.capacity(), 0);
+    write(&mut gather, b"once more");
+    end_turn(&mut outlet, false);
+    assert_eq!(*calls.lock().unwrap(), 2);
+}
+
+#[test]
+fn what_the_socket_does_not_take_leaves_later() {
+    let socket = Scripted { script: [2, 0, 3, 0].into(), ..Scripted::default() };
+    let taken = socket.taken.clone();
+    let mut gather = Gather::new(socket);
+    let mut outlet = gather.outlet();
+    write(&mut gather, b"piecemeal");
+    for expected in [&b"pi"[..], b"piece", b"piecemeal"] {
+        end_turn(&mut outlet, false);
+        assert_eq!(*taken.lock().unwrap(), expected);
+    }
+}
+
+#[test]
+fn the_socket_closes_with_its_connection() {
+    let gather = Gather::new(Scripted::default());
+    let (mut outlet, taken) = (gather.outlet(), gather.0.lock().inner.taken.clone());
+    drop(gather);
+    assert_eq!(Arc::strong_count(&taken), 1);
+    end_turn(&mut outlet, false);
 }
 
 #[test]
@@ -112,7 +137,7 @@ fn what_exceeds_the_buffer_is_written_at_once() {
     let mut gather = Gather::new(socket);
     for _ in 0..1000 {
         write(&mut gather, &[7; 4000]);
-        assert!(gather.pending.len() <= CAPACITY);
+        assert!(pending(&gather) <= CAPACITY);
     }
     assert!(taken.lock().unwrap().len() >= 1000 * 4000 - CAPACITY);
 }
@@ -126,11 +151,11 @@ fn http1_is_not_gathered_and_http2_is_even_when_its_preface_dribbles_in() {
         (vec!["GET / HTTP/1.1"], false),
         (vec!["PROPFIND / HTTP/1.1"], false),
     ] {
-        let mut gather = Gather::sniffing(Scripted::default());
+        let gather = Gather::sniffing(Scripted::default());
         for read in &reads {
-            gather.sniff(read.as_bytes());
+            gather.0.lock().sniff(read.as_bytes());
         }
-        assert_eq!(matches!(gather.mode, Mode::Gathering), gathers, "{reads:?}");
+        assert_eq!(matches!(gather.0.lock().mode, Mode::Gathering), gathers, "{reads:?}");
     }
 }
 
@@ -142,19 +167,19 @@ fn the_mode_follows_from_what_is_read() {
     let mut space = [0; 64];
     let mut buffer = ReadBuf::new(&mut space);
     assert!(Pin::new(&mut gather).poll_read(&mut cx, &mut buffer).is_ready());
-    assert!(matches!(gather.mode, Mode::Gathering));
+    assert!(matches!(gather.0.lock().mode, Mode::Gathering));
 }
 
 #[tokio::test]
 async fn a_lonely_write_arrives_without_a_timer() {
     let (near, mut far) = tokio::io::duplex(1024);
     let mut gather = Gather::new(near);
-    gather.write_all(b"lonely").await.unwrap();
-    gather.flush().await.unwrap();
-    let connection = tokio::spawn(async move {
-        let mut space = [0; 16];
-        gather.read(&mut space).await.unwrap()
-    });
+    let outlet = gather.outlet();
+    let connection = tokio::spawn(outlet.drive(async move {
+        gather.write_all(b"lonely").await.unwrap();
+        gather.flush().await.unwrap();
+        gather.read(&mut [0; 16]).await.unwrap()
+    }));
     let mut seen = [0; 6];
     far.read_exact(&mut seen).await.unwrap();
     assert_eq!(&seen, b"lonely");
@@ -174,68 +199,67 @@ async fn a_closed_peer_is_an_error_and_not_a_loop() {
     assert!(result.await.is_err());
 }
 
-/// One poll of an HTTP/2 connection; how much it read.
-fn poll_once<S: AsyncRead + AsyncWrite + Unpin>(gather: &mut Gather<S>) -> usize {
-    let mut cx = Context::from_waker(Waker::noop());
-    let mut space = [0; 256];
-    let mut buffer = ReadBuf::new(&mut space);
-    let _ = Pin::new(gather).poll_read(&mut cx, &mut buffer);
-    buffer.filled().len()
+#[test]
+fn a_connection_is_told_why_its_bytes_did_not_leave() {
+    let (near, far) = tokio::io::duplex(16);
+    drop(far);
+    let mut gather = Gather::new(near);
+    let mut outlet = gather.outlet();
+    write(&mut gather, b"lost");
+    let (wakes, waker) = Wakes::task();
+    let mut cx = Context::from_waker(&waker);
+    outlet.end_turn(&mut cx, false);
+    assert_eq!(wakes.count(), 1);
+    let mut space = [0; 8];
+    let read = Pin::new(&mut gather).poll_read(&mut cx, &mut ReadBuf::new(&mut space));
+    assert!(matches!(read, Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe));
 }
 
 const PONG: [u8; 17] = [0, 0, 8, 6, 1, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
 
-/// A connection that has read as many bytes and answered the ping among them.
-fn pinged(bytes: usize) -> Gather<Scripted> {
-    let mut gather = Gather::new(Scripted { start: Some(vec![0; bytes]), ..Scripted::default() });
-    assert_eq!(poll_once(&mut gather), bytes);
-    write(&mut gather, &PONG);
-    flush(&mut gather);
-    gather
-}
-
 #[tokio::test(start_paused = true)]
-async fn the_answer_to_a_ping_that_came_with_a_request_leaves_with_what_follows() {
-    let mut gather = pinged(200);
-    let (taken, calls) = (gather.inner.taken.clone(), gather.inner.calls.clone());
-    for _ in 0..5 {
-        poll_once(&mut gather);
-        flush(&mut gather);
+async fn the_answer_to_a_ping_leaves_with_what_follows() {
+    let socket = Scripted::default();
+    let (taken, calls) = (socket.taken.clone(), socket.calls.clone());
+    let mut gather = Gather::new(socket);
+    let mut outlet = gather.outlet();
+    for round in 1..=3 {
+        write(&mut gather, &PONG);
+        for _ in 0..5 {
+            end_turn(&mut outlet, false);
+        }
+        assert_eq!(*calls.lock().unwrap(), round - 1);
+        tokio::time::advance(Duration::from_millis(40)).await;
+        write(&mut gather, &[1; 60]);
+        end_turn(&mut outlet, false);
+        assert_eq!(*calls.lock().unwrap(), round);
     }
-    assert_eq!(*calls.lock().unwrap(), 0);
-    write(&mut gather, &[1; 60]);
-    flush(&mut gather);
-    poll_once(&mut gather);
-    write(&mut gather, &[2; 60]);
-    flush(&mut gather);
-    assert_eq!(*calls.lock().unwrap(), 0, "what follows may be followed by more");
-    poll_once(&mut gather);
-    assert_eq!(*calls.lock().unwrap(), 1);
-    assert_eq!(*taken.lock().unwrap(), [&PONG[..], &[1; 60], &[2; 60]].concat());
+    assert_eq!(*taken.lock().unwrap(), [&PONG[..], &[1; 60]].concat().repeat(3));
+}
+
+/// Runs a connection that has just answered a ping, until the answer has left; how long that took.
+async fn answered(outlet: &mut Outlet<Scripted>, gather: &mut Gather<Scripted>) -> Duration {
+    write(gather, &PONG);
+    let begun = tokio::time::Instant::now();
+    let left = poll_fn(|cx| {
+        outlet.end_turn(cx, false);
+        if pending(gather) == 0 { Poll::Ready(()) } else { Poll::Pending }
+    });
+    tokio::time::timeout(Duration::from_secs(1), left).await.unwrap();
+    begun.elapsed()
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_answer_to_a_ping_leaves_by_itself_when_nothing_follows() {
-    let mut gather = pinged(200);
-    let taken = gather.inner.taken.clone();
-    let sent = taken.clone();
-    let connection = poll_fn(move |cx| {
-        let mut space = [0; 256];
-        let _ = Pin::new(&mut gather).poll_read(cx, &mut ReadBuf::new(&mut space));
-        if sent.lock().unwrap().is_empty() { Poll::Pending } else { Poll::Ready(()) }
-    });
-    let begun = tokio::time::Instant::now();
-    tokio::time::timeout(Duration::from_secs(1), connection).await.unwrap();
-    assert!(begun.elapsed() <= Duration::from_millis(2), "{:?}", begun.elapsed());
-    assert_eq!(*taken.lock().unwrap(), PONG);
-}
-
-#[test]
-fn the_answer_to_a_ping_that_came_alone_does_not_wait() {
-    let mut gather = pinged(30);
-    poll_once(&mut gather);
-    poll_once(&mut gather);
-    assert_eq!(*gather.inner.taken.lock().unwrap(), PONG);
+async fn the_answer_to_a_ping_leaves_by_itself_when_nothing_follows_and_the_next_ones_do_not_wait() {
+    let mut gather = Gather::new(Scripted::default());
+    let mut outlet = gather.outlet();
+    for _ in 0..2 {
+        let waited = answered(&mut outlet, &mut gather).await;
+        assert!((Duration::from_millis(90)..Duration::from_millis(110)).contains(&waited), "{waited:?}");
+        for _ in 0..16 {
+            assert_eq!(answered(&mut outlet, &mut gather).await, Duration::ZERO);
+        }
+    }
 }
 
 /// Counts the writes that reach the socket.
@@ -281,9 +305,10 @@ async fn two_hundred_responses_on_one_connection_leave_in_few_writes() {
             Ok::<_, io::Error>(Response::new(Full::new(bytes::Bytes::from(vec![7; 1024]))))
         }
     });
-    let socket = TokioIo::new(Gather::new(Counting(far, writes.clone())));
+    let gather = Gather::new(Counting(far, writes.clone()));
+    let outlet = gather.outlet();
     let mut server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-    tokio::spawn(server.max_concurrent_streams(None).serve_connection(socket, service));
+    tokio::spawn(outlet.drive(server.max_concurrent_streams(None).serve_connection(TokioIo::new(gather), service)));
     let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(near));
     let (sender, connection) = handshake.await.unwrap();
     tokio::spawn(connection);
@@ -305,13 +330,14 @@ proptest! {
     /// Whatever the socket takes at a time, and however large and small writes, flushes and polls mix: all bytes, in order.
     #[test]
     fn bytes_stay_in_order(
-        sizes in proptest::collection::vec(prop_oneof![1usize..600, 8000usize..9000, 20_000usize..70_000], 1..40),
+        sizes in proptest::collection::vec(prop_oneof![1usize..600, 8000usize..9000, 20_000usize..70_000], 1..60),
         script in proptest::collection::vec(prop_oneof![Just(0usize), 1usize..50, 100usize..40_000], 0..200),
-        pauses in proptest::collection::vec(0u8..4, 40),
+        pauses in proptest::collection::vec(0u8..4, 60),
     ) {
         let socket = Scripted { script: script.into(), ..Scripted::default() };
         let taken = socket.taken.clone();
         let mut gather = Gather::new(socket);
+        let mut outlet = gather.outlet();
         let mut expected = Vec::new();
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
@@ -326,14 +352,13 @@ proptest! {
                     1 => {
                         gather.flush().await.unwrap();
                         poll_fn(|cx| {
-                            let mut space = [0; 8];
-                            let _ = Pin::new(&mut gather).poll_read(cx, &mut ReadBuf::new(&mut space));
+                            outlet.end_turn(cx, index % 2 == 0);
                             Poll::Ready(())
                         }).await;
                     }
                     _ => {}
                 }
-                assert!(gather.pending.len() <= CAPACITY);
+                assert!(pending(&gather) <= CAPACITY);
             }
             gather.shutdown().await.unwrap();
         });

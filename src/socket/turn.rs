@@ -34,6 +34,17 @@ pub(crate) struct Turn {
     looks: u8,
 }
 
+/// What follows when everything was polled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Something was woken meanwhile: everything is to be polled again.
+    Look,
+    /// The turn is over, and the task will have another one at once.
+    Turn,
+    /// The turn is over, until something is woken.
+    Rest,
+}
+
 #[derive(Default)]
 struct Shared {
     task: AtomicWaker,
@@ -50,29 +61,34 @@ impl Default for Turn {
 }
 
 impl Turn {
-    /// Begins a turn of the task that `cx` wakes. What is polled in it is to be woken by the waker that this gives.
-    pub(crate) fn begin(&mut self, cx: &Context<'_>) -> Waker {
+    /// What is polled in the turns is to be woken by this.
+    pub(crate) fn waker(&self) -> Waker {
+        self.waker.clone()
+    }
+
+    /// Begins a turn of the task that `cx` wakes.
+    pub(crate) fn begin(&mut self, cx: &Context<'_>) {
         self.looks = 0;
         self.shared.task.register(cx.waker());
         self.shared.thread.store(this_thread(), Ordering::Relaxed);
         self.shared.state.swap(POLLED, Ordering::AcqRel);
-        self.waker.clone()
     }
 
-    /// Whether the turn ends, with everything polled. If something was woken meanwhile, either it does not, and all is to be
-    /// polled again, or the task will have another turn.
-    pub(crate) fn is_over(&mut self) -> bool {
+    /// What follows when everything was polled. Until the next turn, everything that is woken wakes the task.
+    pub(crate) fn next(&mut self) -> Next {
         let state = &self.shared.state;
-        let Err(woken) = state.compare_exchange(POLLED, 0, Ordering::AcqRel, Ordering::Acquire) else { return true };
+        let Err(woken) = state.compare_exchange(POLLED, 0, Ordering::AcqRel, Ordering::Acquire) else {
+            return Next::Rest;
+        };
         self.looks += 1;
         // Without budget, everything of tokio's wakes its task at once and does nothing.
         if woken == POLLED | WOKEN_HERE && self.looks < LOOKS && has_budget_remaining() {
             state.swap(POLLED, Ordering::AcqRel);
-            return false;
+            return Next::Look;
         }
         state.fetch_and(!POLLED, Ordering::AcqRel);
         self.shared.task.wake();
-        true
+        Next::Turn
     }
 }
 
@@ -105,35 +121,38 @@ mod tests {
     #[test]
     fn a_wake_between_turns_is_told_once() {
         let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
-        let waker = turn.begin(&Context::from_waker(&task));
-        assert!(turn.is_over());
+        let waker = turn.waker();
+        turn.begin(&Context::from_waker(&task));
+        assert_eq!(turn.next(), Next::Rest);
         (0..3).for_each(|_| waker.wake_by_ref());
         assert_eq!(wakes.count(), 1);
         turn.begin(&Context::from_waker(&task));
-        assert!(turn.is_over());
+        assert_eq!(turn.next(), Next::Rest);
         assert_eq!(wakes.count(), 1);
     }
 
     #[test]
     fn a_wake_within_a_turn_is_looked_after_there_but_not_for_ever() {
         let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
-        let waker = turn.begin(&Context::from_waker(&task));
+        let waker = turn.waker();
+        turn.begin(&Context::from_waker(&task));
         for _ in 1..LOOKS {
             waker.wake_by_ref();
-            assert!(!turn.is_over());
+            assert_eq!(turn.next(), Next::Look);
         }
         assert_eq!(wakes.count(), 0);
         waker.wake_by_ref();
-        assert!(turn.is_over());
+        assert_eq!(turn.next(), Next::Turn);
         assert_eq!(wakes.count(), 1);
     }
 
     #[test]
     fn a_wake_from_another_thread_gives_it_time_for_more() {
         let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
-        let waker = turn.begin(&Context::from_waker(&task));
+        let waker = turn.waker();
+        turn.begin(&Context::from_waker(&task));
         thread::scope(|scope| drop(scope.spawn(|| waker.wake_by_ref())));
-        assert!(turn.is_over());
+        assert_eq!(turn.next(), Next::Turn);
         // The task is to be polled already, so more of them need not tell it.
         thread::scope(|scope| drop(scope.spawn(|| waker.wake_by_ref())));
         assert_eq!(wakes.count(), 1);
@@ -146,8 +165,9 @@ mod tests {
         let mut turn = Turn::default();
         let work = AtomicUsize::new(0);
         let (mut done, mut seen) = (0, 0);
-        let waker = turn.begin(&Context::from_waker(&task));
-        assert!(turn.is_over());
+        let waker = turn.waker();
+        turn.begin(&Context::from_waker(&task));
+        assert_eq!(turn.next(), Next::Rest);
         thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| {
@@ -167,7 +187,7 @@ mod tests {
                 turn.begin(&Context::from_waker(&task));
                 loop {
                     done = work.load(Ordering::Relaxed);
-                    if turn.is_over() {
+                    if turn.next() != Next::Look {
                         break;
                     }
                 }

@@ -111,20 +111,20 @@ pub(super) async fn http2(dial: &Arc<dyn Dial>, name: &str, class: Class, tuning
     let calls = Calls::default();
     let executor = calls.executor();
     let opened = timeout(tuning.connect_timeout, async {
-        let io = dial.dial().await.map_err(|error| error.to_string())?;
-        builder(class, tuning, executor.clone())
-            .handshake(TokioIo::new(Gather::new(io)))
-            .await
-            .map_err(|error| error.to_string())
+        let gather = Gather::new(dial.dial().await.map_err(|error| error.to_string())?);
+        let outlet = gather.outlet();
+        let handshake = builder(class, tuning, executor.clone()).handshake(TokioIo::new(gather));
+        let (sender, connection) = handshake.await.map_err(|error| error.to_string())?;
+        Ok((sender, connection, outlet))
     });
-    let (sender, connection) = flatten(opened.await).map_err(|reason| cannot_dial(name, &reason))?;
+    let (sender, connection, outlet) = flatten(opened.await).map_err(|reason| cannot_dial(name, &reason))?;
     let name = name.to_owned();
     executor.execute(async move {
         if let Err(error) = connection.await {
             tracing::debug!(endpoint = name, class = class.name(), %error, "upstream connection ended");
         }
     });
-    tokio::spawn(calls.run());
+    tokio::spawn(calls.run(outlet));
     Ok(Sender::Http2(sender))
 }
 
