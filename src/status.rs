@@ -110,6 +110,8 @@ statuses! {
     PERMISSION_DENIED = PermissionDenied, "permission denied";
     /// No leader, and the client asked not to be served then.
     NO_LEADER = Unavailable, "no leader";
+    /// A read was overtaken by a change of the leader.
+    LEADER_CHANGED = Unavailable, "leader changed";
     /// The server is shutting down.
     STOPPED = Unavailable, "server stopped";
     /// The cluster did not answer in time.

@@ -1,11 +1,15 @@
 //! The first state: every key of the range at one pinned revision.
 
+use std::time::Duration;
+
 use bytes::Bytes;
+use tokio::time::sleep;
 use tracing::debug;
 
 use super::{DEADLINE, End, Feed, RANGE, decode::Page};
 use crate::{
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
+    status::Status,
     store::{Record, Revision, Tree},
     upstream::Link,
 };
@@ -14,7 +18,10 @@ use crate::{
 const PAGE_BYTES: usize = 16 << 20;
 const FIRST_PAGE: i64 = 1000;
 const LARGEST_PAGE: i64 = 100_000;
-const PAGE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(60);
+const PAGE_DEADLINE: Duration = Duration::from_secs(60);
+/// How often a question that a change of the leader has overtaken is asked again, and how long after.
+const MOST_REPEATS: u8 = 20;
+const BEFORE_REPEAT: Duration = Duration::from_millis(25);
 
 /// The state at a revision; without a tree when it is too large to keep.
 #[derive(Debug)]
@@ -110,15 +117,22 @@ impl Feed {
     }
 }
 
-/// Asks, through consensus, who answers and how far the cluster has got.
+/// Asks, through consensus, who answers and how far the cluster has got. A question that a change of the leader has overtaken is
+/// asked again: the connection is sound, and over another one, relays that began before could not be joined.
 pub(super) async fn examine(link: &Link) -> Result<ResponseHeader, End> {
     let question = RangeRequest { key: Bytes::from_static(&[0]), count_only: true, ..Default::default() };
-    let message = link.unary_raw(RANGE, &question, DEADLINE).await?;
+    let mut repeats = 0..MOST_REPEATS;
+    let message = loop {
+        match link.unary_raw(RANGE, &question, DEADLINE).await {
+            Err(status) if status == Status::LEADER_CHANGED && repeats.next().is_some() => sleep(BEFORE_REPEAT).await,
+            answer => break answer?,
+        }
+    };
     Page::decode(&message)?.header.ok_or_else(|| End::Unreadable("an answer without a header".into()))
 }
 
 fn silent() -> End {
-    End::Failed(crate::status::Status::TIMEOUT)
+    End::Failed(Status::TIMEOUT)
 }
 
 /// The first key after `key`.
