@@ -74,6 +74,25 @@ fn a_history_that_parts_where_the_prefix_is_quiet_is_another() {
     });
 }
 
+/// The feed's first question was overtaken by changes of the leader, and the feed connected anew: watches that had begun before
+/// that had to end.
+#[test]
+fn a_question_that_an_election_overtakes_is_asked_again_over_the_same_connection() {
+    let connections = |elections| {
+        simulated(async move {
+            let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+            for _ in 0..elections {
+                world.0.cluster.elect();
+                sleep(Duration::from_millis(1)).await;
+            }
+            answer(&world, &range).await;
+            settle(&world);
+            world.0.cache.upstream().newest_connection()
+        })
+    };
+    assert_eq!(connections(100), connections(0));
+}
+
 /// A deletion that was the last event was taken for a proof. In the restored history the same key was deleted at the same
 /// revision, as when a lease runs out again, but other things had happened before.
 #[test]

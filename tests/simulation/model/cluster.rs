@@ -227,11 +227,16 @@ impl Cluster {
         timeout(CONSENSUS_PATIENCE, found).await.unwrap_or(Err(Status::TIMEOUT))
     }
 
-    /// As etcd's ReadIndex: everything that is committed when a majority is asked, applied at the member.
+    /// As etcd's ReadIndex: everything that is committed when a majority is asked, applied at the member. Refused when the
+    /// leader changes meanwhile.
     pub async fn consent(&self, at: usize, round_trip: Duration) -> Result<Standpoint, Status> {
         sleep(round_trip).await;
-        let index = self.in_life(at, |inner| inner.is_connected(at).then_some(inner.log.len())).await?;
+        let asked = |inner: &Inner| inner.is_connected(at).then_some((inner.log.len(), inner.term));
+        let (index, term) = self.in_life(at, asked).await?;
         sleep(round_trip).await;
+        if self.look().term != term {
+            return Err(Status::LEADER_CHANGED);
+        }
         self.applied(at, index).await
     }
 
