@@ -10,6 +10,7 @@
 
 mod calls;
 mod courtesy;
+mod news;
 mod outlet;
 mod turn;
 #[cfg(test)]
@@ -29,10 +30,11 @@ use parking_lot::Mutex;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-pub(crate) use self::calls::{Calls, NewCalls};
 pub use self::outlet::Outlet;
-#[cfg(test)]
-pub(crate) use self::wakes::Wakes;
+pub(crate) use self::{
+    calls::{Calls, NewCalls},
+    news::News,
+};
 
 /// Bytes that are gathered at most before they are written. Go's gRPC takes frames of 16 KiB; of a large answer, copying them
 /// together costs less than a system call for each.

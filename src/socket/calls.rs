@@ -17,11 +17,8 @@ use std::{
     future::{Future, poll_fn},
     panic::AssertUnwindSafe,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    task::{Context, Poll, Wake, Waker},
+    sync::Arc,
+    task::{Context, Poll, Waker},
 };
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
@@ -30,7 +27,7 @@ use parking_lot::Mutex;
 use tokio::{io::AsyncWrite, task::coop::has_budget_remaining};
 
 use super::{
-    Outlet,
+    News, Outlet,
     turn::{Next, Turn},
 };
 
@@ -53,38 +50,13 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for NewCalls {
 }
 
 /// Runs the calls of one connection.
+#[derive(Default)]
 pub(crate) struct Calls {
     new: NewCalls,
     running: FuturesUnordered<CallFuture>,
-    woken: Arc<Woken>,
-    waker: Waker,
+    /// Whether one of them was woken.
+    news: News,
     turn: Turn,
-}
-
-/// Remembers that a call was woken, and wakes the task.
-struct Woken {
-    any: AtomicBool,
-    task: Waker,
-}
-
-impl Wake for Woken {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        self.any.store(true, Ordering::Release);
-        self.task.wake_by_ref();
-    }
-}
-
-impl Default for Calls {
-    fn default() -> Self {
-        let turn = Turn::default();
-        let woken = Arc::new(Woken { any: AtomicBool::new(false), task: turn.waker() });
-        let (new, running) = (NewCalls::default(), FuturesUnordered::new());
-        Self { new, running, waker: Waker::from(woken.clone()), woken, turn }
-    }
 }
 
 impl Calls {
@@ -117,11 +89,10 @@ impl Calls {
         outlet: &mut Outlet<S>,
         mut end: impl FnMut(&Self, &mut Context<'_>) -> Poll<T>,
     ) -> Poll<T> {
-        self.turn.begin(cx);
-        let waker = self.turn.waker();
+        let waker = self.turn.begin(cx);
         let cx = &mut Context::from_waker(&waker);
         loop {
-            self.run_woken();
+            self.run_woken(cx);
             if let Poll::Ready(end) = end(self, cx) {
                 return Poll::Ready(end);
             }
@@ -140,15 +111,16 @@ impl Calls {
     }
 
     /// Polls the calls that were woken.
-    fn run_woken(&mut self) {
-        let cx = &mut Context::from_waker(&self.waker);
+    fn run_woken(&mut self, cx: &Context<'_>) {
         // The set comes back as soon as two calls have woken themselves while they were polled, and h2 wakes every call that
         // sends. If the others were left for later, the events of a burst would leave two by two.
         for _ in 0..=self.running.len() {
-            if !has_budget_remaining() || !self.woken.any.swap(false, Ordering::AcqRel) {
+            let Some(waker) = self.news.take(cx) else { break };
+            let cx = &mut Context::from_waker(&waker);
+            while let Poll::Ready(Some(())) = self.running.poll_next_unpin(cx) {}
+            if !has_budget_remaining() {
                 break;
             }
-            while let Poll::Ready(Some(())) = self.running.poll_next_unpin(cx) {}
         }
     }
 
@@ -161,7 +133,7 @@ impl Calls {
     fn begin(&mut self, mut call: CallFuture) {
         if call.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
             self.running.push(call);
-            self.woken.any.store(true, Ordering::Relaxed);
+            self.news.keep();
         }
     }
 }

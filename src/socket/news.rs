@@ -1,7 +1,8 @@
-//! Whether a stream has anything to do.
+//! Whether what waits for many things has anything to do.
 //!
-//! hyper asks a body again after every piece, and whenever anything about its call changes. Going through everything that a Watch
-//! stream waits for costs as much as a delivery does, so all of that is given a waker which remembers that it was called.
+//! Going through all of them to find that there is nothing costs as much as doing something. So all are given a waker which
+//! remembers that it was called. A Watch stream waits so, which hyper asks again after every piece and whenever anything about its
+//! call changes, and so do the calls of a connection.
 
 use std::{
     sync::{
@@ -13,33 +14,35 @@ use std::{
 
 use futures_util::task::AtomicWaker;
 
-/// What has become known since the stream has looked last.
-pub(super) struct News {
+/// Whether anything has become known since somebody has looked last.
+pub(crate) struct News {
     shared: Arc<Shared>,
     waker: Waker,
 }
 
 struct Shared {
     is_there: AtomicBool,
-    call: AtomicWaker,
+    waiting: AtomicWaker,
+}
+
+impl Default for News {
+    /// There is news to begin with.
+    fn default() -> Self {
+        let shared = Arc::new(Shared { is_there: AtomicBool::new(true), waiting: AtomicWaker::new() });
+        Self { waker: Waker::from(shared.clone()), shared }
+    }
 }
 
 impl News {
-    /// There is news to begin with.
-    pub(super) fn new() -> Self {
-        let shared = Arc::new(Shared { is_there: AtomicBool::new(true), call: AtomicWaker::new() });
-        Self { waker: Waker::from(shared.clone()), shared }
-    }
-
-    /// If there is news: the waker for everything that the stream waits for, all of which is to be polled now. If not, the
-    /// task of `cx` is woken when there is.
-    pub(super) fn take(&self, cx: &Context<'_>) -> Option<Waker> {
-        self.shared.call.register(cx.waker());
+    /// If there is news: the waker for everything that is waited for, all of which is to be polled now. If not, the task of `cx`
+    /// is woken when there is.
+    pub(crate) fn take(&self, cx: &Context<'_>) -> Option<Waker> {
+        self.shared.waiting.register(cx.waker());
         self.shared.is_there.swap(false, Ordering::AcqRel).then(|| self.waker.clone())
     }
 
-    /// The stream has not come to the end of what there is. Wakes nobody.
-    pub(super) fn keep(&self) {
+    /// There is more than was done. Wakes nobody.
+    pub(crate) fn keep(&self) {
         self.shared.is_there.store(true, Ordering::Release);
     }
 }
@@ -51,21 +54,20 @@ impl Wake for Shared {
 
     fn wake_by_ref(self: &Arc<Self>) {
         self.is_there.store(true, Ordering::Release);
-        self.call.wake();
+        self.waiting.wake();
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::socket::Wakes;
+    use super::{super::wakes::Wakes, *};
 
     #[test]
     fn news_is_told_once_and_wakes_whoever_looked_last() {
         let ((first, first_waker), (second, second_waker)) = (Wakes::task(), Wakes::task());
         let look = |news: &News, waker: &Waker| news.take(&Context::from_waker(waker));
         let woken = || (first.count(), second.count());
-        let news = News::new();
+        let news = News::default();
         let inner = look(&news, &first_waker).expect("there is news to begin with");
         assert!(look(&news, &first_waker).is_none() && look(&news, &second_waker).is_none());
         inner.wake_by_ref();
@@ -80,7 +82,7 @@ mod tests {
     #[test]
     fn news_that_comes_while_the_stream_works_is_not_lost() {
         let (wakes, waker) = Wakes::task();
-        let news = News::new();
+        let news = News::default();
         let inner = news.take(&Context::from_waker(&waker)).unwrap();
         inner.wake_by_ref();
         assert_eq!(wakes.count(), 1);

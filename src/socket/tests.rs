@@ -10,7 +10,7 @@ use futures_util::future::poll_fn;
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::*;
+use super::{wakes::Wakes, *};
 
 /// A socket that takes as much of each write as its script says (0: not now), and never has anything to read.
 #[derive(Default)]

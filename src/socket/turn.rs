@@ -61,17 +61,13 @@ impl Default for Turn {
 }
 
 impl Turn {
-    /// What is polled in the turns is to be woken by this.
-    pub(crate) fn waker(&self) -> Waker {
-        self.waker.clone()
-    }
-
-    /// Begins a turn of the task that `cx` wakes.
-    pub(crate) fn begin(&mut self, cx: &Context<'_>) {
+    /// Begins a turn of the task that `cx` wakes. What is polled in it is to be woken by the waker that this gives.
+    pub(crate) fn begin(&mut self, cx: &Context<'_>) -> Waker {
         self.looks = 0;
         self.shared.task.register(cx.waker());
         self.shared.thread.store(this_thread(), Ordering::Relaxed);
         self.shared.state.swap(POLLED, Ordering::AcqRel);
+        self.waker.clone()
     }
 
     /// What follows when everything was polled. Until the next turn, everything that is woken wakes the task.
@@ -121,8 +117,7 @@ mod tests {
     #[test]
     fn a_wake_between_turns_is_told_once() {
         let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
-        let waker = turn.waker();
-        turn.begin(&Context::from_waker(&task));
+        let waker = turn.begin(&Context::from_waker(&task));
         assert_eq!(turn.next(), Next::Rest);
         (0..3).for_each(|_| waker.wake_by_ref());
         assert_eq!(wakes.count(), 1);
@@ -134,8 +129,7 @@ mod tests {
     #[test]
     fn a_wake_within_a_turn_is_looked_after_there_but_not_for_ever() {
         let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
-        let waker = turn.waker();
-        turn.begin(&Context::from_waker(&task));
+        let waker = turn.begin(&Context::from_waker(&task));
         for _ in 1..LOOKS {
             waker.wake_by_ref();
             assert_eq!(turn.next(), Next::Look);
@@ -149,8 +143,7 @@ mod tests {
     #[test]
     fn a_wake_from_another_thread_gives_it_time_for_more() {
         let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
-        let waker = turn.waker();
-        turn.begin(&Context::from_waker(&task));
+        let waker = turn.begin(&Context::from_waker(&task));
         thread::scope(|scope| drop(scope.spawn(|| waker.wake_by_ref())));
         assert_eq!(turn.next(), Next::Turn);
         // The task is to be polled already, so more of them need not tell it.
@@ -165,8 +158,7 @@ mod tests {
         let mut turn = Turn::default();
         let work = AtomicUsize::new(0);
         let (mut done, mut seen) = (0, 0);
-        let waker = turn.waker();
-        turn.begin(&Context::from_waker(&task));
+        let waker = turn.begin(&Context::from_waker(&task));
         assert_eq!(turn.next(), Next::Rest);
         thread::scope(|scope| {
             for _ in 0..2 {

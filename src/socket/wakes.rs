@@ -10,16 +10,16 @@ use std::{
 
 /// How often a task was woken.
 #[derive(Default)]
-pub(crate) struct Wakes(AtomicUsize);
+pub(super) struct Wakes(AtomicUsize);
 
 impl Wakes {
     /// The count, and what adds to it.
-    pub(crate) fn task() -> (Arc<Self>, Waker) {
+    pub(super) fn task() -> (Arc<Self>, Waker) {
         let wakes = Arc::<Self>::default();
         (wakes.clone(), Waker::from(wakes))
     }
 
-    pub(crate) fn count(&self) -> usize {
+    pub(super) fn count(&self) -> usize {
         self.0.load(Ordering::Acquire)
     }
 }

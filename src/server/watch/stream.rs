@@ -21,13 +21,13 @@ use tonic::Code;
 
 use super::{
     Shared,
-    news::News,
     relay::{self, Report},
 };
 use crate::{
     fanout::{Pumped, Refusal, Session, Start, WatchOptions, refuse},
     proto::etcdserverpb::{WatchCreateRequest, WatchRequest, watch_request::RequestUnion},
     server::body::{BodyError, failure_trailers},
+    socket::News,
     status::Status,
     store::{Responder, Revision},
     upstream::{
@@ -95,7 +95,7 @@ impl Stream {
             requests: Some(requests),
             deframer: Deframer::compressed(compression),
             out: BytesMut::new(),
-            news: News::new(),
+            news: News::default(),
             opening: None,
             relays: None,
             ticker: None,
