@@ -1,4 +1,4 @@
-//! A member that lags: a read that one member may answer as it stands is relayed, but clients were told more already.
+//! A member that lags: what one member may answer as it stands is relayed, but clients were told more already.
 
 #![allow(clippy::disallowed_methods, reason = "what a test sends to itself is few")]
 
@@ -10,44 +10,92 @@ use std::{
 };
 
 use http::{Request, Response};
-use http_body_util::BodyExt;
+use http_body::Frame;
+use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Incoming;
 use millpond::{
     cache::{self, Cache},
     proto::etcdserverpb::{
-        RangeRequest, RangeResponse, RequestOp, ResponseHeader, TxnRequest, TxnResponse,
-        request_op::Request as Operation,
+        RangeRequest, RangeResponse, RequestOp, ResponseHeader, TxnRequest, TxnResponse, WatchCreateRequest,
+        WatchProgressRequest, WatchRequest, WatchResponse, request_op::Request as Operation,
+        watch_request::RequestUnion,
     },
     server::{
-        body::Body,
+        body::{Body, BodyError},
         kv::{self, Kv},
+        leader::Leader,
         listener::{self, BoxedRequest, Connection, Handler},
         response,
+        watch::{self, Watch},
     },
     status::Status,
     store::{KeyRange, Limits},
-    upstream::{Settings, Upstream, grpc},
+    upstream::{
+        Settings, StreamReceiver, Upstream,
+        grpc::{self, Deframer},
+    },
 };
 use prometheus::Registry;
 use prost::Message;
-use proxy::{Answering, PATIENCE, Served, fake::AT, probe_answer, serve};
+use proxy::{
+    Answering, PATIENCE, Served,
+    fake::{AT, WATCH},
+    probe_answer, serve,
+};
+use tokio::{sync::mpsc, time::timeout};
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tokio_util::sync::CancellationToken;
 
 const RANGE: &str = "/etcdserverpb.KV/Range";
 const TXN: &str = "/etcdserverpb.KV/Txn";
 const LAGGING: i64 = 120;
 const PRESENT: i64 = 122;
 
-/// The KV service alone.
-struct Reads(Kv);
+/// Progress requests of a watch to which the member that lags tells of its own revision.
+const STALE_ANSWERS: usize = 3;
+
+/// The KV and Watch services alone.
+struct Reads(Kv, Watch);
 
 impl Handler for Reads {
     async fn call(self: &Arc<Self>, connection: &Arc<Connection>, request: BoxedRequest) -> Response<Body> {
-        self.0.call(connection, request).await
+        match request.uri().path() {
+            WATCH => self.1.call(connection, *request).await,
+            _ => self.0.call(connection, request).await,
+        }
     }
 }
 
 /// Whether each call about `k`, and each transaction, that reached the upstream left the answer to one member.
 type Seen = Arc<Mutex<Vec<bool>>>;
+
+fn header_at(revision: i64) -> Option<ResponseHeader> {
+    Some(ResponseHeader { cluster_id: 7, member_id: 8, revision, raft_term: 2 })
+}
+
+/// A watch on a member that lags for some progress requests, and then has caught up.
+fn lagging_watch(requests: Incoming) -> Response<Body> {
+    let (answers, answered) = mpsc::channel(16);
+    tokio::spawn(async move {
+        let (mut requests, mut deframer, mut asked) = (requests, Deframer::default(), 0);
+        while let Some(Ok(frame)) = requests.frame().await {
+            deframer.push(frame.into_data().unwrap());
+            while let Some(message) = deframer.pop().unwrap() {
+                let request = WatchRequest::decode(message).unwrap().request_union.unwrap();
+                let created = matches!(request, RequestUnion::CreateRequest(_));
+                asked += usize::from(!created);
+                let revision = if asked <= STALE_ANSWERS { LAGGING } else { PRESENT };
+                let watch_id = if created { 0 } else { -1 };
+                let answer = WatchResponse { header: header_at(revision), watch_id, created, ..Default::default() };
+                if answers.send(grpc::frame(&answer)).await.is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    let frames = ReceiverStream::new(answered).map(|answer| Ok::<_, BodyError>(Frame::data(answer)));
+    response::streaming(Body::boxed(StreamBody::new(frames)))
+}
 
 /// An etcd that answers reads of `k` at the present when it has to ask the cluster, and at an older revision when not.
 async fn lagging_etcd(seen: Seen) -> Served {
@@ -55,12 +103,14 @@ async fn lagging_etcd(seen: Seen) -> Served {
         let seen = seen.clone();
         async move {
             let path = request.uri().path().to_owned();
+            if path == WATCH {
+                return lagging_watch(request.into_body());
+            }
             let body = request.into_body().collect().await.unwrap().to_bytes();
             let message = body.slice(grpc::PREFIX.min(body.len())..);
             let header = |by_one_member: bool| {
                 seen.lock().unwrap().push(by_one_member);
-                let revision = if by_one_member { LAGGING } else { PRESENT };
-                Some(ResponseHeader { cluster_id: 7, member_id: 8, revision, raft_term: 2 })
+                header_at(if by_one_member { LAGGING } else { PRESENT })
             };
             if path == TXN {
                 let txn = TxnRequest::decode(message).unwrap();
@@ -86,7 +136,7 @@ fn read_of(operation: &RequestOp) -> Option<&RangeRequest> {
     }
 }
 
-/// A KV service whose cache does not cover `k`.
+/// KV and Watch services whose cache does not cover `k`.
 async fn reads_before(etcd: &Served) -> Served {
     let registry = Registry::new();
     let upstream = Upstream::start(Settings::new(vec![etcd.address.parse().unwrap()]), &registry).unwrap();
@@ -99,10 +149,19 @@ async fn reads_before(etcd: &Served) -> Served {
         consensus_patience: PATIENCE,
         check_interval: Duration::ZERO,
     };
-    let cache = Cache::start(upstream, settings, &registry).unwrap();
+    let cache = Cache::start(upstream.clone(), settings, &registry).unwrap();
+    let stop = CancellationToken::new();
+    let settings = watch::Settings {
+        max_request_bytes: 1 << 20,
+        progress_interval: Duration::from_secs(600),
+        catch_up_limit: 8,
+        stream_limit: 8,
+    };
+    let metrics = watch::Metrics::register(&registry).unwrap();
+    let watches = Watch::new(cache.clone(), settings, metrics, Leader::start(&upstream, stop.clone()), stop);
     let settings = kv::Settings { max_request_bytes: 1 << 20, max_response_bytes: u64::MAX };
     let metrics = kv::Metrics::register(&registry).unwrap();
-    serve(Arc::new(Reads(Kv::new(cache, settings, metrics))), listener::Settings::default()).await
+    serve(Arc::new(Reads(Kv::new(cache, settings, metrics), watches)), listener::Settings::default()).await
 }
 
 /// What the etcd is asked, a client of the service before it, and both servers.
@@ -148,4 +207,24 @@ async fn transactions_of_reads_do_not_go_back_either_and_one_without_reads_prove
         "etcd has no consensus on a transaction without reads, so it is passed on as it is"
     );
     assert_eq!(*seen.lock().unwrap(), [true, false, true, false, true]);
+}
+
+#[tokio::test]
+async fn progress_of_a_relayed_watcher_does_not_go_back_either() {
+    let (_seen, client, _servers) = scene().await;
+    let request = RangeRequest { key: "k".into(), ..Default::default() };
+    let read: RangeResponse = client.unary(AT, RANGE, &request, PATIENCE).await.unwrap();
+    assert_eq!(read.header.unwrap().revision, PRESENT);
+    let (requests, mut answers) = client.open_catch_up(AT, WATCH).await.unwrap();
+    let send = async |union| requests.send(&WatchRequest { request_union: Some(union) }).await.unwrap();
+    send(RequestUnion::CreateRequest(WatchCreateRequest { key: "k".into(), ..Default::default() })).await;
+    assert!(next(&mut answers).await.created);
+    send(RequestUnion::ProgressRequest(WatchProgressRequest {})).await;
+    let told = next(&mut answers).await;
+    assert_eq!((told.watch_id, told.header.unwrap().revision), (-1, PRESENT));
+}
+
+async fn next(answers: &mut StreamReceiver) -> WatchResponse {
+    let answer = timeout(PATIENCE, answers.next()).await.expect("there is an answer").unwrap().unwrap();
+    WatchResponse::decode(answer).unwrap()
 }

@@ -299,6 +299,25 @@ async fn progress_requests_are_answered_only_when_every_watcher_is_up_to_date() 
     .await;
 }
 
+/// The answer tells of everything that the client knew when it asked, though it saw nothing of it on the stream.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn progress_is_not_behind_what_the_client_was_told_before() {
+    const ROUNDS: usize = 200;
+    let twins = twins().await;
+    on_both(&twins, async |client| {
+        let stream = WatchStream::open(&client).await;
+        stream.create(create("k", "", 0));
+        stream.until_count(1).await;
+        for round in 0..ROUNDS {
+            let known = client.put("other", "v").await.unwrap();
+            stream.ask_progress();
+            let told = stream.until_count(2 + round).await.pop().map(|answer| revision(&answer));
+            assert_eq!(told, Some(known));
+        }
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn progress_never_overtakes_an_event() {
     let twins = twins().await;

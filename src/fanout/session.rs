@@ -60,7 +60,7 @@ pub struct Session {
     relays: Vec<Relay>,
     next_id: i64,
     serial: u64,
-    progress_requested: bool,
+    asked: Option<progress::Asked>,
     scratch: Scratch,
 }
 
@@ -89,7 +89,7 @@ impl Session {
             relays: Vec::new(),
             next_id: 0,
             serial: 0,
-            progress_requested: false,
+            asked: None,
             scratch: Scratch::default(),
         }
     }

@@ -111,7 +111,7 @@ async fn follow(
             Ok(_) => {}
             // Nothing came for a while.
             Err(_) if !session.take_relays().is_empty() || Instant::now() >= end => return,
-            Err(_) => drop(session.request_progress()),
+            Err(_) => drop(session.request_progress(world.0.cache.told())),
         }
     }
 }

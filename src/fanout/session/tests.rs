@@ -175,7 +175,7 @@ proptest! {
             }
         }
         stage.publish();
-        stage.session.request_progress();
+        stage.session.request_progress(Revision::ZERO);
         stage.pump_all();
         for (id, (options, from)) in watchers.iter().enumerate() {
             prop_assert_eq!(stage.events(id as i64), stage.expected(options, *from), "watcher {} {:?}", id, options);
@@ -233,7 +233,7 @@ fn a_request_for_progress_while_a_watcher_begins_later_is_never_answered() {
     stage.create(everything(), Start::At(Revision(1000)));
     stage.pump_all();
     let before = stage.heard.len();
-    stage.session.request_progress();
+    stage.session.request_progress(Revision(1));
     stage.pump_all();
     assert!(!stage.session.awaits_progress());
     assert_eq!(stage.heard.len(), before);
@@ -247,7 +247,7 @@ fn progress_is_not_told_before_the_events_it_covers() {
     (0..100).for_each(|_| stage.write(&[(1, false)]));
     stage.publish();
     stage.dispatch();
-    stage.session.request_progress();
+    stage.session.request_progress(Revision(1));
     while stage.pump(100) == Pumped::Busy {
         let seen = stage.events(0).last().map_or(1, |event| event.0);
         let told = stage.heard.iter().filter(|response| response.watch_id == -1);
@@ -378,4 +378,25 @@ fn ids_are_picked_taken_and_freed_as_in_etcd() {
     ];
     assert_eq!(said, expected);
     assert_eq!(stage.heard[4].cancel_reason, "mvcc: duplicate watch ID provided on the WatchStream");
+}
+
+/// The view may be behind what a client was told by others.
+#[test]
+fn progress_is_told_once_it_is_not_below_what_was_known_when_it_was_asked_for() {
+    let mut stage = Stage::new(u64::MAX);
+    let told = |stage: &Stage| -> Vec<i64> {
+        let answers = stage.heard.iter().filter(|response| response.watch_id == -1);
+        answers.map(|answer| answer.header.as_ref().unwrap().revision).collect()
+    };
+    stage.create(everything(), Start::After(Revision(1)));
+    stage.create(everything(), Start::At(Revision(3)));
+    // Asked for by a client that knew of revision 5, and by one that knew of 3.
+    stage.session.request_progress(Revision(5));
+    stage.session.request_progress(Revision(3));
+    for expected in [&[][..], &[3], &[3], &[3, 5], &[3, 5]] {
+        stage.write(&[(1, false)]);
+        stage.publish();
+        stage.pump_all();
+        assert_eq!(told(&stage), expected);
+    }
 }

@@ -9,7 +9,7 @@ use std::{future::pending, sync::Arc, time::Duration};
 use bytes::Bytes;
 use prost::Message;
 use tokio::{
-    sync::{Notify, OwnedSemaphorePermit, mpsc},
+    sync::{OwnedSemaphorePermit, mpsc, watch},
     task::AbortHandle,
     time::{Instant, sleep, sleep_until, timeout},
 };
@@ -48,9 +48,15 @@ pub(super) enum Report {
 
 /// A relay under way; it ends when this is dropped.
 pub(super) struct Handle {
-    /// The stream wants to know how far it has got.
-    pub(super) ask: Arc<Notify>,
+    asked: watch::Sender<Revision>,
     task: AbortHandle,
+}
+
+impl Handle {
+    /// The stream wants to know how far it has got, and of a revision that is not below `known`.
+    pub(super) fn ask(&self, known: Revision) {
+        self.asked.send_modify(|asked| *asked = known.max(*asked));
+    }
 }
 
 impl Drop for Handle {
@@ -61,13 +67,13 @@ impl Drop for Handle {
 
 /// Starts to relay a watcher.
 pub(super) fn start(shared: &Arc<Shared>, relay: Relay, reports: mpsc::Sender<Report>) -> Handle {
-    let ask = Arc::new(Notify::new());
+    let (asked, is_asked) = watch::channel(Revision::ZERO);
     let hub = relay.lane.and_then(|lane| shared.hubs.get(lane).cloned());
     let prefix = shared.cache.prefixes().get(relay.lane.unwrap_or(0));
     let epoch = prefix.map_or(NOTHING_LOADED, |prefix| prefix.store().view().position.epoch);
     let (shared, next) = (shared.clone(), relay.from);
-    let task = Task { shared, hub, epoch, followed: None, next, relay, reports, ask: ask.clone() };
-    Handle { ask, task: tokio::spawn(task.run()).abort_handle() }
+    let task = Task { shared, hub, epoch, followed: None, next, relay, reports, asked: is_asked };
+    Handle { asked, task: tokio::spawn(task.run()).abort_handle() }
 }
 
 struct Task {
@@ -82,7 +88,8 @@ struct Task {
     /// The first revision that has not been relayed.
     next: Revision,
     reports: mpsc::Sender<Report>,
-    ask: Arc<Notify>,
+    /// Up to where the stream wants to be told of progress, with a signal at every request.
+    asked: watch::Receiver<Revision>,
 }
 
 /// What is known of the history that a relay is to go on with.
@@ -222,18 +229,23 @@ impl Task {
         if let Some(end) = self.take_message(created, receiver.connection(), trusted).await {
             return end;
         }
-        // One that ends by itself asks for progress by itself, for a quiet range has no events that show how far it is.
+        // One that ends by itself asks for progress by itself, for a quiet range has no events that show how far it is. So does one
+        // whose upstream, which may be a member that lags, has told of less than the stream needs.
         let mut pause = FIRST_PAUSE;
         let mut ask = Instant::now() + pause;
+        // Requests that an earlier upstream watch was sent may not have been answered.
+        let mut asked = self.asked.clone();
         loop {
             let message = tokio::select! {
                 message = receiver.next() => message,
-                () = self.ask.notified() => {
+                Ok(()) = asked.changed() => {
                     ask_for_progress(sender).await;
+                    pause = FIRST_PAUSE;
+                    ask = Instant::now() + pause;
                     continue;
                 }
                 () = self.arrival() => return self.hand_over().await,
-                () = sleep_until(ask), if self.hub.is_some() && trusted => {
+                () = sleep_until(ask), if trusted && (self.hub.is_some() || self.falls_short()) => {
                     ask_for_progress(sender).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
                     ask = Instant::now() + pause;
@@ -277,6 +289,11 @@ impl Task {
             return Some(End::Over);
         }
         if self.has_arrived() { Some(self.hand_over().await) } else { None }
+    }
+
+    /// Whether it has been told of less than the stream wants to know.
+    fn falls_short(&self) -> bool {
+        self.next <= *self.asked.borrow()
     }
 
     /// Lets the history window take over.

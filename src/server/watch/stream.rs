@@ -192,9 +192,10 @@ impl Stream {
                 }
             }
             Some(RequestUnion::ProgressRequest(_)) => {
-                self.shared.cache.prefixes().iter().for_each(|prefix| prefix.want(prefix.floor()));
-                if self.session.request_progress() {
-                    self.ask_relays();
+                let known = self.shared.cache.told();
+                self.shared.cache.prefixes().iter().for_each(|prefix| prefix.want(known));
+                if self.session.request_progress(known) {
+                    self.ask_relays(known);
                 }
             }
             None => {}
@@ -289,8 +290,9 @@ impl Stream {
         any
     }
 
-    fn ask_relays(&self) {
-        self.relays.iter().flat_map(|relays| relays.running.values()).for_each(|handle| handle.ask.notify_one());
+    /// Has the upstream asked how far the relays have got, until that is `known`.
+    fn ask_relays(&self, known: Revision) {
+        self.relays.iter().flat_map(|relays| relays.running.values()).for_each(|handle| handle.ask(known));
     }
 
     fn take_tick(&mut self, cx: &mut Context<'_>) {
@@ -307,7 +309,7 @@ impl Stream {
             let _ = ticker.as_mut().poll(cx);
             self.session.tick(&mut self.out);
             if self.session.ask_relays() {
-                self.ask_relays();
+                self.ask_relays(Revision::ZERO);
             }
         }
     }
