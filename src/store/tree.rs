@@ -6,6 +6,7 @@
 
 mod iter;
 mod node;
+mod sorted;
 
 use std::sync::Arc;
 

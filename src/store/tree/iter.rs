@@ -2,14 +2,17 @@
 
 use std::slice;
 
-use super::node::{Child, Node, route};
+use super::{
+    node::{Child, Node, route},
+    sorted::Entry,
+};
 use crate::store::Record;
 
 /// The records of a tree from some key on, in order.
 pub struct Iter<'a> {
     /// What is still to come of each inner node on the path to the current leaf, the root's first.
-    path: Vec<slice::Iter<'a, Child>>,
-    leaf: slice::Iter<'a, Record>,
+    path: Vec<slice::Iter<'a, Entry<Child>>>,
+    leaf: slice::Iter<'a, Entry<Record>>,
 }
 
 impl<'a> Iter<'a> {
@@ -19,13 +22,13 @@ impl<'a> Iter<'a> {
         loop {
             match node {
                 Node::Inner(children) => {
-                    let at = route(children, start);
-                    iter.path.push(children[at + 1..].iter());
-                    node = &children[at].node;
+                    let mut onwards = children.entries_from(route(children, start));
+                    let Some(child) = onwards.next() else { return iter };
+                    iter.path.push(onwards);
+                    node = &child.item().node;
                 }
                 Node::Leaf(records) => {
-                    let at = records.partition_point(|record| record.key() < start);
-                    iter.leaf = records[at..].iter();
+                    iter.leaf = records.entries_from(records.find(start).unwrap_or_else(|at| at));
                     return iter;
                 }
             }
@@ -39,10 +42,10 @@ impl<'a> Iter<'a> {
                 self.path.pop();
                 continue;
             };
-            match &*child.node {
-                Node::Inner(children) => self.path.push(children.iter()),
+            match &*child.item().node {
+                Node::Inner(children) => self.path.push(children.entries_from(0)),
                 Node::Leaf(records) => {
-                    self.leaf = records.iter();
+                    self.leaf = records.entries_from(0);
                     return true;
                 }
             }
@@ -56,8 +59,8 @@ impl<'a> Iterator for Iter<'a> {
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
-            if let Some(record) = self.leaf.next() {
-                return Some(record);
+            if let Some(entry) = self.leaf.next() {
+                return Some(entry.item());
             }
             if !self.next_leaf() {
                 return None;

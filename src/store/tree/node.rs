@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use super::Sums;
+use super::{
+    Sums,
+    sorted::{Keyed, Sorted},
+};
 use crate::store::Record;
 
 /// The most entries of a node. Small enough that copying a path is cheap, large enough that the tree is shallow.
@@ -13,16 +16,16 @@ const SPARSE: usize = CAPACITY / 4;
 
 #[derive(Clone, Debug)]
 pub(super) enum Node {
-    Leaf(Vec<Record>),
-    Inner(Vec<Child>),
+    Leaf(Sorted<Record>),
+    Inner(Sorted<Child>),
 }
 
 /// A subtree, and what its parent knows of it.
 #[derive(Clone, Debug)]
 pub(super) struct Child {
     /// No key in the subtree sorts before this one, and every key in the subtrees to its left does.
-    pub(super) low: Arc<[u8]>,
-    pub(super) sums: Sums,
+    low: Arc<[u8]>,
+    sums: Sums,
     pub(super) node: Arc<Node>,
 }
 
@@ -34,20 +37,36 @@ pub(super) enum Inserted {
 
 impl Default for Node {
     fn default() -> Self {
-        Self::Leaf(Vec::new())
+        Self::Leaf(Sorted::default())
+    }
+}
+
+impl Keyed for Record {
+    fn key(&self) -> &[u8] {
+        self.key()
+    }
+}
+
+impl Keyed for Child {
+    fn key(&self) -> &[u8] {
+        &self.low
     }
 }
 
 impl Child {
-    fn new(low: Arc<[u8]>, node: Arc<Node>) -> Self {
-        Self { low, sums: node.sums(), node }
+    /// The subtree of `node`.
+    fn new(node: Arc<Node>) -> Self {
+        Self { low: node.low(), sums: node.sums(), node }
     }
 }
 
 impl Node {
     /// A root above what was the root and the sibling that it split off.
     pub(super) fn branch(left: Arc<Node>, right: Child) -> Self {
-        Self::Inner(vec![Child::new(Arc::from(&[][..]), left), right])
+        let mut children = Sorted::default();
+        children.insert(0, Child::new(left));
+        children.insert(1, right);
+        Self::Inner(children)
     }
 
     fn len(&self) -> usize {
@@ -57,17 +76,26 @@ impl Node {
         }
     }
 
+    /// What no key in the subtree sorts before.
+    fn low(&self) -> Arc<[u8]> {
+        let low = match self {
+            Self::Leaf(records) => records.get(0).map(|first| Arc::from(first.key())),
+            Self::Inner(children) => children.get(0).map(|first| first.low.clone()),
+        };
+        low.unwrap_or_default()
+    }
+
     pub(super) fn sums(&self) -> Sums {
         match self {
-            Self::Leaf(records) => records.iter().map(Sums::of).sum(),
-            Self::Inner(children) => children.iter().map(|child| child.sums).sum(),
+            Self::Leaf(records) => records.items().map(Sums::of).sum(),
+            Self::Inner(children) => children.items().map(|child| child.sums).sum(),
         }
     }
 
     pub(super) fn get(&self, key: &[u8]) -> Option<&Record> {
         match self {
-            Self::Leaf(records) => find(records, key).ok().map(|at| &records[at]),
-            Self::Inner(children) => children[route(children, key)].node.get(key),
+            Self::Leaf(records) => records.get(records.find(key).ok()?),
+            Self::Inner(children) => children.get(route(children, key))?.node.get(key),
         }
     }
 
@@ -75,13 +103,13 @@ impl Node {
     pub(super) fn sums_below(&self, key: &[u8]) -> Sums {
         match self {
             Self::Leaf(records) => {
-                let at = find(records, key).unwrap_or_else(|at| at);
-                records[..at].iter().map(Sums::of).sum()
+                let at = records.find(key).unwrap_or_else(|at| at);
+                records.before(at).map(Sums::of).sum()
             }
             Self::Inner(children) => {
                 let at = route(children, key);
-                let mut sums: Sums = children[..at].iter().map(|child| child.sums).sum();
-                sums += children[at].node.sums_below(key);
+                let mut sums: Sums = children.before(at).map(|child| child.sums).sum();
+                sums += children.get(at).map(|child| child.node.sums_below(key)).unwrap_or_default();
                 sums
             }
         }
@@ -92,7 +120,7 @@ impl Node {
         match self {
             Self::Leaf(records) => records.get(usize::try_from(n).ok()?),
             Self::Inner(children) => {
-                for child in children {
+                for child in children.items() {
                     if n < child.sums.keys {
                         return child.node.nth(n);
                     }
@@ -106,39 +134,40 @@ impl Node {
     /// Puts `record` in; the second half of the answer is the right part of this node when it had to split.
     pub(super) fn insert(&mut self, record: Record) -> (Inserted, Option<Child>) {
         match self {
-            Self::Leaf(records) => match find(records, record.key()) {
-                Ok(at) => (Inserted::Replaced(std::mem::replace(&mut records[at], record)), None),
+            Self::Leaf(records) => match records.find(record.key()) {
+                Ok(at) => (Inserted::Replaced(records.replace(at, record)), None),
                 Err(at) => {
-                    let at_end = at == records.len();
                     records.insert(at, record);
-                    (Inserted::New, split_leaf(records, at_end))
+                    (Inserted::New, split(records, at).map(|right| Child::new(Arc::new(Self::Leaf(right)))))
                 }
             },
             Self::Inner(children) => {
-                let at = route(children, record.key());
+                let at = match children.find(record.key()) {
+                    Ok(at) => at,
+                    Err(0) => lower(children, record.key()),
+                    Err(after) => after - 1,
+                };
+                let Some(child) = children.get_mut(at) else { unreachable!("an inner node has children") };
                 let added = Sums::of(&record);
-                let child = &mut children[at];
-                let (outcome, split) = Arc::make_mut(&mut child.node).insert(record);
+                let (outcome, right) = Arc::make_mut(&mut child.node).insert(record);
                 child.sums += added;
                 if let Inserted::Replaced(old) = &outcome {
                     child.sums = child.sums - Sums::of(old);
                 }
-                let at_end = at + 1 == children.len();
-                if let Some(right) = split {
-                    children[at].sums = children[at].sums - right.sums;
-                    children.insert(at + 1, right);
-                }
-                (outcome, split_inner(children, at_end))
+                let Some(right) = right else { return (outcome, None) };
+                child.sums = child.sums - right.sums;
+                children.insert(at + 1, right);
+                (outcome, split(children, at + 1).map(|right| Child::new(Arc::new(Self::Inner(right)))))
             }
         }
     }
 
     pub(super) fn remove(&mut self, key: &[u8]) -> Option<Record> {
         match self {
-            Self::Leaf(records) => find(records, key).ok().map(|at| records.remove(at)),
+            Self::Leaf(records) => records.find(key).ok().map(|at| records.remove(at)),
             Self::Inner(children) => {
                 let at = route(children, key);
-                let child = &mut children[at];
+                let child = children.get_mut(at)?;
                 let removed = Arc::make_mut(&mut child.node).remove(key)?;
                 child.sums = child.sums - Sums::of(&removed);
                 match child.node.len() {
@@ -154,7 +183,7 @@ impl Node {
     /// The child of a root that has but one left, which is then the better root.
     pub(super) fn only_child(&self) -> Option<Arc<Node>> {
         match self {
-            Self::Inner(children) if children.len() == 1 => Some(children[0].node.clone()),
+            Self::Inner(children) if children.len() == 1 => children.get(0).map(|only| only.node.clone()),
             _ => None,
         }
     }
@@ -168,7 +197,7 @@ impl Node {
     pub(super) fn leaves(&self) -> usize {
         match self {
             Self::Leaf(_) => 1,
-            Self::Inner(children) => children.iter().map(|child| child.node.leaves()).sum(),
+            Self::Inner(children) => children.items().map(|child| child.node.leaves()).sum(),
         }
     }
 
@@ -176,69 +205,54 @@ impl Node {
     pub(super) fn check(&self, root: bool) -> Sums {
         assert!(root || !self.is_empty(), "an empty node below the root");
         assert!(self.len() <= CAPACITY);
-        if let Self::Inner(children) = self {
-            for child in children {
-                assert_eq!(child.node.check(false), child.sums);
+        match self {
+            Self::Leaf(records) => records.check(),
+            Self::Inner(children) => {
+                children.check();
+                for child in children.items() {
+                    assert!(child.low <= child.node.low());
+                    assert_eq!(child.node.check(false), child.sums);
+                }
             }
         }
         self.sums()
     }
 }
 
-/// Where `key` stands among `records`, or where it would.
-fn find(records: &[Record], key: &[u8]) -> Result<usize, usize> {
-    records.binary_search_by(|record| record.key().cmp(key))
-}
-
 /// The child whose subtree `key` belongs to. A key below every bound belongs to the first.
-pub(super) fn route(children: &[Child], key: &[u8]) -> usize {
-    children.partition_point(|child| *child.low <= *key).saturating_sub(1)
+pub(super) fn route(children: &Sorted<Child>, key: &[u8]) -> usize {
+    children.find(key).unwrap_or_else(|at| at.saturating_sub(1))
 }
 
-/// Where to split a node that overflowed. One that grew at its right end is being filled in order, as by a first list:
-/// then the left part stays full.
-fn split_point(len: usize, at_end: bool) -> usize {
-    if at_end { len - 1 } else { len / 2 }
+/// Lets the first child take keys down to `key`; gives its place.
+fn lower(children: &mut Sorted<Child>, key: &[u8]) -> usize {
+    let first = children.remove(0);
+    children.insert(0, Child { low: Arc::from(key), ..first });
+    0
 }
 
-fn split_leaf(records: &mut Vec<Record>, at_end: bool) -> Option<Child> {
-    if records.len() <= CAPACITY {
-        return None;
-    }
-    let right = records.split_off(split_point(records.len(), at_end));
-    records.shrink_to_fit();
-    let low = Arc::from(right[0].key());
-    Some(Child::new(low, Arc::new(Node::Leaf(right))))
-}
-
-fn split_inner(children: &mut Vec<Child>, at_end: bool) -> Option<Child> {
-    if children.len() <= CAPACITY {
-        return None;
-    }
-    let right = children.split_off(split_point(children.len(), at_end));
-    let low = right[0].low.clone();
-    Some(Child::new(low, Arc::new(Node::Inner(right))))
+/// The right part of a node that overflowed when its `at`th was put in. One that grew at its right end is being filled in
+/// order, as by a first list: then the left part stays full.
+fn split<T: Keyed>(sorted: &mut Sorted<T>, at: usize) -> Option<Sorted<T>> {
+    let len = sorted.len();
+    let at_end = at + 1 == len;
+    (len > CAPACITY).then(|| sorted.split_off(if at_end { len - 1 } else { len / 2 }))
 }
 
 /// Joins the sparse child at `at` with a neighbour, if both fit into one node.
-fn merge(children: &mut Vec<Child>, at: usize) {
+fn merge(children: &mut Sorted<Child>, at: usize) {
     let left = at.saturating_sub(1);
-    let Some(right) = children.get(left + 1) else { return };
-    if children[left].node.len() + right.node.len() > CAPACITY {
+    let len = |at| children.get(at).map(|child| child.node.len());
+    let (Some(kept), Some(joined)) = (len(left), len(left + 1)) else { return };
+    if kept + joined > CAPACITY {
         return;
     }
     let right = children.remove(left + 1);
-    let into = &mut children[left];
+    let Some(into) = children.get_mut(left) else { return };
     into.sums += right.sums;
     match (Arc::make_mut(&mut into.node), Arc::unwrap_or_clone(right.node)) {
-        (Node::Leaf(records), Node::Leaf(more)) => records.extend(more),
-        (Node::Inner(grown), Node::Inner(mut more)) => {
-            // The first child of a node takes every key down to the node's own bound, which may lie below the child's.
-            if let Some(first) = more.first_mut() {
-                first.low = right.low;
-            }
-            grown.extend(more);
-        }
+        (Node::Leaf(records), Node::Leaf(more)) => records.append(more),
+        (Node::Inner(children), Node::Inner(more)) => children.append(more),
         _ => unreachable!("all leaves are at one depth"),
     }
 }

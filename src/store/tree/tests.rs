@@ -24,8 +24,16 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..1500)
 }
 
+/// A key of its own for each number; they begin alike for long, not at all, or are nothing but the beginning of the next.
 fn key(number: u16) -> Vec<u8> {
-    format!("/k/{number:03}").into_bytes()
+    match number % 5 {
+        0 => format!("/k/{number:03}"),
+        1 => format!("/k/{number:03}\0"),
+        2 => format!("{number:03}"),
+        3 => format!("/k/alike-for-long/{number:03}"),
+        _ => "\0".repeat(usize::from(number / 5) + 1),
+    }
+    .into_bytes()
 }
 
 type Model = BTreeMap<Vec<u8>, Record>;
