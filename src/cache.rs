@@ -131,7 +131,7 @@ impl Cache {
         let started = settings.prefixes.iter().map(|range| Prefix::start(range, &upstream, &settings, registry));
         let prefixes = started.collect::<Result<_, _>>()?;
         let metrics = Metrics::register(registry)?;
-        let consensus = Consensus::start(upstream.clone(), metrics.clone());
+        let consensus = Consensus::start(upstream.clone(), settings.consensus_patience, metrics.clone());
         let (auth, interval) = (upstream.auth(), settings.check_interval);
         let cache =
             Self(Arc::new(Shared { upstream, settings, prefixes, consensus, heard: AtomicU64::new(0), auth, metrics }));
@@ -250,8 +250,7 @@ impl Cache {
         if !self.gate().progress_is_proof {
             return Err(Unserved::Gated);
         }
-        let asked = timeout(self.0.settings.consensus_patience, self.0.consensus.ask()).await;
-        let proof = asked.map_err(|_| Unserved::NoConsensus(Status::TIMEOUT))?;
+        let proof = self.0.consensus.ask().await.ok_or(Unserved::NoConsensus(Status::TIMEOUT))?;
         let (shown, known) = (proof.responder, before.responder);
         let same = shown.cluster_id == known.cluster_id && shown.raft_term >= known.raft_term;
         if !same || proof.revision < before.revision() {

@@ -2,10 +2,12 @@
 //! arrived before its request was sent. Readers that wait together share one answer.
 //!
 //! Every reader draws a ticket when it arrives, and every request that may serve as proof draws one just before it is sent.
-//! An answer serves the readers whose tickets are lower than its request's.
+//! An answer serves the readers whose tickets are lower than its request's. Readers have no timers of their own: whoever has waited
+//! for too long is sent away by the one who asks.
 
 use std::{
     collections::VecDeque,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -34,6 +36,8 @@ use crate::{
 const DEADLINE: Duration = Duration::from_millis(500);
 /// The longest pause while no endpoint answers.
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+/// How often in a reader's patience those who have none left are looked for.
+const LOOKS: u32 = 16;
 /// How long a question may be held back while readers gather, unless a round trip takes longer.
 const GATHERING: Duration = Duration::from_millis(1);
 
@@ -81,10 +85,18 @@ struct Readers {
 }
 
 impl Consensus {
-    pub(super) fn start(upstream: Upstream, metrics: Metrics) -> Self {
+    /// `patience` is how long a reader waits at most.
+    pub(super) fn start(upstream: Upstream, patience: Duration, metrics: Metrics) -> Self {
         let waiting =
             Arc::new(Waiting { clock: AtomicU64::new(0), readers: Mutex::default(), gathered: Notify::new(), metrics });
-        let asker = Asker { waiting: waiting.clone(), upstream, last: 0, round_trip: Duration::ZERO };
+        let asker = Asker {
+            waiting: waiting.clone(),
+            upstream,
+            patience,
+            marks: VecDeque::new(),
+            last: 0,
+            round_trip: Duration::ZERO,
+        };
         Self { waiting, asker: tokio::spawn(asker.run()).abort_handle() }
     }
 
@@ -98,12 +110,16 @@ impl Consensus {
         self.waiting.note(sent, proof);
     }
 
-    /// Waits for the proof of a request sent after this call. Waits for as long as it takes.
-    pub async fn ask(&self) -> Proof {
+    /// Waits for the proof of a request sent after this call. None when patience has run out.
+    pub async fn ask(&self) -> Option<Proof> {
         self.waiting.metrics.readers.inc();
+        self.waiting.enter().await.ok()
+    }
+
+    /// As [`Consensus::ask`], for as long as it takes.
+    pub async fn ask_on(&self) -> Proof {
         loop {
-            // The asker never drops a reader unanswered, so the loop runs once.
-            if let Ok(proof) = self.waiting.enter().await {
+            if let Some(proof) = self.ask().await {
                 return proof;
             }
         }
@@ -147,6 +163,13 @@ impl Waiting {
         }
     }
 
+    /// Sends away who came before `mark`.
+    fn send_away(&self, mark: Stamp) {
+        let mut readers = self.readers.lock();
+        let gone = readers.queue.partition_point(|(arrived, _)| *arrived < mark);
+        readers.queue.drain(..gone);
+    }
+
     /// How many readers wait who have not gone meanwhile.
     fn count(&self) -> usize {
         self.readers.lock().count()
@@ -178,6 +201,9 @@ impl Readers {
 struct Asker {
     waiting: Arc<Waiting>,
     upstream: Upstream,
+    patience: Duration,
+    /// When which tickets had been drawn, while no answer came.
+    marks: VecDeque<(Instant, Stamp)>,
     /// How many readers the last question was put for.
     last: usize,
     round_trip: Duration,
@@ -207,15 +233,17 @@ impl Asker {
     async fn put(&mut self) {
         let mut failed = Vec::new();
         let mut pause = Duration::from_millis(10);
+        self.marks.clear();
         while self.waiting.count() > 0 {
+            self.look_at_the_clock();
             let Some(at) = self.upstream.preferred(&failed) else {
                 failed.clear();
-                sleep(pause).await;
+                sleep(pause.min(self.patience / LOOKS)).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
                 continue;
             };
             let (sent, began) = (self.waiting.stamp(), Instant::now());
-            match self.question(at).await {
+            match self.question_watching_the_clock(at).await {
                 Ok(proof) => {
                     self.round_trip = began.elapsed();
                     self.waiting.metrics.seconds.observe(self.round_trip.as_secs_f64());
@@ -231,13 +259,32 @@ impl Asker {
         }
     }
 
-    async fn question(&self, at: EndpointId) -> Result<Proof, Status> {
-        let question = RangeRequest { key: Bytes::from_static(&[0]), limit: 1, count_only: true, ..Default::default() };
-        let asked = self.upstream.unary_numbered(at, "/etcdserverpb.KV/Range", &question, DEADLINE);
-        let (answer, connection): (RangeResponse, _) = asked.await?;
-        let proof = answer.header.as_ref().and_then(|header| Proof::of(header, connection));
-        proof.ok_or_else(|| Status::unavailable("an answer without a cluster or a revision"))
+    async fn question_watching_the_clock(&mut self, at: EndpointId) -> Result<Proof, Status> {
+        let mut question = pin!(question(self.upstream.clone(), at));
+        loop {
+            tokio::select! {
+                answer = &mut question => return answer,
+                () = sleep(self.patience / LOOKS) => self.look_at_the_clock(),
+            }
+        }
     }
+
+    /// Sends away who has waited for too long.
+    fn look_at_the_clock(&mut self) {
+        self.marks.push_back((Instant::now(), self.waiting.stamp()));
+        let over = self.marks.partition_point(|(drawn, _)| drawn.elapsed() >= self.patience);
+        if let Some((_, mark)) = self.marks.drain(..over).next_back() {
+            self.waiting.send_away(mark);
+        }
+    }
+}
+
+async fn question(upstream: Upstream, at: EndpointId) -> Result<Proof, Status> {
+    let question = RangeRequest { key: Bytes::from_static(&[0]), limit: 1, count_only: true, ..Default::default() };
+    let asked = upstream.unary_numbered(at, "/etcdserverpb.KV/Range", &question, DEADLINE);
+    let (answer, connection): (RangeResponse, _) = asked.await?;
+    let proof = answer.header.as_ref().and_then(|header| Proof::of(header, connection));
+    proof.ok_or_else(|| Status::unavailable("an answer without a cluster or a revision"))
 }
 
 #[cfg(test)]
@@ -290,6 +337,28 @@ mod tests {
         assert_eq!(waiting.readers.lock().awaited, None);
         drop(readers);
         assert!(timeout(GATHERING, waiting.gather(1)).await.is_err(), "who has gone is not waited with");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn patience_runs_out_where_nobody_answers() {
+        const PATIENCE: Duration = Duration::from_secs(7);
+        let registry = prometheus::Registry::new();
+        let nobody = crate::upstream::Settings::new(vec!["127.0.0.1:1".parse().unwrap()]);
+        let upstream = Upstream::start(nobody, &registry).unwrap();
+        let consensus = Consensus::start(upstream, PATIENCE, Metrics::register(&registry).unwrap());
+        let later = async {
+            sleep(PATIENCE / 2).await;
+            let began = Instant::now();
+            (consensus.ask().await, began.elapsed())
+        };
+        let began = Instant::now();
+        let ((early, waited), (late, waited_later)) =
+            tokio::join!(async { (consensus.ask().await, began.elapsed()) }, later);
+        assert_eq!((early, late), (None, None));
+        for waited in [waited, waited_later] {
+            assert!((PATIENCE..PATIENCE * 5 / 4).contains(&waited), "{waited:?}");
+        }
+        assert!(timeout(PATIENCE * 3, consensus.ask_on()).await.is_err());
     }
 
     #[test]

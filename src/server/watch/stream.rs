@@ -220,7 +220,7 @@ impl Stream {
             None => {
                 let cache = cache.clone();
                 let asked = async move {
-                    let proof = cache.consensus().ask().await;
+                    let proof = cache.consensus().ask_on().await;
                     cache.note_relayed(proof.revision, proof.connection);
                     (proof.responder, proof.revision)
                 };
