@@ -10,6 +10,9 @@ use crate::store::{
 /// Bytes before every gRPC message: a flag and the message's length.
 pub const FRAME_HEAD: usize = 5;
 
+/// The most that stands before a response's reason and events: those, its header and four numbers.
+const LONGEST_HEAD: usize = FRAME_HEAD + Responder::LONGEST_FIELD + 4 * int_field_len(-1);
+
 /// Everything of a `WatchResponse` but its events.
 #[derive(Clone, Debug, Default)]
 pub struct Envelope {
@@ -47,13 +50,18 @@ impl Envelope {
     pub fn put(&self, out: &mut BytesMut, responder: Responder, events: &[u8]) {
         let length = self.message_len(responder, events.len());
         out.reserve(FRAME_HEAD + length);
-        out.put_u8(0);
-        out.put_u32(length as u32);
-        responder.put(out, self.revision);
-        put_int_field(out, 2, self.watch_id);
-        put_int_field(out, 3, self.created.into());
-        put_int_field(out, 4, self.canceled.into());
-        put_int_field(out, 5, self.compact_revision);
+        // Byte by byte into what grows would cost more than all of this.
+        let mut head = [0; LONGEST_HEAD];
+        let mut rest = &mut head[..];
+        rest.put_u8(0);
+        rest.put_u32(length as u32);
+        responder.put(&mut rest, self.revision);
+        put_int_field(&mut rest, 2, self.watch_id);
+        put_int_field(&mut rest, 3, self.created.into());
+        put_int_field(&mut rest, 4, self.canceled.into());
+        put_int_field(&mut rest, 5, self.compact_revision);
+        let length = LONGEST_HEAD - rest.len();
+        out.put_slice(&head[..length]);
         if !self.cancel_reason.is_empty() {
             put_bytes_head(out, 6, self.cancel_reason.len());
             out.put_slice(self.cancel_reason.as_bytes());

@@ -53,8 +53,10 @@ impl Wake for Shared {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.is_there.store(true, Ordering::Release);
-        self.waiting.wake();
+        // Who left the news there has woken the task, or goes on by itself.
+        if !self.is_there.swap(true, Ordering::AcqRel) {
+            self.waiting.wake();
+        }
     }
 }
 

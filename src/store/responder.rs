@@ -20,6 +20,9 @@ pub struct Responder {
 }
 
 impl Responder {
+    /// The most that [`Responder::put`] appends: four numbers.
+    pub const LONGEST_FIELD: usize = bytes_field_len(4 * int_field_len(-1));
+
     /// A header at `revision`.
     pub fn header(self, revision: Revision) -> ResponseHeader {
         let Self { cluster_id, member_id, raft_term } = self;
@@ -40,11 +43,16 @@ impl Responder {
 
     /// Appends the header as field 1, its place in every etcd answer.
     pub fn put(self, out: &mut impl BufMut, revision: Revision) {
-        put_bytes_head(out, 1, self.len(revision));
-        put_int_field(out, 1, self.cluster_id as i64);
-        put_int_field(out, 2, self.member_id as i64);
-        put_int_field(out, 3, revision.0);
-        put_int_field(out, 4, self.raft_term as i64);
+        // Byte by byte into what grows would cost more than all of this.
+        let mut field = [0; Self::LONGEST_FIELD];
+        let mut rest = &mut field[..];
+        put_bytes_head(&mut rest, 1, self.len(revision));
+        put_int_field(&mut rest, 1, self.cluster_id as i64);
+        put_int_field(&mut rest, 2, self.member_id as i64);
+        put_int_field(&mut rest, 3, revision.0);
+        put_int_field(&mut rest, 4, self.raft_term as i64);
+        let length = Self::LONGEST_FIELD - rest.len();
+        out.put_slice(&field[..length]);
     }
 }
 
