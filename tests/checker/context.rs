@@ -1,15 +1,18 @@
 //! What all clients share: where the servers are, what is noted down, and when to stop.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicI64, Ordering},
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicI64, Ordering},
+    },
 };
 
 use tokio::sync::watch;
 
 use super::{
     record::{Notes, Target},
-    timeline::Timeline,
+    timeline::{Tick, Timeline},
 };
 use crate::support::random::Bounds;
 
@@ -35,6 +38,22 @@ pub struct Context {
     /// The newest revision that anybody was told of, to choose interesting ones from.
     current: AtomicI64,
     compacted: AtomicI64,
+    answers: Mutex<HashMap<Target, Vec<Answer>>>,
+}
+
+/// An answer to a unary call.
+struct Answer {
+    begin: Tick,
+    revision: i64,
+}
+
+/// What the clients of a server have been told since some time.
+pub struct Knowledge {
+    target: Target,
+    since: Tick,
+    /// How many answers have been looked at.
+    read: usize,
+    highest: i64,
 }
 
 impl Context {
@@ -47,6 +66,7 @@ impl Context {
             stage: watch::Sender::new(Stage::Work),
             current: AtomicI64::new(1),
             compacted: AtomicI64::new(0),
+            answers: Mutex::default(),
         })
     }
 
@@ -70,6 +90,28 @@ impl Context {
 
     pub fn seen(&self, revision: i64) {
         self.current.fetch_max(revision, Ordering::Relaxed);
+    }
+
+    /// Notes what a call that began at `begin` was answered.
+    pub fn answered(&self, target: Target, begin: Tick, revision: i64) {
+        self.seen(revision);
+        self.answers.lock().unwrap().entry(target).or_default().push(Answer { begin, revision });
+    }
+
+    /// What is told to clients of `target` from now on.
+    pub fn knowledge(&self, target: Target) -> Knowledge {
+        let read = self.answers.lock().unwrap().get(&target).map_or(0, Vec::len);
+        Knowledge { target, since: self.timeline.tick(), read, highest: 0 }
+    }
+
+    /// The highest revision of it.
+    pub fn known(&self, knowledge: &mut Knowledge) -> i64 {
+        let answers = self.answers.lock().unwrap();
+        let answers = answers.get(&knowledge.target).map_or(&[][..], Vec::as_slice);
+        let new = answers[knowledge.read..].iter().filter(|answer| answer.begin > knowledge.since);
+        knowledge.highest = new.map(|answer| answer.revision).fold(knowledge.highest, i64::max);
+        knowledge.read = answers.len();
+        knowledge.highest
     }
 
     /// A restore may have brought back an older present.

@@ -61,6 +61,8 @@ pub enum Told {
     Events(Vec<Event>),
     /// Everything up to the header's revision has been sent.
     Progress,
+    /// The answer to a request for progress was below this revision, which the server had told before it was asked.
+    Short(i64),
     /// Cancelled by a compaction up to here.
     Compacted(i64),
     /// Cancelled or ended in a way that no server may: the watcher of etcd's own client would be dead.

@@ -43,7 +43,7 @@ impl Caller {
         if let Some(Ok(answer)) = &outcome
             && let Some(header) = answer.header()
         {
-            self.context.seen(header.revision);
+            self.context.answered(target, begin, header.revision);
         }
         self.context.notes.call(Call { worker: self.worker, target, begin, end, operation, outcome: outcome.clone() });
         outcome

@@ -15,7 +15,7 @@ use tonic::{Code, Status, Streaming};
 
 use super::{
     super::{
-        context::{Context, Stage},
+        context::{Context, Knowledge, Stage},
         record::Target,
     },
     watcher::Watcher,
@@ -41,6 +41,10 @@ struct Open {
     requests: mpsc::Sender<WatchRequest>,
     /// Creates that have been sent and not been answered, in their order.
     pending: VecDeque<u64>,
+    /// What the server tells its clients while the stream is open.
+    knowledge: Option<Knowledge>,
+    /// What was known at each request for progress that may be unanswered.
+    asked: Vec<i64>,
 }
 
 /// Watches until the run is over.
@@ -72,7 +76,7 @@ impl Session {
         }
         self.sweep();
         let (requests, outgoing) = mpsc::channel(1024);
-        let mut open = Open { requests, pending: VecDeque::new() };
+        let mut open = Open { requests, pending: VecDeque::new(), knowledge: None, asked: Vec::new() };
         let mut numbers: Vec<u64> = self.watchers.keys().copied().collect();
         numbers.sort_unstable();
         numbers.into_iter().for_each(|number| self.create(&mut open, number));
@@ -117,17 +121,36 @@ impl Session {
     /// Does something at random. False: leaves the stream.
     fn stir(&mut self, open: &mut Open) -> bool {
         if !self.context.works() {
-            self.send(open, RequestUnion::ProgressRequest(WatchProgressRequest {}));
+            self.ask(open);
             return true;
         }
         match self.random.below(12) {
             0..4 => drop(self.add(open)),
             4 => self.cancel(open),
             5 => return self.random.below(3) > 0,
-            6..10 => self.send(open, RequestUnion::ProgressRequest(WatchProgressRequest {})),
+            6..10 => self.ask(open),
             _ => {}
         }
         true
+    }
+
+    fn ask(&self, open: &mut Open) {
+        if let Some(knowledge) = open.knowledge.as_mut().filter(|_| self.context.timeline.era() == 0) {
+            open.asked.push(self.context.known(knowledge));
+        }
+        self.send(open, RequestUnion::ProgressRequest(WatchProgressRequest {}));
+    }
+
+    /// The answer to some request for progress. Another history may have less than was known.
+    fn take_progress(&mut self, open: &mut Open, revision: i64) {
+        let least = open.asked.iter().copied().min().filter(|_| self.context.timeline.era() == 0);
+        open.asked.retain(|known| *known > revision);
+        for watcher in self.watchers.values_mut().filter(|watcher| watcher.id.is_some()) {
+            watcher.progress(&self.context, revision);
+            if let Some(known) = least.filter(|known| *known > revision) {
+                watcher.short(&self.context, revision, known);
+            }
+        }
     }
 
     fn add(&mut self, open: &mut Open) -> bool {
@@ -168,6 +191,7 @@ impl Session {
 
     fn take(&mut self, open: &mut Open, response: WatchResponse) {
         if response.created {
+            open.knowledge.get_or_insert_with(|| self.context.knowledge(self.target));
             let number = open.pending.pop_front().expect("as many are created as were asked for");
             if let Some(watcher) = self.watchers.get_mut(&number) {
                 watcher.created(&self.context, &response);
@@ -176,9 +200,7 @@ impl Session {
             // In etcd an answer for the watchers that were there can be overtaken by the `created` of a newer one that still
             // catches up. Whether an answer is true for that one cannot be known, and etcd is not under test.
         } else if response.watch_id == -1 {
-            let revision = response.header.map_or(0, |header| header.revision);
-            let present = self.watchers.values_mut().filter(|watcher| watcher.id.is_some());
-            present.for_each(|watcher| watcher.progress(&self.context, revision));
+            self.take_progress(open, response.header.map_or(0, |header| header.revision));
         } else if let Some(watcher) = self.watchers.values_mut().find(|one| one.id == Some(response.watch_id)) {
             let (watch_id, compacted) = (response.watch_id, response.compact_revision > 0);
             watcher.take(&self.context, response);

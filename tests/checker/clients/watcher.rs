@@ -125,6 +125,11 @@ impl Watcher {
         self.tell(context, revision, Told::Progress);
     }
 
+    /// Notes an answer to a request for progress that was below what the server had told before.
+    pub fn short(&self, context: &Context, revision: i64, known: i64) {
+        self.tell(context, revision, Told::Short(known));
+    }
+
     fn tell(&self, context: &Context, revision: i64, told: Told) {
         context.seen(revision);
         let tick = context.timeline.tick();

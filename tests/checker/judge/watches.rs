@@ -21,6 +21,7 @@ use crate::support::watching::revision_of;
 
 pub const EVENTS: &str = "a watcher is sent exactly the events of its range";
 pub const PROGRESS: &str = "progress is told when everything up to it has been sent";
+pub const SHORT: &str = "progress is not below what was known when it was asked for";
 pub const CANCELLED: &str = "a watcher is cancelled only for a reason";
 pub const UNFINISHED: &str = "a watcher is sent everything in the end";
 
@@ -141,7 +142,7 @@ fn count(life: &Life, counts: &mut Counts) {
             Told::Progress => counts.progress += 1,
             Told::Resumed => counts.resumed += 1,
             Told::Compacted(_) => counts.compacted += 1,
-            Told::Created | Told::Killed(_) => {}
+            Told::Created | Told::Killed(_) | Told::Short(_) => {}
         }
     }
 }
@@ -175,6 +176,7 @@ impl Replay<'_> {
                     self.progress(next, item.revision).map_err(|what| wrong(PROGRESS, what))?;
                     next = next.max(item.revision + 1);
                 }
+                Told::Short(known) => return Err(wrong(SHORT, format!("{known} was known"))),
                 Told::Compacted(at) => self.compacted(next, item, *at).map_err(|what| wrong(CANCELLED, what))?,
                 Told::Killed(how) => return Err(wrong(CANCELLED, how.clone())),
             }
@@ -264,7 +266,7 @@ pub fn is_outlived(life: &Life, eras: &Eras) -> bool {
 /// The last era that these items of a watcher can belong to.
 fn last_era(life: &Life, items: Range<usize>, eras: &Eras) -> usize {
     // A creation tells what the present was, of which nothing has been sent yet: nobody could recognise it later.
-    let binds = |item: &&Item| !matches!(item.told, Told::Created | Told::Resumed);
+    let binds = |item: &&Item| !matches!(item.told, Told::Created | Told::Resumed | Told::Short(_));
     let bounds = life.items[items].iter().filter(binds).map(|item| eras.bound(item.tick, item.revision));
     bounds.min().unwrap_or(eras.last())
 }
