@@ -23,7 +23,7 @@ use crate::{
     status::Status,
     store::{KeyRange, Position, Responder, Revision},
 };
-use deliver::Scratch;
+use deliver::{SCRATCH, Scratch};
 
 /// What holds for every session.
 #[derive(Clone, Copy, Debug)]
@@ -61,7 +61,6 @@ pub struct Session {
     next_id: i64,
     serial: u64,
     asked: Option<progress::Asked>,
-    scratch: Scratch,
 }
 
 /// How a pump ended.
@@ -90,7 +89,6 @@ impl Session {
             next_id: 0,
             serial: 0,
             asked: None,
-            scratch: Scratch::default(),
         }
     }
 
@@ -206,6 +204,10 @@ impl Session {
 
     /// Puts out what there is to say, until `out` holds `budget` bytes or more. `waker` is called when there is more.
     pub fn pump(&mut self, out: &mut BytesMut, budget: usize, waker: &Waker) -> Pumped {
+        SCRATCH.with_borrow_mut(|scratch| self.pump_with(scratch, out, budget, waker))
+    }
+
+    fn pump_with(&mut self, scratch: &mut Scratch, out: &mut BytesMut, budget: usize, waker: &Waker) -> Pumped {
         let mut unfinished = false;
         for lane in 0..self.lanes.len() {
             let Some(open) = &mut self.lanes[lane] else { continue };
@@ -217,13 +219,13 @@ impl Session {
                 Some(Notice::Replaced(position)) => self.replace(lane, position, out),
                 None => {}
             }
-            self.deliver(lane, out, budget);
+            self.deliver(lane, scratch, out, budget);
             let lost = self.lanes[lane].as_mut().and_then(Lane::settle);
             if let Some(lost) = lost {
                 self.fall_behind(lane, lost);
             }
         }
-        unfinished |= self.catch_up(out, budget);
+        unfinished |= self.catch_up(scratch, out, budget);
         if unfinished || !self.lanes.iter().flatten().all(Lane::is_idle) {
             return Pumped::Busy;
         }

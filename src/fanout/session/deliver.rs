@@ -1,6 +1,8 @@
 //! Events on their way out: letters for watchers that keep up, the history for those that are behind, and what the
 //! upstream sends for those that are relayed.
 
+use std::cell::RefCell;
+
 use bytes::{BufMut, BytesMut};
 
 use super::{Relay, Session, State};
@@ -18,6 +20,11 @@ use prost::Message;
 const BATCH_BYTES: usize = 256 << 10;
 /// Entries of the history that one pump looks at for watchers that are behind.
 const ENTRIES_PER_PUMP: usize = 8192;
+
+thread_local! {
+    /// For one session after the other: a stream that waits keeps nothing of what it has sent.
+    pub(super) static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
 
 /// Encoded events, kept between responses so that watchers who see the same thing share one encoding.
 #[derive(Default)]
@@ -53,7 +60,7 @@ impl Scratch {
 
 impl Session {
     /// Works the lane's letters off, as far as the budget goes.
-    pub(super) fn deliver(&mut self, lane: usize, out: &mut BytesMut, budget: usize) {
+    pub(super) fn deliver(&mut self, lane: usize, scratch: &mut Scratch, out: &mut BytesMut, budget: usize) {
         let Some(lane) = &mut self.lanes[lane] else { return };
         let responder = lane.hub.store().view().responder;
         while let Some(letter) = lane.letters.get(lane.read) {
@@ -61,7 +68,7 @@ impl Session {
                 return;
             }
             let entry = &letter.entry;
-            self.scratch.clear();
+            scratch.clear();
             let members = lane.group(letter.group).map_or(&[][..], |group| &group.members[..]);
             for slot in members {
                 let Some(Some(watcher)) = self.watchers.get_mut(*slot as usize) else { continue };
@@ -72,7 +79,7 @@ impl Session {
                     return;
                 }
                 watcher.next = entry.revision.next();
-                let events = self.scratch.entry(entry, watcher);
+                let events = scratch.entry(entry, watcher);
                 if !events.is_empty() {
                     watcher.quiet = false;
                     let wanted = || entry.events.iter().filter(|event| watcher.options.wants(event));
@@ -87,14 +94,14 @@ impl Session {
     }
 
     /// Lets the watchers that are behind read on. True when there is more to read at once.
-    pub(super) fn catch_up(&mut self, out: &mut BytesMut, budget: usize) -> bool {
+    pub(super) fn catch_up(&mut self, scratch: &mut Scratch, out: &mut BytesMut, budget: usize) -> bool {
         let mut entries = ENTRIES_PER_PUMP;
         let mut at = 0;
         while let Some(&slot) = self.behind.get(at) {
             if out.len() >= budget || entries == 0 {
                 return true;
             }
-            if self.read_on(slot, &mut entries, out) {
+            if self.read_on(slot, &mut entries, scratch, out) {
                 self.behind.swap_remove(at);
             } else {
                 at += 1;
@@ -104,7 +111,7 @@ impl Session {
     }
 
     /// Reads a stretch of the history for one watcher. True when it is not behind any more.
-    fn read_on(&mut self, slot: u32, entries: &mut usize, out: &mut BytesMut) -> bool {
+    fn read_on(&mut self, slot: u32, entries: &mut usize, scratch: &mut Scratch, out: &mut BytesMut) -> bool {
         let Some(Some(watcher)) = self.watchers.get_mut(slot as usize) else { return true };
         let (State::Behind, Some(at)) = (watcher.state, watcher.lane) else { return true };
         let Some(lane) = &mut self.lanes[at] else { return true };
@@ -113,8 +120,7 @@ impl Session {
             self.cancel_compacted(slot, view.compacted, out);
             return true;
         }
-        if !view.is_loaded() || !stretch(watcher, &view, entries, &mut self.scratch, self.settings.fragment_bytes, out)
-        {
+        if !view.is_loaded() || !stretch(watcher, &view, entries, scratch, self.settings.fragment_bytes, out) {
             self.relay(slot);
             return true;
         }
