@@ -3,6 +3,8 @@
 //! In key order a selection is a run of the tree, whose size is known without a look at its records; in any other order,
 //! or behind a revision filter, it is a list.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 
 use super::{KeyRange, Record, Revision, Sums, Tree, View};
@@ -85,7 +87,7 @@ pub fn select(view: &View, range: &KeyRange, request: &RangeRequest) -> Result<S
 }
 
 /// The tree at `revision`, where zero and less mean the view's own.
-fn tree_for(view: &View, revision: Revision) -> Result<Tree, RangeError> {
+fn tree_for(view: &View, revision: Revision) -> Result<Cow<'_, Tree>, RangeError> {
     if revision > view.revision() {
         return Err(RangeError::Future);
     }
@@ -103,14 +105,14 @@ fn select_one(record: Option<&Record>, request: &RangeRequest) -> Selection {
     Selection { count, more: false, records: Records::List(selected.cloned().into_iter().collect()) }
 }
 
-fn select_in(tree: Tree, range: KeyRange, request: &RangeRequest) -> Selection {
+fn select_in(tree: Cow<'_, Tree>, range: KeyRange, request: &RangeRequest) -> Selection {
     let sums = tree.sums_in(&range);
     if request.count_only {
         return Selection { count: sums.keys, more: false, records: Records::NONE };
     }
     let limit = u64::try_from(request.limit).unwrap_or(0);
     if in_key_order(request) && !has_filters(request) {
-        return select_run(tree, range, sums, limit);
+        return select_run(tree.into_owned(), range, sums, limit);
     }
     let fetched = if is_default_order(request) && !has_filters(request) && limit > 0 {
         // As etcd does it: without an explicit order the limit comes before the sort.

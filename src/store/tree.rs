@@ -120,13 +120,13 @@ impl Tree {
         if range.is_empty() {
             return Sums::default();
         }
-        let below_end = range.end.as_ref().map_or(self.sums, |end| self.root.sums_below(end));
-        below_end - self.root.sums_below(&range.start)
+        let below = |key: &[u8]| self.root.sums_below(key, self.sums);
+        range.end.as_ref().map_or(self.sums, |end| below(end)) - below(&range.start)
     }
 
     /// The `n`th record, counted from zero, at or after `start`. O(log n).
     pub fn nth_from(&self, start: &[u8], n: u64) -> Option<&Record> {
-        self.root.nth(self.root.sums_below(start).keys.checked_add(n)?)
+        self.root.nth(self.root.sums_below(start, self.sums).keys.checked_add(n)?)
     }
 
     /// The records from the first key at or after `start`, in order. O(log n) to begin, O(1) for each.

@@ -1,6 +1,7 @@
 //! The store: one writer, and the views that it publishes.
 
 use std::{
+    borrow::Cow,
     fmt,
     sync::{Arc, atomic::AtomicU64, atomic::Ordering},
 };
@@ -45,9 +46,12 @@ impl View {
 
     /// The keys as they were at `revision`, which must not lie after the view's own. None when that cannot be told from
     /// memory.
-    pub fn tree_at(&self, revision: Revision) -> Option<Tree> {
+    pub fn tree_at(&self, revision: Revision) -> Option<Cow<'_, Tree>> {
         let now = self.tree.as_ref()?;
-        if revision == self.revision() { Some(now.clone()) } else { self.window.tree_at(revision, now) }
+        if revision == self.revision() {
+            return Some(Cow::Borrowed(now));
+        }
+        self.window.tree_at(revision, now).map(Cow::Owned)
     }
 
     /// Whether a first list has been loaded.

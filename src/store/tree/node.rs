@@ -99,17 +99,17 @@ impl Node {
         }
     }
 
-    /// The sums of the keys that sort before `key`.
-    pub(super) fn sums_below(&self, key: &[u8]) -> Sums {
+    /// The sums of the keys that sort before `key`, of `all` that are in the subtree.
+    pub(super) fn sums_below(&self, key: &[u8], all: Sums) -> Sums {
         match self {
             Self::Leaf(records) => {
                 let at = records.find(key).unwrap_or_else(|at| at);
-                records.before(at).map(Sums::of).sum()
+                sums_before(records, at, all, Sums::of)
             }
             Self::Inner(children) => {
                 let at = route(children, key);
-                let mut sums: Sums = children.before(at).map(|child| child.sums).sum();
-                sums += children.get(at).map(|child| child.node.sums_below(key)).unwrap_or_default();
+                let mut sums = sums_before(children, at, all, |child| child.sums);
+                sums += children.get(at).map(|child| child.node.sums_below(key, child.sums)).unwrap_or_default();
                 sums
             }
         }
@@ -224,6 +224,15 @@ pub(super) fn route(children: &Sorted<Child>, key: &[u8]) -> usize {
     children.find(key).unwrap_or_else(|at| at.saturating_sub(1))
 }
 
+/// The sums of the items before the `at`th, of `all`. Counts those on the side where there are fewer.
+fn sums_before<T: Keyed>(sorted: &Sorted<T>, at: usize, all: Sums, of: impl Fn(&T) -> Sums) -> Sums {
+    if at <= sorted.len() / 2 {
+        sorted.before(at).map(of).sum()
+    } else {
+        all - sorted.entries_from(at).map(|entry| of(entry.item())).sum()
+    }
+}
+
 /// Lets the first child take keys down to `key`; gives its place.
 fn lower(children: &mut Sorted<Child>, key: &[u8]) -> usize {
     let first = children.remove(0);
@@ -252,7 +261,7 @@ fn merge(children: &mut Sorted<Child>, at: usize) {
     into.sums += right.sums;
     match (Arc::make_mut(&mut into.node), Arc::unwrap_or_clone(right.node)) {
         (Node::Leaf(records), Node::Leaf(more)) => records.append(more),
-        (Node::Inner(children), Node::Inner(more)) => children.append(more),
+        (Node::Inner(grown), Node::Inner(more)) => grown.append(more),
         _ => unreachable!("all leaves are at one depth"),
     }
 }
