@@ -201,7 +201,7 @@ impl Session {
         let behind = self.watchers.values().filter(|watcher| watcher.is_behind(current));
         let Some(from) = behind.map(|watcher| watcher.next).min() else { return Ok(()) };
         match events::next_chunk(&self.engine, from).await {
-            Ok(Some(chunk)) => self.serve_chunk(chunk, current).await,
+            Ok(Some(chunk)) => self.serve_chunk(chunk, current, compacted).await,
             // Compacted meanwhile: the next round says so.
             Ok(None) => Ok(()),
             Err(status) => {
@@ -223,7 +223,7 @@ impl Session {
         Ok(())
     }
 
-    async fn serve_chunk(&mut self, chunk: Chunk, current: i64) -> Result<(), Gone> {
+    async fn serve_chunk(&mut self, chunk: Chunk, current: i64, compacted: i64) -> Result<(), Gone> {
         // The store may have gone on while the stretch was read, and no header is older than an event under it.
         let current = current.max(chunk.last);
         let concerned = |watcher: &Watcher| watcher.is_behind(current) && watcher.next <= chunk.last;
@@ -244,7 +244,7 @@ impl Session {
         let ids: Vec<i64> = self.watchers.iter().filter(|(_, watcher)| concerned(watcher)).map(|(id, _)| *id).collect();
         for id in ids {
             let Some(watcher) = self.watchers.get_mut(&id) else { continue };
-            let responses = watcher.advance(&chunk, &previous, current);
+            let responses = watcher.advance(&chunk, &previous, current, compacted);
             let fragment = watcher.fragment;
             for (revision, events) in responses {
                 let header = Some(self.engine.state().header_at(revision));

@@ -1,6 +1,10 @@
 //! Reading history for watchers, the pairs before it, and cutting large responses.
 
-use std::{collections::HashMap, ops::ControlFlow, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    ops::ControlFlow,
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use prost::Message;
@@ -73,6 +77,16 @@ fn read_chunk(store: &mut dyn Reader, at: Position, from: i64) -> Result<Option<
     }
     let last = if full { revisions.last().map_or(at.current, |revision| revision.revision) } else { at.current };
     Ok(Some(Chunk { revisions, last }))
+}
+
+/// Which events of a revision etcd keeps when it is compacted at just that one: the last of each key. A transaction can put a key
+/// and delete it again.
+pub fn left_by_compaction(events: &[Event]) -> Vec<bool> {
+    let mut later = HashSet::new();
+    let key = |event: &Event| event.kv.as_ref().map(|kv| kv.key.clone());
+    let mut left: Vec<bool> = events.iter().rev().map(|event| later.insert(key(event))).collect();
+    left.reverse();
+    left
 }
 
 /// The pairs as they were before each event of the stretch whose key is in one of `ranges`. As in etcd, there is none before
@@ -167,5 +181,14 @@ mod tests {
         let parts = fragments(response(&[300; 50]), 1000);
         assert!(parts.iter().all(|part| part.encoded_len() < 1000 && part.watch_id == 7));
         assert_eq!(parts.iter().map(|part| part.events.len()).sum::<usize>(), 50);
+    }
+
+    #[test]
+    fn a_compaction_leaves_the_last_event_of_each_key_of_its_revision() {
+        let event = |key: &'static str| {
+            let kv = KeyValue { key: key.into(), ..Default::default() };
+            Event { kv: Some(kv), ..Default::default() }
+        };
+        assert_eq!(left_by_compaction(&["a", "b", "a", "c"].map(event)), [false, true, true, true]);
     }
 }

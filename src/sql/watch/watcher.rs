@@ -1,6 +1,6 @@
 //! One watcher of a stream.
 
-use super::events::{Chunk, Previous};
+use super::events::{self, Chunk, Previous};
 use crate::{
     proto::{
         etcdserverpb::{WatchCreateRequest, watch_create_request::FilterType},
@@ -83,12 +83,22 @@ impl Watcher {
     }
 
     /// The responses that a stretch of history makes for it, each with the revision of its header: when live, one for each
-    /// revision; when catching up, one for all at the store's revision.
-    pub fn advance(&mut self, chunk: &Chunk, previous: &Previous, current: i64) -> Vec<(i64, Vec<Event>)> {
+    /// revision; when catching up, one for all at the store's revision. What a compaction at `compacted` took of that revision is
+    /// gone for whoever begins there.
+    pub fn advance(
+        &mut self,
+        chunk: &Chunk,
+        previous: &Previous,
+        current: i64,
+        compacted: i64,
+    ) -> Vec<(i64, Vec<Event>)> {
         let mut responses: Vec<(i64, Vec<Event>)> = Vec::new();
         let separate = self.is_live();
         for revision in chunk.revisions.iter().filter(|revision| revision.revision >= self.next) {
-            let numbered = revision.events.iter().enumerate().filter(|(_, event)| self.wants(event));
+            let begins_compacted = !separate && self.start == compacted && revision.revision == compacted;
+            let left = begins_compacted.then(|| events::left_by_compaction(&revision.events));
+            let is_left = |sub: usize| left.as_ref().is_none_or(|left| left[sub]);
+            let numbered = revision.events.iter().enumerate().filter(|(sub, event)| is_left(*sub) && self.wants(event));
             let events = numbered.map(|(sub, event)| self.dress(event, previous.get(&(revision.revision, sub))));
             match responses.last_mut() {
                 Some((_, all)) if !separate => all.extend(events),
