@@ -224,6 +224,24 @@ async fn progress_of_a_relayed_watcher_does_not_go_back_either() {
     assert_eq!((told.watch_id, told.header.unwrap().revision), (-1, PRESENT));
 }
 
+/// Nobody asked the relay that began after the request, and it was never answered.
+#[tokio::test]
+async fn a_relayed_watcher_that_comes_while_progress_is_awaited_does_not_hold_it_up() {
+    let (_seen, client, _servers) = scene().await;
+    let request = RangeRequest { key: "k".into(), ..Default::default() };
+    let _: RangeResponse = client.unary(AT, RANGE, &request, PATIENCE).await.unwrap();
+    let (requests, mut answers) = client.open_catch_up(AT, WATCH).await.unwrap();
+    let send = async |union| requests.send(&WatchRequest { request_union: Some(union) }).await.unwrap();
+    let create = || RequestUnion::CreateRequest(WatchCreateRequest { key: "k".into(), ..Default::default() });
+    send(create()).await;
+    assert!(next(&mut answers).await.created);
+    send(RequestUnion::ProgressRequest(WatchProgressRequest {})).await;
+    send(create()).await;
+    assert!(next(&mut answers).await.created);
+    let told = next(&mut answers).await;
+    assert_eq!((told.watch_id, told.header.unwrap().revision), (-1, PRESENT));
+}
+
 async fn next(answers: &mut StreamReceiver) -> WatchResponse {
     let answer = timeout(PATIENCE, answers.next()).await.expect("there is an answer").unwrap().unwrap();
     WatchResponse::decode(answer).unwrap()

@@ -285,6 +285,9 @@ impl Stream {
             let relays = self.relays.get_or_insert_with(|| Box::new(Relays::new()));
             let key = (relay.slot, relay.serial);
             let handle = relay::start(&self.shared, relay, relays.sender.clone());
+            if self.session.awaits_progress() {
+                handle.ask(self.shared.cache.told());
+            }
             relays.running.insert(key, handle);
         }
         any
