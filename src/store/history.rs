@@ -16,8 +16,8 @@ use super::{Record, Revision, Tree};
 
 /// Events after which a segment is full.
 const SEGMENT_EVENTS: usize = 256;
-/// What a segment's tree costs for each event in it: a copied leaf and a share of its ancestors, when random keys among 100,000
-/// are written.
+/// What a segment's tree costs for each event in it: a copied leaf and a share of its ancestors. Reckoned for random keys among
+/// 100,000, from the sizes of their entries.
 const TREE_BYTES_PER_EVENT: usize = 1024;
 
 /// What an event did to its key.

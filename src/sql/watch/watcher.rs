@@ -125,3 +125,33 @@ impl Watcher {
         event
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{proto::mvccpb::KeyValue, sql::history::Revision};
+
+    /// How many events of revision 5, which puts a key and deletes it again, a watcher is sent that begins at `start`, when
+    /// `compacted` is.
+    fn sent(start: i64, compacted: i64) -> usize {
+        let event = |what: EventType| {
+            let kv = Some(KeyValue { key: "k".into(), mod_revision: 5, ..Default::default() });
+            Event { r#type: what.into(), kv, ..Default::default() }
+        };
+        let mut revision = Revision::new(5, vec![]);
+        revision.events = [EventType::Put, EventType::Delete].map(event).to_vec();
+        let chunk = Chunk { revisions: vec![Arc::new(revision)], last: 5 };
+        let request = WatchCreateRequest { key: "k".into(), start_revision: start, ..Default::default() };
+        let range = KeyRange::new(&request.key, &request.range_end);
+        let mut watcher = Watcher::new(&request, range, 5);
+        watcher.advance(&chunk, &Previous::new(), 5, compacted).iter().map(|(_, events)| events.len()).sum()
+    }
+
+    #[test]
+    fn who_begins_at_the_compaction_is_sent_what_it_left() {
+        assert_eq!((sent(5, 0), sent(5, 4), sent(5, 5)), (2, 2, 1));
+        assert_eq!(sent(4, 4), 2, "the compaction was of another revision");
+    }
+}
