@@ -13,6 +13,7 @@
 
 pub mod admin;
 pub mod body;
+pub mod data;
 pub mod forward;
 pub mod health;
 pub mod http;

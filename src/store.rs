@@ -23,5 +23,5 @@ pub use key::{KeyRange, prefix_end};
 pub use record::{MalformedRecord, Record};
 pub use responder::Responder;
 pub use revision::Revision;
-pub use tree::{Sums, Tree};
+pub use tree::{Run, Sums, Tree};
 pub use view::{Change, Position, Store, View, Writer};

@@ -39,7 +39,7 @@ use tokio::{
 /// Answers with more than any window, without end.
 fn flood() -> Response<Body> {
     let block = Bytes::from(vec![0; 1 << 20]);
-    let frames = std::iter::repeat_with(move || Ok(Frame::data(block.clone())));
+    let frames = std::iter::repeat_with(move || Ok(Frame::data(block.clone().into())));
     response::streaming(Body::boxed(StreamBody::new(tokio_stream::iter(frames))))
 }
 
@@ -138,7 +138,7 @@ async fn a_stop_ends_forwarded_streams_that_go_on_for_ever() {
         if request.uri().path() == WATCH {
             std::future::pending::<()>().await;
         }
-        let first = [Ok(Frame::data(Bytes::from_static(&[0; 5])))];
+        let first = [Ok(Frame::data(Bytes::from_static(&[0; 5]).into()))];
         let endless = tokio_stream::StreamExt::chain(tokio_stream::iter(first), tokio_stream::pending());
         response::streaming(Body::boxed(StreamBody::new(endless)))
     })

@@ -93,7 +93,7 @@ fn lagging_watch(requests: Incoming) -> Response<Body> {
             }
         }
     });
-    let frames = ReceiverStream::new(answered).map(|answer| Ok::<_, BodyError>(Frame::data(answer)));
+    let frames = ReceiverStream::new(answered).map(|answer| Ok::<_, BodyError>(Frame::data(answer.into())));
     response::streaming(Body::boxed(StreamBody::new(frames)))
 }
 

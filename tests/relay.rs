@@ -22,6 +22,7 @@ use millpond::{
     proto::etcdserverpb::{PutResponse, WatchRequest},
     server::{
         body::{Body, BodyError, success_trailers},
+        data::Data,
         response,
     },
     upstream::grpc,
@@ -59,7 +60,7 @@ async fn metadata_trailers_and_bytes_pass_unaltered_in_both_directions() {
             trailers.append("x-late", "1".parse().unwrap());
             trailers.append("x-late", "2".parse().unwrap());
             trailers.append("x-late-bin", "AAEC".parse().unwrap());
-            let frames = [Frame::data(Bytes::from_static(b"not even gRPC")), Frame::trailers(trailers)];
+            let frames = [data(b"not even gRPC"), Frame::trailers(trailers)];
             let frames = tokio_stream::iter(frames.map(Ok::<_, BodyError>));
             let mut response = response::streaming(Body::boxed(StreamBody::new(frames)));
             response.headers_mut().append("x-early-bin", "//79".parse().unwrap());
@@ -119,15 +120,19 @@ async fn a_client_that_cancels_before_the_answer_cancels_upstream() {
     timeout(PATIENCE, drops.recv()).await.unwrap().unwrap();
 }
 
+fn data(bytes: &'static [u8]) -> Frame<Data> {
+    Frame::data(Bytes::from_static(bytes).into())
+}
+
 /// A body that gives one message and then nothing for ever.
-struct Endless(Option<Bytes>, #[allow(dead_code, reason = "tells of its drop")] Dropped);
+struct Endless(Option<&'static [u8]>, #[allow(dead_code, reason = "tells of its drop")] Dropped);
 
 impl http_body::Body for Endless {
-    type Data = Bytes;
+    type Data = Data;
     type Error = BodyError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        self.0.take().map_or(Poll::Pending, |bytes| Poll::Ready(Some(Ok(Frame::data(bytes)))))
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Data>, BodyError>>> {
+        self.0.take().map_or(Poll::Pending, |bytes| Poll::Ready(Some(Ok(data(bytes)))))
     }
 }
 
@@ -135,7 +140,7 @@ impl http_body::Body for Endless {
 async fn a_client_that_cancels_in_the_middle_of_a_stream_cancels_upstream() {
     let (dropped, mut drops) = mpsc::channel(16);
     let upstream = fake(move |_| {
-        let body = Endless(Some(Bytes::from_static(b"\0\0\0\0\x01x")), Dropped(dropped.clone()));
+        let body = Endless(Some(b"\0\0\0\0\x01x"), Dropped(dropped.clone()));
         async move { response::streaming(Body::boxed(body)) }
     })
     .await;
@@ -154,7 +159,7 @@ async fn a_reset_by_the_upstream_reaches_the_client_with_its_reason() {
     for (reason, code) in [(h2::Reason::CANCEL, Code::Cancelled), (h2::Reason::REFUSED_STREAM, Code::Unavailable)] {
         let upstream = fake(move |_| {
             let error: Box<dyn std::error::Error + Send + Sync> = Box::new(h2::Error::from(reason));
-            let frames = [Ok(Frame::data(Bytes::from_static(b"\0\0\0\0\x01x"))), Err(BodyError(error))];
+            let frames = [Ok(data(b"\0\0\0\0\x01x")), Err(BodyError(error))];
             async move { response::streaming(Body::boxed(StreamBody::new(tokio_stream::iter(frames)))) }
         })
         .await;
@@ -234,7 +239,7 @@ async fn the_clients_deadline_holds_when_the_upstream_is_silent() {
 async fn a_connection_lost_in_the_middle_of_a_stream_is_unavailable() {
     let (dropped, _drops) = mpsc::channel(16);
     let upstream = fake(move |_| {
-        let body = Endless(Some(Bytes::from_static(b"\0\0\0\0\x01x")), Dropped(dropped.clone()));
+        let body = Endless(Some(b"\0\0\0\0\x01x"), Dropped(dropped.clone()));
         async move { response::streaming(Body::boxed(body)) }
     })
     .await;

@@ -79,7 +79,7 @@ pub fn event_len(event: &Event, prev_kv: bool) -> usize {
 fn event_body_len(event: &Event, prev_kv: bool) -> usize {
     let previous = event.previous.as_ref().filter(|_| prev_kv);
     int_field_len((event.kind == EventKind::Delete).into())
-        + bytes_field_len(event.record.wire().len())
+        + event.record.field().len()
         + previous.map_or(0, |previous| bytes_field_len(previous.wire().len()))
 }
 
@@ -87,8 +87,7 @@ fn event_body_len(event: &Event, prev_kv: bool) -> usize {
 pub fn put_event(out: &mut impl BufMut, event: &Event, prev_kv: bool) {
     put_bytes_head(out, 11, event_body_len(event, prev_kv));
     put_int_field(out, 1, (event.kind == EventKind::Delete).into());
-    put_bytes_head(out, 2, event.record.wire().len());
-    out.put_slice(event.record.wire());
+    out.put_slice(event.record.field());
     if let Some(previous) = event.previous.as_ref().filter(|_| prev_kv) {
         put_bytes_head(out, 3, previous.wire().len());
         out.put_slice(previous.wire());

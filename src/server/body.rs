@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
-use super::relay::Relay;
+use super::{data::Data, relay::Relay};
 pub use crate::upstream::BodyError;
 use crate::{
     status::Status,
@@ -60,13 +60,13 @@ pub enum Body {
     /// What etcd answers.
     Forwarded(Box<Relay>),
     /// Anything else.
-    Boxed(Pin<Box<dyn HttpBody<Data = Bytes, Error = BodyError> + Send>>),
+    Boxed(Pin<Box<dyn HttpBody<Data = Data, Error = BodyError> + Send>>),
 }
 
 /// What is left to send of a unary answer.
 pub enum UnaryBody {
     /// The message and the trailers.
-    Message(Bytes),
+    Message(Data),
     /// The trailers.
     Trailers,
     /// Nothing.
@@ -75,7 +75,7 @@ pub enum UnaryBody {
 
 impl Body {
     /// A body that is boxed.
-    pub fn boxed(body: impl HttpBody<Data = Bytes, Error = BodyError> + Send + 'static) -> Self {
+    pub fn boxed(body: impl HttpBody<Data = Data, Error = BodyError> + Send + 'static) -> Self {
         Body::Boxed(Box::pin(body))
     }
 
@@ -96,7 +96,7 @@ impl Body {
 }
 
 impl UnaryBody {
-    fn next(&mut self) -> Option<Frame<Bytes>> {
+    fn next(&mut self) -> Option<Frame<Data>> {
         match std::mem::replace(self, UnaryBody::Done) {
             UnaryBody::Message(message) => {
                 *self = UnaryBody::Trailers;
@@ -109,15 +109,18 @@ impl UnaryBody {
 }
 
 impl HttpBody for Body {
-    type Data = Bytes;
+    type Data = Data;
     type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Data>, BodyError>>> {
         match self.get_mut() {
             Body::Empty => Poll::Ready(None),
             Body::Unary(unary) => Poll::Ready(unary.next().map(Ok)),
-            Body::Plain(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            Body::Forwarded(relay) => Pin::new(relay.as_mut()).poll_frame(cx),
+            Body::Plain(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes.into())))),
+            Body::Forwarded(relay) => {
+                let polled = Pin::new(relay.as_mut()).poll_frame(cx);
+                polled.map(|frame| frame.map(|frame| frame.map(|frame| frame.map_data(Data::Bytes))))
+            }
             Body::Boxed(body) => body.as_mut().poll_frame(cx),
         }
     }

@@ -102,7 +102,7 @@ impl HealthService {
         } else {
             stream::once(async { ServingStatus::ServiceUnknown }).chain(stream::pending()).right_stream()
         };
-        let messages = states.take_until(stop).map(|state| Frame::data(grpc::frame(&answer(state))));
+        let messages = states.take_until(stop).map(|state| Frame::data(grpc::frame(&answer(state)).into()));
         let end = stream::once(async { Frame::trailers(failure_trailers(&Status::STOPPED)) });
         response::streaming(Body::boxed(StreamBody::new(messages.chain(end).map(Ok::<_, BodyError>))))
     }
@@ -154,6 +154,7 @@ impl ListResponse {
 mod tests {
     use std::future::Future;
 
+    use bytes::Buf;
     use http_body_util::BodyExt;
 
     use super::*;
@@ -167,8 +168,9 @@ mod tests {
     }
 
     async fn state(body: &mut Body) -> i32 {
-        let frame = body.frame().await.unwrap().unwrap().into_data().unwrap();
-        HealthCheckResponse::decode(frame.slice(grpc::PREFIX..)).unwrap().status
+        let mut frame = body.frame().await.unwrap().unwrap().into_data().unwrap();
+        frame.advance(grpc::PREFIX);
+        HealthCheckResponse::decode(frame).unwrap().status
     }
 
     #[tokio::test]

@@ -18,7 +18,6 @@ use std::{
 };
 
 use ::http::{Request, Response};
-use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
@@ -33,7 +32,10 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::body::{Body, BodyError};
+use super::{
+    body::{Body, BodyError},
+    data::Data,
+};
 use crate::{
     socket::{Calls, Gather, NewCalls, detect_dead_peer},
     upstream::EndpointId,
@@ -300,10 +302,10 @@ struct CountedBody {
 }
 
 impl HttpBody for CountedBody {
-    type Data = Bytes;
+    type Data = Data;
     type Error = BodyError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Data>, BodyError>>> {
         Pin::new(&mut self.body).poll_frame(cx)
     }
 

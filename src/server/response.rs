@@ -8,7 +8,10 @@ use bytes::{BufMut, Bytes, BytesMut};
 use http_body::Frame;
 use http_body_util::StreamBody;
 
-use super::body::{Body, BodyError, UnaryBody, success_trailers, write_status};
+use super::{
+    body::{Body, BodyError, UnaryBody, success_trailers, write_status},
+    data::Data,
+};
 use crate::{
     status::Status,
     upstream::grpc::{PREFIX, prefix},
@@ -17,8 +20,8 @@ use crate::{
 const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 
 /// A unary success with a message that has its five-byte prefix already.
-pub fn framed(message: Bytes) -> Response<Body> {
-    streaming(Body::Unary(UnaryBody::Message(message)))
+pub fn framed(message: impl Into<Data>) -> Response<Body> {
+    streaming(Body::Unary(UnaryBody::Message(message.into())))
 }
 
 /// A unary success. The message is copied behind its prefix; [`framed`] spares that.
@@ -37,7 +40,7 @@ pub fn streaming(body: Body) -> Response<Body> {
 }
 
 /// A gRPC success that is written piece by piece. An error breaks it off: hyper asks for nothing after one.
-pub fn pieces(pieces: impl Iterator<Item = Result<Bytes, BodyError>> + Send + 'static) -> Response<Body> {
+pub fn pieces(pieces: impl Iterator<Item = Result<Data, BodyError>> + Send + 'static) -> Response<Body> {
     let trailers = std::iter::once_with(|| Ok(Frame::trailers(success_trailers())));
     let frames = pieces.map(|piece| piece.map(Frame::data)).chain(trailers);
     streaming(Body::boxed(StreamBody::new(futures_util::stream::iter(frames))))

@@ -63,6 +63,14 @@ impl Records {
         self.len() == 0
     }
 
+    /// Calls `each` with all records in their order.
+    pub fn for_each(&self, each: impl FnMut(&Record)) {
+        match self {
+            Self::Run(tree, start, sums) => tree.iter_from(start).take(sums.keys as usize).for_each(each),
+            Self::List(records) => records.iter().for_each(each),
+        }
+    }
+
     /// What the records amount to.
     pub fn sums(&self) -> Sums {
         match self {

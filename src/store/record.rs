@@ -9,6 +9,8 @@ use super::{
     wire::{self, Fields, Malformed},
 };
 
+/// The number of the field that holds a record, in a `RangeResponse` and in an `Event`.
+const FIELD: u8 = 2;
 const KEY: u8 = 1;
 const CREATE_REVISION: u8 = 2;
 const MOD_REVISION: u8 = 3;
@@ -40,6 +42,8 @@ struct Head {
     key_len: u32,
     value_start: u32,
     lease_start: u32,
+    /// How many of the bytes stand before the `mvccpb.KeyValue`.
+    before: u8,
 }
 
 /// What a record takes beside its bytes: the head, the count of references, and the length.
@@ -121,6 +125,11 @@ impl Record {
 
     /// The encoded `mvccpb.KeyValue`.
     pub fn wire(&self) -> &[u8] {
+        &self.field()[self.head().before as usize..]
+    }
+
+    /// The same as field 2, with its head: so it stands in a `RangeResponse` and in an `Event`.
+    pub fn field(&self) -> &[u8] {
         &self.0.slice
     }
 
@@ -131,7 +140,7 @@ impl Record {
 
     /// How much memory the record takes, in bytes, its own book-keeping included.
     pub fn memory(&self) -> usize {
-        OVERHEAD + self.wire().len()
+        OVERHEAD + self.field().len()
     }
 
     /// Whether both are the same version of the same key with the same value.
@@ -184,6 +193,10 @@ impl<'a> Parts<'a> {
     }
 
     fn keep(&self, wire: &[u8]) -> Record {
+        let mut field = Vec::with_capacity(wire::bytes_field_len(wire.len()));
+        wire::put_bytes_head(&mut field, FIELD, wire.len());
+        let before = field.len() as u8;
+        field.extend_from_slice(wire);
         let tail = wire.len() - wire::int_field_len(self.lease);
         let (value_start, lease_start) = self.value_bytes.unwrap_or((tail, tail));
         let head = Head {
@@ -191,8 +204,9 @@ impl<'a> Parts<'a> {
             key_len: self.key.len() as u32,
             value_start: value_start as u32,
             lease_start: lease_start as u32,
+            before,
         };
-        Record(ThinArc::from_header_and_slice(head, wire))
+        Record(ThinArc::from_header_and_slice(head, &field))
     }
 
     fn encode(mut self) -> Record {

@@ -10,10 +10,10 @@ mod sorted;
 
 use std::sync::Arc;
 
-pub use iter::Iter;
+pub use iter::{Iter, Run, Runs};
 use node::{Inserted, Node};
 
-use super::{KeyRange, Record, wire};
+use super::{KeyRange, Record};
 
 /// What a run of records amounts to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub struct Sums {
 impl Sums {
     /// The sums of one record.
     pub fn of(record: &Record) -> Self {
-        Self { keys: 1, wire: wire::bytes_field_len(record.wire().len()) as u64 }
+        Self { keys: 1, wire: record.field().len() as u64 }
     }
 }
 
@@ -131,7 +131,12 @@ impl Tree {
 
     /// The records from the first key at or after `start`, in order. O(log n) to begin, O(1) for each.
     pub fn iter_from(&self, start: &[u8]) -> Iter<'_> {
-        Iter::new(&self.root, start)
+        Iter::new(&self.root, self.sums, start)
+    }
+
+    /// The same records as runs, which outlive the tree.
+    pub fn runs_from(&self, start: &[u8]) -> Runs<'_> {
+        Runs::new(&self.root, self.sums, start)
     }
 
     /// The records in `range`, in order.

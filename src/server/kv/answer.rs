@@ -1,29 +1,38 @@
-//! Range answers put together from the bytes of records. A large one is written piece by piece, as the client takes it, so
-//! that it is never in memory as a whole.
+//! Range answers put together from the bytes of records. A large one is sent piece by piece, as the client takes it, so that
+//! it neither is in memory as a whole nor keeps what it tells of in memory longer than that takes.
+
+use std::iter::once;
 
 use ::http::Response;
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::held::{Held, Holder};
+use super::held::{Held, Holder, Rest};
 use crate::{
     server::{
         body::{Body, BodyError},
+        data::{Data, List},
         response,
     },
     store::{
-        Record, View,
+        Record, Sums, View,
         range::{Records, Selection},
         wire::{bytes_field_len, int_field_len, put_bytes_head, put_int_field},
     },
     upstream::grpc::{PREFIX, prefix},
 };
 
-/// Above this many bytes an answer is written piece by piece.
+/// Above this many bytes an answer is sent piece by piece.
 const EAGER: u64 = 256 << 10;
+/// Up to this many bytes an answer is copied together before it is sent.
+const SHORT: u64 = 16 << 10;
+/// Records of at least so many bytes, on average, are sent without being copied together: a reference has its price too.
+const LARGE: u64 = 256;
 /// About what a record takes without its value.
 const WITHOUT_VALUE: u64 = 96;
-/// Bytes in one piece.
+/// Bytes in one piece of copies.
 const PIECE: usize = 64 << 10;
+/// Bytes in one piece of references, which costs no memory.
+const LONG_PIECE: usize = 256 << 10;
 
 const KVS: u8 = 2;
 const MORE: u8 = 3;
@@ -43,8 +52,7 @@ pub(crate) enum Values {
 /// Appends `record` as one of an answer's records.
 pub(super) fn put_record(out: &mut impl BufMut, record: &Record, values: Values) {
     if values == Values::Sent {
-        put_bytes_head(out, KVS, record.wire().len());
-        return out.put_slice(record.wire());
+        return out.put_slice(record.field());
     }
     let (before, lease) = record.wire_without_value();
     let lease = if values == Values::LeftOut { lease } else { &[] };
@@ -64,17 +72,18 @@ fn tail(selection: &Selection) -> Vec<u8> {
 /// The answer to a Range request.
 pub(super) fn range(holder: &Holder, view: &View, selection: Selection, values: Values) -> Response<Body> {
     let tail = tail(&selection);
-    let expected = match values {
-        Values::Sent => selection.records.sums().wire,
-        Values::LeftOut | Values::LeftOutWithLease => selection.records.len() * WITHOUT_VALUE,
+    let records = selection.records;
+    let sums = match values {
+        Values::Sent => records.sums(),
+        Values::LeftOut | Values::LeftOutWithLease => Sums { keys: records.len(), wire: records.len() * WITHOUT_VALUE },
     };
-    if values == Values::Sent && expected > EAGER {
-        return piecewise(holder, view, selection.records, expected as usize, tail);
+    if values == Values::Sent && (sums.wire > EAGER || is_referred(sums)) {
+        return large(holder, view, records, sums, tail.into());
     }
-    let mut out = BytesMut::with_capacity(PREFIX + 64 + expected as usize);
+    let mut out = BytesMut::with_capacity(PREFIX + 64 + sums.wire as usize);
     out.put_slice(&[0; PREFIX]);
     view.responder.put(&mut out, view.revision());
-    put_records(&mut out, &selection.records, values);
+    put_records(&mut out, &records, values);
     out.put_slice(&tail);
     let length = out.len() - PREFIX;
     out[..PREFIX].copy_from_slice(&prefix(length));
@@ -91,51 +100,66 @@ pub(super) fn nested_range(view: &View, selection: &Selection, values: Values) -
     out
 }
 
-pub(super) fn put_records(out: &mut impl BufMut, records: &Records, values: Values) {
-    match records {
-        Records::Run(tree, start, sums) => {
-            tree.iter_from(start).take(sums.keys as usize).for_each(|record| put_record(out, record, values));
-        }
-        Records::List(records) => records.iter().for_each(|record| put_record(out, record, values)),
-    }
+fn put_records(out: &mut impl BufMut, records: &Records, values: Values) {
+    records.for_each(|record| put_record(out, record, values));
 }
 
-fn piecewise(holder: &Holder, view: &View, records: Records, length: usize, tail: Vec<u8>) -> Response<Body> {
+/// Whether records are sent as they lie rather than copied together first.
+fn is_referred(sums: Sums) -> bool {
+    sums.wire > SHORT && sums.wire >= sums.keys * LARGE
+}
+
+fn large(holder: &Holder, view: &View, records: Records, sums: Sums, tail: Bytes) -> Response<Body> {
     let header = view.responder.field_len(view.revision());
-    let mut head = BytesMut::with_capacity(PREFIX + header + PIECE);
-    head.put_slice(&prefix(header + length + tail.len()));
+    let mut head = BytesMut::with_capacity(PREFIX + header);
+    head.put_slice(&prefix(header + sums.wire as usize + tail.len()));
     view.responder.put(&mut head, view.revision());
-    let rest = Some(holder.hold(records.into()));
-    response::pieces(Pieces { rest, piece: head, tail })
+    let (head, mut rest) = (head.freeze(), Rest::from(records));
+    if sums.wire > EAGER {
+        let pieces = Pieces { rest: Some(holder.hold(rest)), are_referred: is_referred(sums) };
+        return response::pieces(once(Ok(head.into())).chain(pieces).chain(once(Ok(tail.into()))));
+    }
+    let mut list = List::default();
+    list.push_bytes(head);
+    rest.refer(&mut list, usize::MAX);
+    list.push_bytes(tail);
+    response::framed(list)
 }
 
-/// A large answer: its records piece by piece, then the tail.
+/// The records of a large answer, piece by piece.
 struct Pieces {
     rest: Option<Held>,
-    piece: BytesMut,
-    tail: Vec<u8>,
+    are_referred: bool,
 }
 
 impl Iterator for Pieces {
-    type Item = Result<Bytes, BodyError>;
+    type Item = Result<Data, BodyError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let rest = self.rest.as_mut()?;
-        let mut piece = std::mem::take(&mut self.piece);
-        piece.reserve(PIECE);
-        match rest.write(&mut piece, PIECE, usize::MAX, Values::Sent) {
-            Ok(false) => {}
-            Ok(true) => {
-                self.rest = None;
-                piece.put_slice(&self.tail);
-            }
-            Err(error) => {
-                self.rest = None;
-                return Some(Err(error));
-            }
+        let piece = if self.are_referred { refer(rest) } else { copy(rest) };
+        if !matches!(piece, Ok((_, false))) {
+            self.rest = None;
         }
-        Some(Ok(piece.freeze()))
+        Some(piece.map(|(piece, _)| piece))
     }
+}
+
+/// The next piece of references, and whether it is the last.
+fn refer(rest: &mut Held) -> Result<(Data, bool), BodyError> {
+    let mut piece = List::default();
+    let last = rest.refer(&mut piece, LONG_PIECE)?;
+    Ok((piece.into(), last))
+}
+
+/// The next piece of copies, and whether it is the last.
+fn copy(rest: &mut Held) -> Result<(Data, bool), BodyError> {
+    let mut piece = BytesMut::with_capacity(PIECE);
+    let last = rest.hand_out(|record| {
+        piece.put_slice(record.field());
+        piece.len() < PIECE
+    })?;
+    Ok((piece.freeze().into(), last))
 }
 
 /// How long `RangeStreamResponse`s and their like are around an inner message of `length` bytes.

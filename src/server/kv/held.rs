@@ -12,14 +12,13 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use parking_lot::Mutex;
 use prometheus::IntCounter;
 use tokio::time::sleep;
 
-use super::answer::{Values, put_record};
 use crate::{
-    server::body::BodyError,
+    server::{body::BodyError, data::List},
     store::{Record, Tree, range::Records},
 };
 
@@ -53,32 +52,57 @@ impl From<Records> for Rest {
 }
 
 impl Rest {
-    /// Writes records until `out` holds `until` bytes or `most` have been written. True when none is left.
-    fn write(&mut self, out: &mut BytesMut, until: usize, most: usize, values: Values) -> bool {
+    /// Hands out records until `take` wants no more. True when none is left.
+    fn hand_out(&mut self, mut take: impl FnMut(&Record) -> bool) -> bool {
         match self {
             Self::Run { tree, start, left } => {
                 let mut records = tree.iter_from(start).take(*left as usize);
-                let mut written = 0;
-                while written < most && out.len() < until {
-                    let Some(record) = records.next() else { break };
-                    put_record(out, record, values);
-                    written += 1;
+                let mut taken = 0;
+                for record in records.by_ref() {
+                    taken += 1;
+                    if !take(record) {
+                        break;
+                    }
                 }
-                *left -= written as u64;
+                *left -= taken;
                 let Some(next) = records.next() else { return true };
                 *start = Bytes::copy_from_slice(next.key());
                 false
             }
             Self::List(records) => {
-                let mut left = most;
-                while left > 0 && out.len() < until {
-                    let Some(record) = records.next() else { return true };
-                    put_record(out, &record, values);
-                    left -= 1;
+                for record in records.by_ref() {
+                    if !take(&record) {
+                        break;
+                    }
                 }
                 records.as_slice().is_empty()
             }
         }
+    }
+
+    /// Appends references to records until `list` has `until` bytes or somewhat more. True when none is left.
+    pub(super) fn refer(&mut self, list: &mut List, until: usize) -> bool {
+        let Self::Run { tree, start, left } = self else {
+            return self.hand_out(|record| {
+                list.push_record(record);
+                list.len() < until
+            });
+        };
+        let mut runs = tree.runs_from(start);
+        while *left > 0
+            && let Some(mut run) = runs.next()
+        {
+            if list.len() >= until
+                && let Some(next) = run.get(0)
+            {
+                *start = Bytes::copy_from_slice(next.key());
+                return false;
+            }
+            run.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
+            *left -= run.len() as u64;
+            list.push_run(run);
+        }
+        true
     }
 }
 
@@ -141,21 +165,26 @@ impl Holder {
 }
 
 impl Held {
-    /// Writes records until `out` holds `until` bytes or `most` have been written. True when none is left.
+    /// Hands out records until `take` wants no more. True when none is left.
     ///
     /// # Errors
     /// When the answer was given up.
-    pub(super) fn write(
-        &mut self,
-        out: &mut BytesMut,
-        until: usize,
-        most: usize,
-        values: Values,
-    ) -> Result<bool, BodyError> {
+    pub(super) fn hand_out(&mut self, take: impl FnMut(&Record) -> bool) -> Result<bool, BodyError> {
+        self.with_rest(|rest| rest.hand_out(take))
+    }
+
+    /// Appends references to records until `list` has `until` bytes or somewhat more. True when none is left.
+    ///
+    /// # Errors
+    /// When the answer was given up.
+    pub(super) fn refer(&mut self, list: &mut List, until: usize) -> Result<bool, BodyError> {
+        self.with_rest(|rest| rest.refer(list, until))
+    }
+
+    fn with_rest(&mut self, act: impl FnOnce(&mut Rest) -> bool) -> Result<bool, BodyError> {
         self.0.idle.store(0, Ordering::Relaxed);
-        let mut rest = self.0.rest.lock();
         let given_up = || BodyError(io::Error::new(io::ErrorKind::TimedOut, "the client had stopped reading").into());
-        Ok(rest.as_mut().ok_or_else(given_up)?.write(out, until, most, values))
+        self.0.rest.lock().as_mut().map(act).ok_or_else(given_up)
     }
 }
 
@@ -184,7 +213,7 @@ mod tests {
         let mut held = holder.hold(rest(10));
         for written in 1..=10 {
             (0..PATIENCE).for_each(|_| holder.sweep());
-            let last = held.write(&mut BytesMut::new(), usize::MAX, 1, Values::Sent).unwrap();
+            let last = held.hand_out(|_| false).unwrap();
             assert_eq!(last, written == 10);
         }
         drop(held);
@@ -196,9 +225,9 @@ mod tests {
     fn whoever_stops_reading_loses_it() {
         let holder = holder();
         let mut held = holder.hold(rest(10));
-        assert!(!held.write(&mut BytesMut::new(), usize::MAX, 5, Values::Sent).unwrap());
+        assert!(!held.hand_out(|record| record.key() < &b"k0004"[..]).unwrap());
         (0..=PATIENCE).for_each(|_| holder.sweep());
         assert!(held.0.rest.lock().is_none() && holder.given_up.get() == 1);
-        assert!(held.write(&mut BytesMut::new(), usize::MAX, 5, Values::Sent).is_err());
+        assert!(held.hand_out(|_| true).is_err());
     }
 }

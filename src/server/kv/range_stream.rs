@@ -13,7 +13,7 @@ use tonic::Code;
 
 use super::{
     Call, Kv,
-    answer::{Values, wrapped_len},
+    answer::{Values, put_record, wrapped_len},
     decode,
     held::{Held, Holder},
     reads::check,
@@ -24,6 +24,7 @@ use crate::{
     proto::etcdserverpb::{RangeRequest, RangeResponse, RangeStreamResponse},
     server::{
         body::{Body, BodyError, failure_trailers, success_trailers},
+        data::Data,
         forward::forward,
         relay::AnswerObserver,
         response,
@@ -136,21 +137,26 @@ impl Chunks {
 }
 
 impl Iterator for Chunks {
-    type Item = Result<Bytes, BodyError>;
+    type Item = Result<Data, BodyError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let rest = self.rest.as_mut()?;
         let mut records = BytesMut::new();
-        let written = rest.write(&mut records, CHUNK_BYTES, self.keys, self.values);
+        let (mut left, values) = (self.keys, self.values);
+        let handed_out = rest.hand_out(|record| {
+            put_record(&mut records, record, values);
+            left -= 1;
+            left > 0 && records.len() < CHUNK_BYTES
+        });
         self.keys = self.keys.saturating_mul(2);
-        if !matches!(written, Ok(false)) {
+        if !matches!(handed_out, Ok(false)) {
             self.rest = None;
         }
-        Some(written.map(|last| self.chunk(&records, last)))
+        Some(handed_out.map(|last| self.chunk(&records, last).into()))
     }
 }
 
-type Chunk = Result<Frame<Bytes>, BodyError>;
+type Chunk = Result<Frame<Data>, BodyError>;
 
 /// A stream that is put together from Range pages at one revision.
 struct Pages {
@@ -195,7 +201,7 @@ impl Pages {
                 (page.count, page.more) = (0, false);
             }
             let chunk = RangeStreamResponse { range_response: Some(page) };
-            let gone = chunks.send(Ok(Frame::data(grpc::frame(&chunk)))).await.is_err();
+            let gone = chunks.send(Ok(Frame::data(grpc::frame(&chunk).into()))).await.is_err();
             let Some(next) = next.filter(|_| !last && !gone) else { return Ok(()) };
             request.key = next;
             size = (size * 2).min(LARGEST_PAGE);
@@ -237,6 +243,8 @@ async fn read_page(response: Response<ForwardedBody>) -> Result<RangeResponse, S
 
 #[cfg(test)]
 mod tests {
+    use bytes::Buf;
+
     use super::*;
     use crate::{
         proto::mvccpb::KeyValue,
@@ -260,8 +268,9 @@ mod tests {
             let holder = Holder::new(prometheus::IntCounter::new("given_up", "for the test").unwrap());
             let mut sent = Vec::new();
             for data in Chunks::new(&holder, &store.view(), selection, Values::Sent) {
-                let data = data.unwrap();
-                let chunk = RangeStreamResponse::decode(&data[grpc::PREFIX..]).unwrap().range_response.unwrap();
+                let mut data = data.unwrap();
+                data.advance(grpc::PREFIX);
+                let chunk = RangeStreamResponse::decode(data).unwrap().range_response.unwrap();
                 assert!(!chunk.kvs.is_empty() || count == 0, "no chunk is empty");
                 sent.extend(chunk.kvs.iter().map(|record| record.key.to_vec()));
             }

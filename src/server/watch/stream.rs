@@ -26,7 +26,10 @@ use super::{
 use crate::{
     fanout::{Pumped, Refusal, Session, Start, WatchOptions, refuse},
     proto::etcdserverpb::{WatchCreateRequest, WatchRequest, watch_request::RequestUnion},
-    server::body::{BodyError, failure_trailers},
+    server::{
+        body::{BodyError, failure_trailers},
+        data::Data,
+    },
     socket::News,
     status::Status,
     store::{Responder, Revision},
@@ -317,17 +320,17 @@ impl Stream {
         }
     }
 
-    fn piece(&mut self) -> Frame<Bytes> {
+    fn piece(&mut self) -> Frame<Data> {
         self.shared.metrics.bytes.inc_by(self.out.len() as u64);
-        Frame::data(std::mem::take(&mut self.out).freeze())
+        Frame::data(std::mem::take(&mut self.out).freeze().into())
     }
 }
 
 impl HttpBody for Stream {
-    type Data = Bytes;
+    type Data = Data;
     type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Data>, BodyError>>> {
         let stream = self.get_mut();
         if stream.finished {
             return Poll::Ready(None);

@@ -1,10 +1,10 @@
 //! The nodes of the index: leaves of records, and inner nodes of children with their sums.
 
-use std::sync::Arc;
+use std::{slice, sync::Arc};
 
 use super::{
     Sums,
-    sorted::{Keyed, Sorted},
+    sorted::{Entry, Keyed, Sorted},
 };
 use crate::store::Record;
 
@@ -25,7 +25,7 @@ pub(super) enum Node {
 pub(super) struct Child {
     /// No key in the subtree sorts before this one, and every key in the subtrees to its left does.
     low: Arc<[u8]>,
-    sums: Sums,
+    pub(super) sums: Sums,
     pub(super) node: Arc<Node>,
 }
 
@@ -69,10 +69,18 @@ impl Node {
         Self::Inner(children)
     }
 
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         match self {
             Self::Leaf(records) => records.len(),
             Self::Inner(children) => children.len(),
+        }
+    }
+
+    /// The entries of a leaf from the `start`th on.
+    pub(super) fn records_from(&self, start: usize) -> slice::Iter<'_, Entry<Record>> {
+        match self {
+            Self::Leaf(records) => records.entries_from(start),
+            Self::Inner(_) => [].iter(),
         }
     }
 

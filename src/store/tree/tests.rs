@@ -53,7 +53,22 @@ fn assert_ranges(tree: &Tree, model: &Model, bounds: &[(u16, Option<u16>)]) {
         let at_or_after = model.range(key(*start)..).nth(nth).map(|(_, record)| record.key());
         assert_eq!(tree.nth_from(&range.start, nth as u64).map(|record| record.key()), at_or_after);
         assert!(tree.range(&range).map(|record| record.key()).eq(expected.iter().map(|record| record.key())));
+        let runs: Vec<_> = tree.runs_from(&range.start).collect();
+        assert!(model.range(key(*start)..).map(|(key, _)| &key[..]).eq(runs.iter().flat_map(keys_of)));
+        for mut run in runs {
+            assert_eq!(run.sums(), run.records().map(Sums::of).sum());
+            let third = run.get(2).map(|record| record.key().to_vec());
+            run.truncate(3);
+            run.advance();
+            run.advance();
+            assert!(keys_of(&run).eq(third.iter().map(|key| &key[..])) && run.get(run.len()).is_none());
+            assert_eq!((run.len(), run.is_empty()), (third.iter().len(), third.is_none()));
+        }
     }
+}
+
+fn keys_of(run: &Run) -> impl Iterator<Item = &[u8]> {
+    run.records().map(|record| record.key())
 }
 
 proptest! {
@@ -86,6 +101,17 @@ proptest! {
             assert_ranges(tree, model, &bounds);
         }
     }
+}
+
+#[test]
+fn runs_stay_as_they_were() {
+    let record = |n: u32| Record::new(format!("{n:06}").as_bytes(), b"", Revision(1), Revision(1), 1, 0);
+    let mut tree: Tree = (0..1_000).map(record).collect();
+    let runs: Vec<_> = tree.runs_from(b"000400").collect();
+    (0..1_000).filter(|n| n % 3 > 0).for_each(|n| drop(tree.remove(record(n).key())));
+    (1_000..2_000).for_each(|n| drop(tree.insert(record(n))));
+    let expected: Vec<_> = (400..1_000).map(record).collect();
+    assert!(runs.iter().flat_map(keys_of).eq(expected.iter().map(|record| record.key())));
 }
 
 #[test]
