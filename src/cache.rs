@@ -20,7 +20,8 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::watch, time::timeout};
+use arc_swap::Guard;
+use tokio::time::timeout;
 
 pub use check::{CheckError, CheckReport};
 pub use consensus::{Consensus, Proof, Stamp};
@@ -29,6 +30,7 @@ pub use prefix::Prefix;
 
 use crate::{
     feed::{Phase, Signals},
+    signal::Told,
     status::Status,
     store::{KeyRange, Limits, Responder, Revision, View},
     upstream::{AuthState, ConnectionNumber, Gate, Upstream},
@@ -114,7 +116,7 @@ struct Shared {
     consensus: Consensus,
     /// The newest connection over which clients were told something.
     heard: AtomicU64,
-    auth: watch::Receiver<AuthState>,
+    auth: Told<AuthState>,
     metrics: Metrics,
 }
 
@@ -163,7 +165,7 @@ impl Cache {
 
     /// Whether cached bytes may be given to everyone.
     pub fn is_open(&self) -> bool {
-        *self.0.auth.borrow() == AuthState::Off
+        self.0.auth.now() == AuthState::Off
     }
 
     /// The cached prefix that covers `range`, and its place among the prefixes.
@@ -217,7 +219,7 @@ impl Cache {
     ///
     /// # Errors
     /// When the cache cannot answer; the upstream may.
-    pub async fn serializable(&self, range: &KeyRange) -> Result<Arc<View>, Unserved> {
+    pub async fn serializable(&self, range: &KeyRange) -> Result<Guard<Arc<View>>, Unserved> {
         let (_, prefix) = self.covering(range).ok_or(Unserved::NotCached)?;
         let view = self.servable(prefix)?;
         self.confirm(prefix, self.heard(), self.0.settings.floor_patience).await?;
@@ -231,7 +233,7 @@ impl Cache {
     }
 
     /// A view of `prefix` that has got to `floor`.
-    async fn serializable_from(&self, prefix: &Prefix, floor: Revision) -> Result<Arc<View>, Unserved> {
+    async fn serializable_from(&self, prefix: &Prefix, floor: Revision) -> Result<Guard<Arc<View>>, Unserved> {
         self.reach(prefix, floor, self.0.settings.floor_patience).await?;
         let view = self.servable(prefix)?;
         if view.revision() < floor {
@@ -244,25 +246,26 @@ impl Cache {
     ///
     /// # Errors
     /// When that cannot be shown; the upstream may answer.
-    pub async fn linearizable(&self, range: &KeyRange) -> Result<Arc<View>, Unserved> {
+    pub async fn linearizable(&self, range: &KeyRange) -> Result<Guard<Arc<View>>, Unserved> {
         let (_, prefix) = self.covering(range).ok_or(Unserved::NotCached)?;
-        let before = self.provable(prefix)?;
+        // A guard that is kept while somebody else is waited for makes all others dearer.
+        let View { position, responder: known, .. } = **self.provable(prefix)?;
         if !self.gate().progress_is_proof {
             return Err(Unserved::Gated);
         }
         let proof = self.0.consensus.ask().await.ok_or(Unserved::NoConsensus(Status::TIMEOUT))?;
-        let (shown, known) = (proof.responder, before.responder);
+        let shown = proof.responder;
         let same = shown.cluster_id == known.cluster_id && shown.raft_term >= known.raft_term;
-        if !same || proof.revision < before.revision() {
+        if !same || proof.revision < position.revision {
             // The cluster cannot be behind what it has sent us: this is not the history that the view came from.
-            prefix.doubt(before.position);
+            prefix.doubt(position);
             return Err(Unserved::Proving);
         }
         let heard = proof.connection.max(self.heard());
         self.confirm(prefix, heard, self.0.settings.view_patience).await?;
         self.reach(prefix, proof.revision, self.0.settings.view_patience).await?;
         let view = self.provable(prefix)?;
-        if view.position.epoch != before.position.epoch || view.revision() < proof.revision {
+        if view.position.epoch != position.epoch || view.revision() < proof.revision {
             return Err(Unserved::Proving);
         }
         Ok(self.show(prefix, view))
@@ -270,7 +273,7 @@ impl Cache {
 
     /// Sees to it that nobody who was answered from one prefix is answered from another that is behind it, or of another
     /// history.
-    fn show(&self, prefix: &Prefix, view: Arc<View>) -> Arc<View> {
+    fn show(&self, prefix: &Prefix, view: Guard<Arc<View>>) -> Guard<Arc<View>> {
         let known = |other: &Prefix| other.floor() >= view.revision();
         if self.0.prefixes.len() > 1 && !(self.heard() >= prefix.confirmed() && self.0.prefixes.iter().all(known)) {
             self.note_relayed(view.revision(), prefix.confirmed());
@@ -321,7 +324,8 @@ impl Cache {
 
     /// Waits until a watcher may begin on the view of `prefix`, as far as its history goes.
     async fn settled(&self, prefix: &Prefix) {
-        let Signals { mut phase, mut confirmed, .. } = prefix.signals();
+        let Signals { phase, confirmed, .. } = prefix.signals();
+        let (mut phase, mut confirmed) = (phase.changes(), confirmed.changes());
         // What is heard from now on is no matter of this call's.
         let heard = self.heard();
         while !self.is_settled_for(prefix, heard) {
@@ -361,7 +365,7 @@ impl Cache {
     }
 
     /// The current view of `prefix`, if anything may be read from it.
-    fn servable(&self, prefix: &Prefix) -> Result<Arc<View>, Unserved> {
+    fn servable(&self, prefix: &Prefix) -> Result<Guard<Arc<View>>, Unserved> {
         if !self.is_open() {
             return Err(Unserved::Barred);
         }
@@ -371,7 +375,7 @@ impl Cache {
             Phase::Proving => return Err(Unserved::Proving),
             Phase::Barred => return Err(Unserved::Barred),
         }
-        let view = prefix.store().view_owned();
+        let view = prefix.store().view();
         match &view.tree {
             Some(_) => Ok(view),
             None => Err(if view.is_loaded() { Unserved::OverLimit } else { Unserved::Cold }),
@@ -379,7 +383,7 @@ impl Cache {
     }
 
     /// As [`Cache::servable`], on a stream that is alive.
-    fn provable(&self, prefix: &Prefix) -> Result<Arc<View>, Unserved> {
+    fn provable(&self, prefix: &Prefix) -> Result<Guard<Arc<View>>, Unserved> {
         let view = self.servable(prefix)?;
         if prefix.phase() == Phase::Live { Ok(view) } else { Err(Unserved::Lost) }
     }

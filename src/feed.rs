@@ -32,6 +32,7 @@ use tracing::{info, warn};
 
 use crate::{
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
+    signal::{Signal, Told},
     status::Status,
     store::{KeyRange, Position, Revision, Tree, Writer},
     upstream::{AuthState, ConnectionNumber, EndpointId, Link, Upstream},
@@ -78,11 +79,11 @@ pub enum Phase {
 #[derive(Clone)]
 pub struct Signals {
     /// What it is doing.
-    pub phase: watch::Receiver<Phase>,
+    pub phase: Told<Phase>,
     /// Connections up to this one lead to the history that the view belongs to, as far as they lead anywhere.
-    pub confirmed: watch::Receiver<ConnectionNumber>,
+    pub confirmed: Told<ConnectionNumber>,
     /// The connection over which the view's epoch began; older ones may have led elsewhere. Set before the epoch is seen.
-    pub begun: watch::Receiver<ConnectionNumber>,
+    pub begun: Told<ConnectionNumber>,
 }
 
 /// What others need of the feed.
@@ -136,9 +137,9 @@ pub struct Feed {
     writer: Writer,
     demand: watch::Receiver<Demand>,
     floor: Arc<Floor>,
-    phase: watch::Sender<Phase>,
-    confirmed: watch::Sender<ConnectionNumber>,
-    begun: watch::Sender<ConnectionNumber>,
+    phase: Signal<Phase>,
+    confirmed: Signal<ConnectionNumber>,
+    begun: Signal<ConnectionNumber>,
     /// Since when the view has not been known to be the upstream's present.
     lost: Option<Instant>,
     metrics: Metrics,
@@ -168,9 +169,9 @@ impl Feed {
         floor: Arc<Floor>,
         metrics: Metrics,
     ) -> (Self, Signals) {
-        let (phase, phases) = watch::channel(Phase::Cold);
-        let (confirmed, confirmations) = watch::channel(ConnectionNumber::default());
-        let (begun, beginnings) = watch::channel(ConnectionNumber::default());
+        let phase = Signal::new(Phase::Cold);
+        let (confirmed, begun) = (Signal::new(ConnectionNumber::default()), Signal::new(ConnectionNumber::default()));
+        let signals = Signals { phase: phase.told(), confirmed: confirmed.told(), begun: begun.told() };
         let started = Instant::now();
         let feed = Self {
             upstream,
@@ -188,7 +189,7 @@ impl Feed {
             heard: 0,
             rebuilt: 0,
         };
-        (feed, Signals { phase: phases, confirmed: confirmations, begun: beginnings })
+        (feed, signals)
     }
 
     /// Follows the upstream for ever.
@@ -243,28 +244,23 @@ impl Feed {
         }
         self.metrics.phase(phase);
         self.metrics.lost(self.lost);
-        self.phase.send_if_modified(|current| std::mem::replace(current, phase) != phase);
+        self.phase.set(phase);
     }
 
     /// Notes that the upstream is gone, unless that is known already.
     fn lose(&mut self) {
-        let current = *self.phase.borrow();
-        if matches!(current, Phase::Live | Phase::Proving | Phase::Barred) && self.is_loaded() {
+        if matches!(self.phase.now(), Phase::Live | Phase::Proving | Phase::Barred) && self.is_loaded() {
             self.enter(Phase::Lost(self.lost.unwrap_or_else(Instant::now)));
         }
     }
 
     /// Connections up to `number` have been shown to lead to the view's history.
     fn confirm(&self, number: ConnectionNumber) {
-        self.confirmed.send_if_modified(|confirmed| {
-            let further = *confirmed < number;
-            *confirmed = number.max(*confirmed);
-            further
-        });
+        self.confirmed.set(number.max(self.confirmed.now()));
     }
 
     fn is_asked_to_confirm(&self) -> bool {
-        self.demand.borrow().confirm > *self.confirmed.borrow()
+        self.demand.borrow().confirm > self.confirmed.now()
     }
 
     fn is_loaded(&self) -> bool {
@@ -274,7 +270,7 @@ impl Feed {
     /// Waits while authentication is on. Whatever was cached until then is not served meanwhile, and proven before it is
     /// served again.
     async fn await_auth_off(&mut self) {
-        let mut auth = self.upstream.auth();
+        let mut auth = self.upstream.auth().changes();
         if *auth.borrow_and_update() != AuthState::On {
             return;
         }
@@ -348,7 +344,7 @@ impl Feed {
         let mark = self.floor.mark();
         let listed = self.list(link, Revision::ZERO).await?;
         self.floor.sink(mark);
-        self.begun.send_replace(link.number());
+        self.begun.set(link.number());
         self.adopt(listed, self.writer.position().epoch + 1, header);
         Ok(())
     }
@@ -385,7 +381,7 @@ impl Feed {
         }
         if disagreement.is_some() {
             self.floor.sink(mark);
-            self.begun.send_replace(link.number());
+            self.begun.set(link.number());
         }
         let epoch = self.writer.position().epoch + u64::from(disagreement.is_some());
         self.adopt(listed, epoch, header);

@@ -10,6 +10,7 @@
 //! - [`cache`]: a store and its feed behind reads at a freshness.
 //! - [`fanout`]: watchers as cursors over the history.
 //! - [`server`]: the gRPC and HTTP faces.
+//! - [`signal`]: values that every call looks at.
 //! - [`socket`]: gathers the small writes of HTTP/2 connections.
 //! - [`sql`]: an etcd v3 server over SQL.
 //! - [`cli`], [`config`], [`telemetry`]: commands, settings, logs and metrics.
@@ -21,6 +22,7 @@ pub mod fanout;
 pub mod feed;
 pub mod proto;
 pub mod server;
+pub mod signal;
 pub mod socket;
 pub mod sql;
 pub mod status;

@@ -48,7 +48,7 @@ use self::{
     pool::Slot,
     shared::{Shared, decode},
 };
-use crate::status::Status;
+use crate::{signal::Told, status::Status};
 
 /// Why an upstream cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -224,7 +224,7 @@ impl Upstream {
     }
 
     /// Whether permissions are checked.
-    pub fn auth(&self) -> watch::Receiver<AuthState> {
+    pub fn auth(&self) -> Told<AuthState> {
         self.shared().auth.clone()
     }
 

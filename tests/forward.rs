@@ -289,9 +289,9 @@ async fn authentication_switched_on_through_the_proxy_is_on_before_the_client_kn
     auth.role_add(AuthRoleAddRequest { name: "root".into() }).await.unwrap();
     auth.user_grant_role(AuthUserGrantRoleRequest { user: "root".into(), role: "root".into() }).await.unwrap();
     auth.auth_enable(AuthEnableRequest {}).await.unwrap();
-    assert_eq!(*proxy.upstream.auth().borrow(), AuthState::On);
+    assert_eq!(proxy.upstream.auth().now(), AuthState::On);
     tokio::time::sleep(Duration::from_millis(600)).await;
-    assert_eq!(*proxy.upstream.auth().borrow(), AuthState::On, "probes agree");
+    assert_eq!(proxy.upstream.auth().now(), AuthState::On, "probes agree");
 
     let refused = client.get("key").await.unwrap_err();
     assert_eq!((refused.code(), refused.message()), (Code::InvalidArgument, "etcdserver: user name is empty"));

@@ -55,7 +55,7 @@ impl Prefix {
         let tasks = [
             tokio::spawn(feed.run()).abort_handle(),
             tokio::spawn(hub.clone().run()).abort_handle(),
-            tokio::spawn(mind(hub.clone(), signals.phase.clone())).abort_handle(),
+            tokio::spawn(mind(hub.clone(), signals.phase.changes())).abort_handle(),
         ];
         let noted_compaction = AtomicI64::new(0);
         Ok(Self { range: range.clone(), store, hub, demand, signals, floor, noted_compaction, tasks })
@@ -78,12 +78,12 @@ impl Prefix {
 
     /// What its feed is doing.
     pub fn phase(&self) -> Phase {
-        *self.signals.phase.borrow()
+        self.signals.phase.now()
     }
 
     /// What its feed is doing, with a signal at every change.
     pub fn phases(&self) -> watch::Receiver<Phase> {
-        self.signals.phase.clone()
+        self.signals.phase.changes()
     }
 
     /// What its feed lets others know.
@@ -93,7 +93,7 @@ impl Prefix {
 
     /// Up to which connection all lead to the view's history.
     pub(super) fn confirmed(&self) -> ConnectionNumber {
-        *self.signals.confirmed.borrow()
+        self.signals.confirmed.now()
     }
 
     /// The highest revision that clients were given from elsewhere.
@@ -162,13 +162,13 @@ impl Prefix {
         if self.confirmed() < connection {
             self.want_confirmed(connection);
             // The sender lives as long as the feed, which lives as long as `self`.
-            let _ = self.signals.confirmed.clone().wait_for(|confirmed| *confirmed >= connection).await;
+            let _ = self.signals.confirmed.changes().wait_for(|confirmed| *confirmed >= connection).await;
         }
     }
 
     /// The connection over which the view's epoch began.
     pub(super) fn begun(&self) -> ConnectionNumber {
-        *self.signals.begun.borrow()
+        self.signals.begun.now()
     }
 
     /// The epoch of the view, provided that the server which `connection` led to had the view's history. For one who has

@@ -74,7 +74,7 @@ impl Feed {
         let mut stream = self.open_watch(link).await?;
         self.confirm(link.number());
         self.enter(Phase::Live);
-        let mut auth = self.upstream.auth();
+        let mut auth = self.upstream.auth().changes();
         let doubts = self.demand.borrow().doubts;
         self.heed(doubts)?;
         let (mut chase, mut asking): (_, Asking<'_>) = (None, None);

@@ -15,6 +15,7 @@ use std::{
 };
 
 use ::http::{Request, Response};
+use arc_swap::Guard;
 use bytes::Bytes;
 use hyper::body::Incoming;
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
@@ -216,7 +217,7 @@ impl Kv {
     }
 
     /// The view that a read of `range` may be answered from.
-    async fn view(&self, range: &KeyRange, serializable: bool) -> Result<Arc<View>, Unserved> {
+    async fn view(&self, range: &KeyRange, serializable: bool) -> Result<Guard<Arc<View>>, Unserved> {
         match serializable {
             true => self.cache.serializable(range).await,
             false => Box::pin(self.cache.linearizable(range)).await,

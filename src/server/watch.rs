@@ -102,7 +102,7 @@ impl Watch {
 
     /// Answers a Watch call. While authentication is on, all of it is the upstream's.
     pub async fn call(&self, connection: &Connection, request: Request<Incoming>) -> Response<Body> {
-        let mut auth = self.shared.cache.upstream().auth();
+        let mut auth = self.shared.cache.upstream().auth().changes();
         let known = timeout(PATIENCE, auth.wait_for(|auth| *auth != AuthState::Unknown)).await;
         match known.map(|known| known.map(|auth| *auth)) {
             Ok(Ok(AuthState::Off)) => self.open(request),

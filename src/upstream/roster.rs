@@ -17,6 +17,7 @@ use super::{
     health::{AuthState, EndpointHealth, Health, Report, Standing},
     metrics::Metrics,
 };
+use crate::signal::{Signal, Told};
 
 /// Keeps the account; see the module's comment.
 pub(super) struct Roster {
@@ -26,7 +27,7 @@ pub(super) struct Roster {
     holds: usize,
     epoch: u64,
     health: watch::Sender<Health>,
-    auth_changed: watch::Sender<AuthState>,
+    auth_told: Signal<AuthState>,
     metrics: Metrics,
 }
 
@@ -89,7 +90,7 @@ impl Roster {
             holds: 0,
             epoch: 0,
             health: watch::Sender::new(initial),
-            auth_changed: watch::Sender::new(AuthState::Unknown),
+            auth_told: Signal::new(AuthState::Unknown),
             metrics,
         };
         roster.publish();
@@ -100,8 +101,8 @@ impl Roster {
         self.health.subscribe()
     }
 
-    pub(super) fn auth(&self) -> watch::Receiver<AuthState> {
-        self.auth_changed.subscribe()
+    pub(super) fn auth(&self) -> Told<AuthState> {
+        self.auth_told.told()
     }
 
     /// To be read before a probe starts: its answer on authentication counts only while this has not changed.
@@ -231,8 +232,7 @@ impl Roster {
             auth: self.auth,
             endpoints,
         };
-        let auth = self.auth;
-        self.auth_changed.send_if_modified(|published| std::mem::replace(published, auth) != auth);
+        self.auth_told.set(self.auth);
         self.log_changes(&health);
         self.health.send_if_modified(|published| {
             let changed = *published != health;

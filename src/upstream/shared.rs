@@ -23,7 +23,7 @@ use super::{
     roster::Roster,
     sender::Answered,
 };
-use crate::status::Status;
+use crate::{signal::Told, status::Status};
 
 /// How often a request that a closing connection gave back is handed to another one.
 const HANDOVERS: usize = 3;
@@ -34,7 +34,7 @@ pub(super) struct Shared {
     pub(super) numbers: Numbers,
     pub(super) roster: Mutex<Roster>,
     pub(super) health: watch::Receiver<Health>,
-    pub(super) auth: watch::Receiver<AuthState>,
+    pub(super) auth: Told<AuthState>,
     pub(super) unary_limit: Limit,
     pub(super) stream_limit: Limit,
 }

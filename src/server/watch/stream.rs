@@ -234,7 +234,7 @@ impl Stream {
 
     /// Lets a create request wait for `now`. No hub knows of it yet, so it has to see for itself when authentication comes on.
     fn wait(&mut self, request: WatchCreateRequest, now: impl Future<Output = (Responder, Revision)> + Send + 'static) {
-        let auth = self.shared.cache.upstream().auth();
+        let auth = self.shared.cache.upstream().auth().changes();
         self.opening = Some(Box::new((request, Box::pin(while_open(auth, now)))));
     }
 

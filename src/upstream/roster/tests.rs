@@ -105,18 +105,18 @@ fn preference_is_in_configured_order_among_the_able() {
 #[test]
 fn authentication_is_on_if_one_member_says_so_and_off_if_all_do() {
     let mut roster = roster(2);
-    assert_eq!(*roster.auth().borrow(), AuthState::Unknown);
+    assert_eq!(roster.auth().now(), AuthState::Unknown);
     answer(&mut roster, A, report(5));
     answer(&mut roster, B, report(5));
-    assert_eq!(*roster.auth().borrow(), AuthState::Off);
+    assert_eq!(roster.auth().now(), AuthState::Off);
     answer(&mut roster, B, secured(5));
-    assert_eq!(*roster.auth().borrow(), AuthState::On);
+    assert_eq!(roster.auth().now(), AuthState::On);
     fail(&mut roster, A);
     fail(&mut roster, B);
-    assert_eq!(*roster.auth().borrow(), AuthState::On, "what was known last holds");
+    assert_eq!(roster.auth().now(), AuthState::On, "what was known last holds");
     answer(&mut roster, A, report(5));
     answer(&mut roster, B, report(5));
-    assert_eq!(*roster.auth().borrow(), AuthState::Off);
+    assert_eq!(roster.auth().now(), AuthState::Off);
 }
 
 #[test]
@@ -124,7 +124,7 @@ fn a_foreign_member_has_no_say_in_authentication() {
     let mut roster = roster(2);
     answer(&mut roster, A, report(5));
     answer(&mut roster, B, secured(6));
-    assert_eq!(*roster.auth().borrow(), AuthState::Off);
+    assert_eq!(roster.auth().now(), AuthState::Off);
 }
 
 #[test]
@@ -133,15 +133,15 @@ fn during_a_change_authentication_counts_as_on_and_older_answers_do_not_count_af
     answer(&mut roster, A, report(5));
     let before = roster.epoch();
     roster.hold();
-    assert_eq!(*roster.auth().borrow(), AuthState::On);
+    assert_eq!(roster.auth().now(), AuthState::On);
     answer(&mut roster, A, report(5));
-    assert_eq!(*roster.auth().borrow(), AuthState::On, "the change may still come");
+    assert_eq!(roster.auth().now(), AuthState::On, "the change may still come");
     roster.release();
-    assert_eq!(*roster.auth().borrow(), AuthState::On, "nobody was asked since");
+    assert_eq!(roster.auth().now(), AuthState::On, "nobody was asked since");
     roster.record(A, before, Ok(report(5)));
-    assert_eq!(*roster.auth().borrow(), AuthState::On, "this was asked before");
+    assert_eq!(roster.auth().now(), AuthState::On, "this was asked before");
     answer(&mut roster, A, secured(5));
-    assert_eq!(*roster.auth().borrow(), AuthState::On);
+    assert_eq!(roster.auth().now(), AuthState::On);
     answer(&mut roster, A, report(5));
-    assert_eq!(*roster.auth().borrow(), AuthState::Off);
+    assert_eq!(roster.auth().now(), AuthState::Off);
 }

@@ -1,0 +1,91 @@
+//! Values that every call looks at, and that change now and then.
+//!
+//! tokio's `watch` tells of changes, but a look at its value takes a lock, and so writes to memory that all cores share: with a
+//! few looks for each call, they would spend their time on taking it from each other. A look at a [`Told`] writes nothing.
+
+use std::sync::Arc;
+
+use crossbeam_utils::atomic::AtomicCell;
+use tokio::sync::watch;
+
+/// A value, for the one who changes it.
+pub struct Signal<T> {
+    changes: watch::Sender<T>,
+    now: Arc<AtomicCell<T>>,
+}
+
+/// A value, for those who look at it.
+#[derive(Clone)]
+pub struct Told<T> {
+    changes: watch::Receiver<T>,
+    now: Arc<AtomicCell<T>>,
+}
+
+impl<T: Copy + PartialEq> Signal<T> {
+    /// A value that is `first` to begin with.
+    pub fn new(first: T) -> Self {
+        Self { changes: watch::Sender::new(first), now: Arc::new(AtomicCell::new(first)) }
+    }
+
+    /// The value.
+    pub fn now(&self) -> T {
+        self.now.load()
+    }
+
+    /// For somebody who looks at it.
+    pub fn told(&self) -> Told<T> {
+        Told { changes: self.changes.subscribe(), now: self.now.clone() }
+    }
+
+    /// Changes the value, if `value` is another one. Who is woken by that sees it.
+    pub fn set(&self, value: T) {
+        self.changes.send_if_modified(|told| {
+            self.now.store(value);
+            std::mem::replace(told, value) != value
+        });
+    }
+}
+
+impl<T: Copy> Told<T> {
+    /// The value.
+    pub fn now(&self) -> T {
+        self.now.load()
+    }
+
+    /// To wait for changes after the one at which this was made.
+    pub fn changes(&self) -> watch::Receiver<T> {
+        self.changes.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_told_of_a_change_sees_it() {
+        const LAST: u64 = 10_000;
+        let signal = Signal::new(0);
+        let told = signal.told();
+        let mut changes = told.changes();
+        let waiter = std::thread::spawn(move || {
+            let mut told_by_change = 0;
+            while told_by_change < LAST {
+                told_by_change = *changes.borrow_and_update();
+                assert!(told_by_change <= told.now());
+            }
+        });
+        (1..=LAST).for_each(|value| signal.set(value));
+        waiter.join().unwrap();
+    }
+
+    #[test]
+    fn nobody_is_woken_by_what_is_no_change() {
+        let signal = Signal::new(7);
+        let changes = signal.told().changes();
+        signal.set(7);
+        assert!(!changes.has_changed().unwrap());
+        signal.set(8);
+        assert!(changes.has_changed().unwrap());
+    }
+}
