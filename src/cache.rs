@@ -221,8 +221,13 @@ impl Cache {
     /// When the cache cannot answer; the upstream may.
     pub async fn serializable(&self, range: &KeyRange) -> Result<Guard<Arc<View>>, Unserved> {
         let (_, prefix) = self.covering(range).ok_or(Unserved::NotCached)?;
-        let view = self.servable(prefix)?;
-        self.confirm(prefix, self.heard(), self.0.settings.floor_patience).await?;
+        let mut view = self.servable(prefix)?;
+        let heard = self.heard();
+        if prefix.confirmed() < heard {
+            drop(view);
+            self.confirm(prefix, heard, self.0.settings.floor_patience).await?;
+            view = self.servable(prefix)?;
+        }
         let floor = prefix.floor();
         let same_epoch = view.position.epoch == prefix.store().view().position.epoch;
         if view.revision() >= floor && same_epoch && prefix.knows_compactions(&view) {

@@ -1,30 +1,31 @@
 //! Values that every call looks at, and that change now and then.
 //!
 //! tokio's `watch` tells of changes, but a look at its value takes a lock, and so writes to memory that all cores share: with a
-//! few looks for each call, they would spend their time on taking it from each other. A look at a [`Told`] writes nothing.
+//! few looks for each call, they would spend their time on taking it from each other. A look at a [`Told`] writes nothing, unless the
+//! value is changing at that moment.
 
 use std::sync::Arc;
 
-use crossbeam_utils::atomic::AtomicCell;
+use crossbeam_utils::{CachePadded, atomic::AtomicCell};
 use tokio::sync::watch;
 
 /// A value, for the one who changes it.
 pub struct Signal<T> {
     changes: watch::Sender<T>,
-    now: Arc<AtomicCell<T>>,
+    now: Arc<CachePadded<AtomicCell<T>>>,
 }
 
 /// A value, for those who look at it.
 #[derive(Clone)]
 pub struct Told<T> {
     changes: watch::Receiver<T>,
-    now: Arc<AtomicCell<T>>,
+    now: Arc<CachePadded<AtomicCell<T>>>,
 }
 
 impl<T: Copy + PartialEq> Signal<T> {
     /// A value that is `first` to begin with.
     pub fn new(first: T) -> Self {
-        Self { changes: watch::Sender::new(first), now: Arc::new(AtomicCell::new(first)) }
+        Self { changes: watch::Sender::new(first), now: Arc::new(CachePadded::new(AtomicCell::new(first))) }
     }
 
     /// The value.
@@ -40,8 +41,12 @@ impl<T: Copy + PartialEq> Signal<T> {
     /// Changes the value, if `value` is another one. Who is woken by that sees it.
     pub fn set(&self, value: T) {
         self.changes.send_if_modified(|told| {
-            self.now.store(value);
-            std::mem::replace(told, value) != value
+            let changes = *told != value;
+            if changes {
+                self.now.store(value);
+                *told = value;
+            }
+            changes
         });
     }
 }
@@ -52,7 +57,7 @@ impl<T: Copy> Told<T> {
         self.now.load()
     }
 
-    /// To wait for changes after the one at which this was made.
+    /// To wait for changes. The first wait is over at once if there has been one since this, or what it is a clone of, was made.
     pub fn changes(&self) -> watch::Receiver<T> {
         self.changes.clone()
     }

@@ -45,8 +45,8 @@ const LARGE: usize = 32 * 1024;
 const FIRST_ALLOCATION: usize = 2 * 1024;
 /// How every HTTP/2 connection begins; no HTTP/1 method in use starts so.
 const HTTP2_START: [u8; 4] = *b"PRI ";
-/// Slices of one vectored write: what was gathered, and the head, payload and rest of a frame.
-const SLICES: usize = 8;
+/// Slices of one vectored write: what was gathered, the head of a frame, and as many of its payload as h2 offers at a time.
+const SLICES: usize = 18;
 
 /// How long a TCP connection is silent before the kernel asks whether the peer lives, and between questions: Go's defaults.
 const KEEPALIVE: Duration = Duration::from_secs(15);

@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::Guard;
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
@@ -79,7 +80,7 @@ impl Cache {
     async fn check_prefix(&self, prefix: &Prefix) -> Result<CheckReport, CheckError> {
         let mut tries = 0;
         let (view, differing, keys) = loop {
-            let view = self.provable(prefix)?;
+            let view = Guard::into_inner(self.provable(prefix)?);
             tries += 1;
             match self.compare(prefix.range(), &view).await {
                 Ok((differing, keys)) => break (view, differing, keys),

@@ -1,5 +1,5 @@
 //! Range answers put together from the bytes of records. A large one is sent piece by piece, as the client takes it, so that
-//! it neither is in memory as a whole nor keeps what it tells of in memory longer than that takes.
+//! neither it nor the state that it tells of stays in memory as a whole for a client that does not.
 
 use std::iter::once;
 
@@ -31,8 +31,8 @@ const LARGE: u64 = 256;
 const WITHOUT_VALUE: u64 = 96;
 /// Bytes in one piece of copies.
 const PIECE: usize = 64 << 10;
-/// Bytes in one piece of references, which costs no memory.
-const LONG_PIECE: usize = 256 << 10;
+/// Bytes in one piece of references, which takes no memory but for records that are overwritten before it has left.
+const LONG_PIECE: usize = 128 << 10;
 
 const KVS: u8 = 2;
 const MORE: u8 = 3;

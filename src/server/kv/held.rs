@@ -1,7 +1,8 @@
 //! What large answers have still to write, and for how long a client that stops reading may keep it.
 //!
 //! A run of the tree holds on to its view: whatever is overwritten meanwhile stays in memory for it. HTTP/2 lets a client
-//! stop reading for ever, and then nobody asks the answer for its next piece, so runs are looked after from outside.
+//! stop reading for ever, and then nobody asks the answer for its next piece, so runs are looked after from outside. What has been
+//! handed over is not: of a large answer that is two pieces at most, the one on its way and the one behind it.
 
 use std::{
     io,
@@ -19,13 +20,17 @@ use tokio::time::sleep;
 
 use crate::{
     server::{body::BodyError, data::List},
-    store::{Record, Tree, range::Records},
+    store::{Record, Run, Tree, range::Records},
 };
 
 /// Between two looks at who has stopped reading.
 const SWEEP: Duration = Duration::from_secs(15);
 /// So many looks in a row may find that nothing was read: a minute, as for relayed answers.
 const PATIENCE: u32 = 4;
+
+/// Bytes of the records of a leaf that may be held as a whole. A larger one's are held singly, so that an answer keeps little
+/// in memory that is not in it.
+const SMALL_LEAF: u64 = 128 << 10;
 
 /// Records that are still to be written.
 pub(super) enum Rest {
@@ -80,7 +85,7 @@ impl Rest {
         }
     }
 
-    /// Appends references to records until `list` has `until` bytes or somewhat more. True when none is left.
+    /// Appends references to records until `list` has `until` bytes, or a small leaf more. True when none is left.
     pub(super) fn refer(&mut self, list: &mut List, until: usize) -> bool {
         let Self::Run { tree, start, left } = self else {
             return self.hand_out(|record| {
@@ -88,22 +93,47 @@ impl Rest {
                 list.len() < until
             });
         };
-        let mut runs = tree.runs_from(start);
-        while *left > 0
-            && let Some(mut run) = runs.next()
-        {
-            if list.len() >= until
-                && let Some(next) = run.get(0)
-            {
-                *start = Bytes::copy_from_slice(next.key());
+        for mut run in tree.runs_from(start) {
+            run.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
+            let fitting = fitting(&run, list.len(), until);
+            let next = run.get(fitting).map(|next| Bytes::copy_from_slice(next.key()));
+            run.truncate(fitting);
+            *left -= fitting as u64;
+            match is_small(&run) {
+                true => list.push_run(run),
+                false => run.records().for_each(|record| list.push_record(record)),
+            }
+            if let Some(next) = next {
+                *start = next;
                 return false;
             }
-            run.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
-            *left -= run.len() as u64;
-            list.push_run(run);
+            if *left == 0 {
+                break;
+            }
         }
         true
     }
+}
+
+/// Whether the records of a run may be held by their leaf, which keeps all of its records in memory.
+fn is_small(run: &Run) -> bool {
+    run.kept().wire <= SMALL_LEAF
+}
+
+/// How many records of a run follow on `length` bytes until there are `until`.
+fn fitting(run: &Run, mut length: usize, until: usize) -> usize {
+    if is_small(run) {
+        return if length < until { run.len() } else { 0 };
+    }
+    let mut fitting = 0;
+    for record in run.records() {
+        if length >= until {
+            break;
+        }
+        length += record.field().len();
+        fitting += 1;
+    }
+    fitting
 }
 
 /// Looks after what is still to be written.
@@ -173,7 +203,7 @@ impl Held {
         self.with_rest(|rest| rest.hand_out(take))
     }
 
-    /// Appends references to records until `list` has `until` bytes or somewhat more. True when none is left.
+    /// Appends references to records until `list` has `until` bytes, or a small leaf more. True when none is left.
     ///
     /// # Errors
     /// When the answer was given up.
@@ -190,16 +220,17 @@ impl Held {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Buf;
+
     use super::*;
-    use crate::store::{Limits, Position, Revision, Store};
+    use crate::store::Revision;
+
+    fn record(number: u32, size: usize) -> Record {
+        Record::new(format!("k{number:04}").as_bytes(), &vec![b'v'; size], Revision(2), Revision(3), 1, 0)
+    }
 
     fn rest(keys: u32) -> Rest {
-        let (store, mut writer) = Store::new(Limits { bytes: 0, age: 0 });
-        let record =
-            |number: u32| Record::new(format!("k{number:04}").as_bytes(), b"v", Revision(2), Revision(3), 1, 0);
-        writer.reset(Position { epoch: 1, revision: Revision(10) }, Some((0..keys).map(record).collect()));
-        writer.publish(0);
-        let tree = store.view().tree.clone().expect("the store has an index");
+        let tree: Tree = (0..keys).map(|number| record(number, 1)).collect();
         Rest::Run { left: tree.len(), start: Bytes::new(), tree }
     }
 
@@ -219,6 +250,29 @@ mod tests {
         drop(held);
         holder.sweep();
         assert!(holder.slots.lock().is_empty() && holder.given_up.get() == 0);
+    }
+
+    #[test]
+    fn references_come_in_pieces_whatever_the_size_of_records() {
+        for (size, most) in [(1 << 10, SMALL_LEAF as usize), (64 << 10, 65 << 10)] {
+            let tree: Tree = (0..50).map(|number| record(number, size)).collect();
+            for (from, left, until) in
+                [(0, 50, 1), (7, 43, 100 << 10), (7, 20, 100 << 10), (3, 1, 1), (49, 1, usize::MAX)]
+            {
+                let start = Bytes::copy_from_slice(record(from, 0).key());
+                let mut rest = Rest::Run { tree: tree.clone(), start, left };
+                let (mut taken, mut last) = (Vec::new(), false);
+                while !last {
+                    let mut list = List::default();
+                    last = rest.refer(&mut list, until);
+                    assert!(list.len() < until.saturating_add(most) && (last || list.len() >= until));
+                    let mut data = crate::server::data::Data::from(list);
+                    taken.extend_from_slice(&data.copy_to_bytes(data.remaining()));
+                }
+                let expected = (from..from + left as u32).map(|number| record(number, size).field().to_vec());
+                assert!(taken == expected.collect::<Vec<_>>().concat(), "{size} {from} {left} {until}");
+            }
+        }
     }
 
     #[test]

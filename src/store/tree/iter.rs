@@ -64,6 +64,11 @@ pub struct Run {
 }
 
 impl Run {
+    /// What all records amount to that are kept in memory by this: those of the leaf.
+    pub fn kept(&self) -> Sums {
+        self.sums
+    }
+
     /// What the records amount to. Of a whole leaf that is known without a look at them.
     pub fn sums(&self) -> Sums {
         if self.len() as u64 == self.sums.keys { self.sums } else { self.records().map(Sums::of).sum() }
