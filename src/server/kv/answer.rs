@@ -32,7 +32,7 @@ const WITHOUT_VALUE: u64 = 96;
 /// Bytes in one piece of copies.
 const PIECE: usize = 64 << 10;
 /// Bytes in one piece of references, which takes no memory but for records that are overwritten before it has left.
-const LONG_PIECE: usize = 128 << 10;
+const LONG_PIECE: usize = 256 << 10;
 
 const KVS: u8 = 2;
 const MORE: u8 = 3;
