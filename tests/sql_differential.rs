@@ -132,6 +132,26 @@ async fn every_answer_is_etcds() {
     pair.stop().await;
 }
 
+/// Where no key is left, etcd lets everything count that it still has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_hash_without_keys_does_not_depend_on_how_far_removal_has_got() {
+    const KEYS: usize = 5;
+    let Some(pair) = Pair::start().await else { return };
+    for number in 0..300 {
+        let key = format!("k{}", number % KEYS).into();
+        pair.check(&Operation::Put(pb::PutRequest { key, value: "v".into(), ..Default::default() })).await;
+    }
+    let everything = pb::DeleteRangeRequest { key: "k".into(), range_end: "l".into(), prev_kv: false };
+    let revision = pair.check(&Operation::Delete(everything)).await.unwrap().revision;
+    // etcd waits for its removal, the engine has only begun.
+    for (client, physical) in [(&pair.reference, true), (&pair.subject, false)] {
+        let compaction = pb::CompactionRequest { revision: revision - 1, physical };
+        client.kv.clone().compact(compaction).await.unwrap();
+    }
+    pair.same_hash(revision).await;
+    pair.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_watch_is_etcds() {
     let seed = seed();

@@ -73,13 +73,12 @@ fn counts(
     record: &Record,
 ) -> Result<bool, Fault> {
     let (id, revision) = (record.version.id, record.version.id.revision());
-    if revision == compacted && record.version.is_deletion() {
-        return Ok(false);
+    if revision > compacted || record.version.is_deletion() {
+        return Ok(revision > compacted);
     }
-    if revision > compacted || all_count {
-        return Ok(true);
-    }
-    Ok(!record.version.is_deletion() && store.newest(&record.key, last)?.is_some_and(|newest| newest.id == id))
+    // Where etcd lets all that it has count, that is what its removal has left.
+    let last = if all_count { EventId::last(compacted) } else { last };
+    Ok(store.newest(&record.key, last)?.is_some_and(|newest| newest.id == id))
 }
 
 fn read_some(store: &mut dyn Reader, from: EventId, to: EventId) -> Result<Vec<Record>, Fault> {
