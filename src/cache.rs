@@ -253,7 +253,6 @@ impl Cache {
     /// When that cannot be shown; the upstream may answer.
     pub async fn linearizable(&self, range: &KeyRange) -> Result<Guard<Arc<View>>, Unserved> {
         let (_, prefix) = self.covering(range).ok_or(Unserved::NotCached)?;
-        // A guard that is kept while somebody else is waited for makes all others dearer.
         let View { position, responder: known, .. } = **self.provable(prefix)?;
         if !self.gate().progress_is_proof {
             return Err(Unserved::Gated);
@@ -369,7 +368,8 @@ impl Cache {
         prefix.is_at(prefix.floor()) || prefix.phase() != Phase::Live
     }
 
-    /// The current view of `prefix`, if anything may be read from it.
+    /// The current view of `prefix`, if anything may be read from it. The guard is not to be kept across a wait: a thread has few
+    /// that are cheap.
     fn servable(&self, prefix: &Prefix) -> Result<Guard<Arc<View>>, Unserved> {
         if !self.is_open() {
             return Err(Unserved::Barred);

@@ -40,13 +40,13 @@ impl<T: Copy + PartialEq> Signal<T> {
 
     /// Changes the value, if `value` is another one. Who is woken by that sees it.
     pub fn set(&self, value: T) {
-        self.changes.send_if_modified(|told| {
-            let changes = *told != value;
-            if changes {
+        self.changes.send_if_modified(|before| {
+            let is_another = *before != value;
+            if is_another {
                 self.now.store(value);
-                *told = value;
+                *before = value;
             }
-            changes
+            is_another
         });
     }
 }

@@ -141,6 +141,12 @@ async fn the_hash_without_keys_does_not_depend_on_how_far_removal_has_got() {
         let key = format!("k{}", number % KEYS).into();
         pair.check(&Operation::Put(pb::PutRequest { key, value: "v".into(), ..Default::default() })).await;
     }
+    // Gone before the compaction, and gone and come again.
+    for key in ["k0", "k1"] {
+        let one = pb::DeleteRangeRequest { key: key.into(), ..Default::default() };
+        pair.check(&Operation::Delete(one)).await;
+    }
+    pair.check(&Operation::Put(pb::PutRequest { key: "k1".into(), value: "w".into(), ..Default::default() })).await;
     let everything = pb::DeleteRangeRequest { key: "k".into(), range_end: "l".into(), prev_kv: false };
     let revision = pair.check(&Operation::Delete(everything)).await.unwrap().revision;
     // etcd waits for its removal, the engine has only begun.

@@ -90,11 +90,15 @@ impl Part {
 
     /// Puts slices into `slots`, and tells into how many of them.
     fn fill<'a>(&'a self, slots: &mut [IoSlice<'a>]) -> usize {
-        let Self::Run(run) = self else {
-            return slots.first_mut().map(|slot| *slot = IoSlice::new(self.first())).iter().count();
-        };
-        // Nothing else is done here, so that the processor fetches several records at a time.
-        slots.iter_mut().zip(run.records()).map(|(slot, record)| *slot = IoSlice::new(record.field())).count()
+        match self {
+            Self::Bytes(_) | Self::Record(_) => {
+                slots.iter_mut().take(1).map(|slot| *slot = IoSlice::new(self.first())).count()
+            }
+            // Nothing else is done here, so that the processor fetches several records at a time.
+            Self::Run(run) => {
+                slots.iter_mut().zip(run.records()).map(|(slot, record)| *slot = IoSlice::new(record.field())).count()
+            }
+        }
     }
 
     /// Leaves out the first slice; false when there is no other.
@@ -154,6 +158,7 @@ impl List {
                 break;
             }
         }
+        // It may have been sent in part.
         if let Some(first) = slots.first_mut() {
             *first = IoSlice::new(self.first());
         }

@@ -38,7 +38,8 @@ pub struct Hashed {
 /// The hash of everything up to `revision` (0: the latest), without what a compaction has yet to remove.
 ///
 /// As in etcd, of the events up to the compacted revision only those count which are still in force at the revision asked
-/// for, so that the hash does not depend on how far the removal has got.
+/// for, so that the hash does not depend on how far the removal has got. Where no key is left, etcd lets everything count that it
+/// still has; here, what the removal leaves.
 pub fn at(store: &mut dyn Reader, at: Position, revision: i64) -> Result<Hashed, Fault> {
     if revision > 0 && revision < at.compacted {
         return Err(Status::COMPACTED.into());
@@ -48,7 +49,7 @@ pub fn at(store: &mut dyn Reader, at: Position, revision: i64) -> Result<Hashed,
     }
     let hash_revision = if revision == 0 { at.current } else { revision };
     let last = EventId::last(hash_revision.max(0));
-    let all_count = is_empty(store, last)?;
+    let in_force = if is_empty(store, last)? { EventId::last(at.compacted.max(0)) } else { last };
     let mut crc = Crc32c::new();
     crc.update(BUCKET);
     let mut next = EventId(0);
@@ -57,7 +58,7 @@ pub fn at(store: &mut dyn Reader, at: Position, revision: i64) -> Result<Hashed,
         let Some(end) = records.last().map(|record| record.version.id) else { break };
         next = EventId(end.0.saturating_add(1));
         for record in records {
-            if counts(store, at.compacted, last, all_count, &record)? {
+            if counts(store, at.compacted, in_force, &record)? {
                 add(&mut crc, record);
             }
         }
@@ -65,20 +66,13 @@ pub fn at(store: &mut dyn Reader, at: Position, revision: i64) -> Result<Hashed,
     Ok(Hashed { hash: crc.finish(), compact_revision: at.compacted, hash_revision, current: at.current })
 }
 
-fn counts(
-    store: &mut dyn Reader,
-    compacted: i64,
-    last: EventId,
-    all_count: bool,
-    record: &Record,
-) -> Result<bool, Fault> {
+/// Whether a record counts: after the compaction each does, before it the puts that are in force at `in_force`.
+fn counts(store: &mut dyn Reader, compacted: i64, in_force: EventId, record: &Record) -> Result<bool, Fault> {
     let (id, revision) = (record.version.id, record.version.id.revision());
     if revision > compacted || record.version.is_deletion() {
         return Ok(revision > compacted);
     }
-    // Where etcd lets all that it has count, that is what its removal has left.
-    let last = if all_count { EventId::last(compacted) } else { last };
-    Ok(store.newest(&record.key, last)?.is_some_and(|newest| newest.id == id))
+    Ok(store.newest(&record.key, in_force)?.is_some_and(|newest| newest.id == id))
 }
 
 fn read_some(store: &mut dyn Reader, from: EventId, to: EventId) -> Result<Vec<Record>, Fault> {

@@ -53,25 +53,19 @@ impl Record {
     /// Takes in the encoded `mvccpb.KeyValue`, copied out of whatever buffer it arrived in.
     pub fn from_wire(bytes: &[u8]) -> Result<Self, MalformedRecord> {
         let mut parts = Parts::default();
-        let mut in_order = true;
-        let mut last = 0;
         for field in Fields::of(bytes) {
-            let field = field?;
-            in_order &= field.number > last && field.number <= u32::from(LEASE);
-            last = field.number;
-            parts.take(field);
+            parts.take(field?);
         }
         if parts.key.is_empty() || u32::try_from(bytes.len()).is_err() {
             return Err(MalformedRecord::Impossible);
         }
-        let canonical = in_order && parts.encoded_len() == bytes.len();
-        Ok(if canonical { parts.keep(bytes) } else { parts.encode() })
+        Ok(parts.encode())
     }
 
     /// A record from its parts.
     pub fn new(key: &[u8], value: &[u8], create: Revision, modified: Revision, version: i64, lease: i64) -> Self {
         let (create_revision, mod_revision) = (create.0, modified.0);
-        Parts { key, value, create_revision, mod_revision, version, lease, value_bytes: None }.encode()
+        Parts { key, value, create_revision, mod_revision, version, lease }.encode()
     }
 
     /// The record of a deleted key: only the key and the revision of its deletion, as etcd sends it.
@@ -165,8 +159,6 @@ struct Parts<'a> {
     version: i64,
     value: &'a [u8],
     lease: i64,
-    /// Where the value's field lies in the bytes that were taken apart.
-    value_bytes: Option<(usize, usize)>,
 }
 
 impl<'a> Parts<'a> {
@@ -176,54 +168,44 @@ impl<'a> Parts<'a> {
             Ok(CREATE_REVISION) => self.create_revision = field.value.int(),
             Ok(MOD_REVISION) => self.mod_revision = field.value.int(),
             Ok(VERSION) => self.version = field.value.int(),
-            Ok(VALUE) => {
-                self.value = field.value.bytes();
-                self.value_bytes = Some((field.start, field.end));
-            }
+            Ok(VALUE) => self.value = field.value.bytes(),
             Ok(LEASE) => self.lease = field.value.int(),
             _ => {}
         }
     }
 
-    /// How long the shortest encoding is: anything longer spells out zeros, pads numbers or carries what is not ours.
     fn encoded_len(&self) -> usize {
         let numbers = [self.create_revision, self.mod_revision, self.version, self.lease];
         let value = if self.value.is_empty() { 0 } else { wire::bytes_field_len(self.value.len()) };
         wire::bytes_field_len(self.key.len()) + value + numbers.into_iter().map(wire::int_field_len).sum::<usize>()
     }
 
-    fn keep(&self, wire: &[u8]) -> Record {
-        let mut field = Vec::with_capacity(wire::bytes_field_len(wire.len()));
-        wire::put_bytes_head(&mut field, FIELD, wire.len());
-        let before = field.len() as u8;
-        field.extend_from_slice(wire);
-        let tail = wire.len() - wire::int_field_len(self.lease);
-        let (value_start, lease_start) = self.value_bytes.unwrap_or((tail, tail));
-        let head = Head {
-            mod_revision: self.mod_revision,
-            key_len: self.key.len() as u32,
-            value_start: value_start as u32,
-            lease_start: lease_start as u32,
-            before,
-        };
-        Record(ThinArc::from_header_and_slice(head, &field))
-    }
-
-    fn encode(mut self) -> Record {
-        let mut out = Vec::with_capacity(self.key.len() + self.value.len() + 64);
+    /// The record, in the shortest encoding: no zeros spelled out, no padded numbers, nothing that is not ours.
+    fn encode(&self) -> Record {
+        let length = self.encoded_len();
+        let mut out = Vec::with_capacity(wire::bytes_field_len(length));
+        wire::put_bytes_head(&mut out, FIELD, length);
+        let before = out.len();
         wire::put_bytes_head(&mut out, KEY, self.key.len());
         out.extend_from_slice(self.key);
         wire::put_int_field(&mut out, CREATE_REVISION, self.create_revision);
         wire::put_int_field(&mut out, MOD_REVISION, self.mod_revision);
         wire::put_int_field(&mut out, VERSION, self.version);
-        let start = out.len();
+        let value_start = out.len() - before;
         if !self.value.is_empty() {
             wire::put_bytes_head(&mut out, VALUE, self.value.len());
             out.extend_from_slice(self.value);
         }
-        self.value_bytes = Some((start, out.len()));
+        let lease_start = out.len() - before;
         wire::put_int_field(&mut out, LEASE, self.lease);
-        self.keep(&out)
+        let head = Head {
+            mod_revision: self.mod_revision,
+            key_len: self.key.len() as u32,
+            value_start: value_start as u32,
+            lease_start: lease_start as u32,
+            before: before as u8,
+        };
+        Record(ThinArc::from_header_and_slice(head, &out))
     }
 }
 

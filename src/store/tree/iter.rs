@@ -97,7 +97,7 @@ impl Run {
 
     /// Leaves out all records but the first `len`.
     pub fn truncate(&mut self, len: usize) {
-        self.until = self.until.min(self.from + len);
+        self.until = self.until.min(self.from.saturating_add(len));
     }
 
     /// Leaves out the first record.
