@@ -56,6 +56,8 @@ pub struct Session {
     watchers: Vec<Option<Watcher>>,
     free: Vec<u32>,
     by_id: HashMap<i64, u32>,
+    /// How many watchers asked to be told their progress now and then: a stream looks at that each time it is woken.
+    ticking: usize,
     behind: Vec<u32>,
     relays: Vec<Relay>,
     next_id: i64,
@@ -84,6 +86,7 @@ impl Session {
             watchers: Vec::new(),
             free: Vec::new(),
             by_id: HashMap::new(),
+            ticking: 0,
             behind: Vec::new(),
             relays: Vec::new(),
             next_id: 0,
@@ -140,6 +143,7 @@ impl Session {
 
     fn add(&mut self, id: i64, options: WatchOptions, lane: Option<usize>, start: Start) {
         self.serial += 1;
+        self.ticking += usize::from(options.progress_notify);
         let (next, start) = match start {
             Start::After(revision) => (revision.next(), Revision::ZERO),
             Start::At(revision) => (revision, revision),
@@ -171,7 +175,8 @@ impl Session {
     pub fn cancel(&mut self, id: i64, now: (Responder, Revision), out: &mut BytesMut) {
         let Some(slot) = self.by_id.remove(&id) else { return };
         self.detach(slot);
-        self.watchers[slot as usize] = None;
+        let watcher = self.watchers[slot as usize].take();
+        self.ticking -= usize::from(watcher.is_some_and(|watcher| watcher.options.progress_notify));
         self.free.push(slot);
         self.behind.retain(|behind| *behind != slot);
         Envelope { revision: now.1, watch_id: id, canceled: true, ..Envelope::default() }.put(out, now.0, &[]);

@@ -65,7 +65,7 @@ impl Session {
 
     /// Whether some watcher asked to be told its progress now and then.
     pub fn wants_ticks(&self) -> bool {
-        self.watchers.iter().flatten().any(|watcher| watcher.options.progress_notify)
+        self.ticking > 0
     }
 
     /// Whether a request for progress is waiting for its answer.

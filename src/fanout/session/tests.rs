@@ -257,6 +257,20 @@ fn progress_is_not_told_before_the_events_it_covers() {
 }
 
 #[test]
+fn ticks_are_wanted_for_as_long_as_a_watcher_asks_for_them() {
+    let mut stage = Stage::new(u64::MAX);
+    let quiet = WatchOptions { progress_notify: false, ..everything() };
+    for (options, wanted) in [(quiet, false), (everything(), true), (everything(), true)] {
+        stage.create(options, Start::After(Revision(1)));
+        assert_eq!(stage.session.wants_ticks(), wanted);
+    }
+    for (id, wanted) in [(1, true), (1, true), (0, true), (2, false)] {
+        stage.session.cancel(id, (RESPONDER, Revision(1)), &mut BytesMut::new());
+        assert_eq!(stage.session.wants_ticks(), wanted);
+    }
+}
+
+#[test]
 fn a_watcher_that_the_window_has_left_behind_asks_for_a_relay() {
     let mut stage = Stage::new(100);
     (0..2000).for_each(|_| stage.write(&[(1, false)]));

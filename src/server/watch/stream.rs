@@ -115,7 +115,7 @@ impl Stream {
             self.ended = Some(if stopping { Status::STOPPED } else { Status::NO_LEADER });
             return false;
         }
-        let before = self.session.len() as i64;
+        let before = self.session.len();
         let mut more = self.take_requests(cx);
         more |= self.take_reports(cx);
         match self.session.pump(&mut self.out, PIECE, cx.waker()) {
@@ -124,7 +124,10 @@ impl Stream {
             Pumped::Busy => more = true,
             Pumped::Ended(status) => self.ended = Some(status),
         }
-        self.shared.metrics.watchers.add(self.session.len() as i64 - before);
+        // Cores share the gauge, and for an event there is nothing to tell it.
+        if self.session.len() != before {
+            self.shared.metrics.watchers.add(self.session.len() as i64 - before as i64);
+        }
         self.start_relays() || more
     }
 
