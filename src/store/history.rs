@@ -162,12 +162,12 @@ impl Window {
         let segment = &self.segments[index];
         let last = index + 1 == self.segments.len();
         let end = if last { now } else { segment.sealed.get()?.tree.as_ref()? };
+        let newest = self.entries(index).next_back().map_or(Revision::ZERO, |entry| entry.revision);
         let recent = segment.recent.load();
-        let (mut tree, reached) = match recent.as_deref() {
-            Some((at, _)) if *at < revision => (end.clone(), Revision(i64::MAX)),
-            Some((at, tree)) => (tree.clone(), *at),
-            None => (end.clone(), Revision(i64::MAX)),
-        };
+        // A later view may have left one there of which this window has not all that is to be undone.
+        let recent = recent.as_deref().filter(|(at, _)| (revision..=newest).contains(at));
+        let (tree, reached) = recent.map_or((end, newest), |(at, tree)| (tree, *at));
+        let mut tree = tree.clone();
         let entries = self.entries(index).rev().skip_while(|entry| entry.revision > reached);
         for entry in entries.take_while(|entry| entry.revision > revision) {
             undo(&mut tree, entry);
