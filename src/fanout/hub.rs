@@ -1,7 +1,7 @@
 //! Takes each new entry of one store to the sessions that it concerns.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicI64, AtomicU64, Ordering},
@@ -26,7 +26,8 @@ const BATCH: usize = 256;
 pub struct Hub {
     store: Arc<Store>,
     registry: Mutex<Registry>,
-    /// The revision up to which every session has been told; stored after the last letter has been delivered.
+    /// The revision up to which every session has been told; stored after the last letter, or the word of another history, has
+    /// been delivered.
     told: AtomicI64,
     next_session: AtomicU64,
 }
@@ -36,7 +37,7 @@ struct Registry {
     index: RangeIndex<Arc<Subscription>>,
     sessions: HashMap<u64, Arc<Mailbox>>,
     /// Sessions that want to be woken when the position moves, events or not.
-    curious: Vec<Arc<Mailbox>>,
+    curious: HashSet<u64>,
     position: Position,
 }
 
@@ -74,14 +75,24 @@ impl Hub {
         Revision(self.told.load(Ordering::Acquire))
     }
 
-    pub(super) fn open(&self, mailbox: &Arc<Mailbox>) -> u64 {
+    /// Enters a session, which is told from now on when another history begins. Gives its number, and the epoch of the history
+    /// until then.
+    pub(super) fn open(&self, mailbox: &Arc<Mailbox>) -> (u64, u64) {
         let session = self.next_session.fetch_add(1, Ordering::Relaxed);
-        self.registry.lock().sessions.insert(session, mailbox.clone());
-        session
+        let mut registry = self.registry.lock();
+        registry.sessions.insert(session, mailbox.clone());
+        (session, registry.position.epoch)
     }
 
     pub(super) fn close(&self, session: u64) {
-        self.registry.lock().sessions.remove(&session);
+        let mut registry = self.registry.lock();
+        registry.sessions.remove(&session);
+        registry.curious.remove(&session);
+    }
+
+    /// The epoch of the history that sessions are told of; zero before the first.
+    pub(super) fn epoch(&self) -> u64 {
+        self.registry.lock().position.epoch
     }
 
     /// Enters `subscription`, whose watchers have everything up to `reached`, unless the hub is further than that already:
@@ -107,13 +118,19 @@ impl Hub {
     }
 
     /// Wakes the session as soon as the position is not `seen` any more.
-    pub(super) fn wake_after(&self, seen: Revision, mailbox: &Arc<Mailbox>) {
+    pub(super) fn wake_after(&self, seen: Revision, session: u64) {
         let mut registry = self.registry.lock();
         if registry.position.revision == seen {
-            registry.curious.push(mailbox.clone());
+            registry.curious.insert(session);
         } else {
-            mailbox.wake();
+            registry.wake(session);
         }
+    }
+
+    /// How many sessions want to be woken when the position moves.
+    #[cfg(test)]
+    pub(super) fn curious(&self) -> usize {
+        self.registry.lock().curious.len()
     }
 
     /// Follows the store for as long as it lives.
@@ -135,10 +152,11 @@ impl Hub {
         if registry.position.epoch != view.position.epoch {
             let first = registry.position.epoch == 0;
             registry.position = view.position;
-            self.told.store(view.revision().0, Ordering::Release);
             if !first {
                 registry.sessions.values().for_each(|mailbox| mailbox.replace(view.position));
             }
+            // Only now, or a session could take it for what it has been told of the history before.
+            self.told.store(view.revision().0, Ordering::Release);
             registry.wake_curious();
             return;
         }
@@ -186,6 +204,12 @@ impl Registry {
     }
 
     fn wake_curious(&mut self) {
-        self.curious.drain(..).for_each(|mailbox| mailbox.wake());
+        std::mem::take(&mut self.curious).into_iter().for_each(|session| self.wake(session));
+    }
+
+    fn wake(&self, session: u64) {
+        if let Some(mailbox) = self.sessions.get(&session) {
+            mailbox.wake();
+        }
     }
 }

@@ -22,6 +22,8 @@ pub(super) struct Group {
 
 pub(super) struct Lane {
     pub(super) hub: Arc<Hub>,
+    /// The epoch of the history that its watchers follow; zero before there is one.
+    pub(super) epoch: u64,
     mailbox: Arc<Mailbox>,
     session: u64,
     groups: Vec<Option<Group>>,
@@ -48,8 +50,10 @@ pub(super) enum Notice {
 impl Lane {
     pub(super) fn open(hub: &Arc<Hub>) -> Self {
         let mailbox = Arc::new(Mailbox::default());
+        let (session, epoch) = hub.open(&mailbox);
         Self {
-            session: hub.open(&mailbox),
+            session,
+            epoch,
             hub: hub.clone(),
             mailbox,
             groups: Vec::new(),
@@ -68,7 +72,7 @@ impl Lane {
     }
 
     pub(super) fn wake_after(&self, seen: Revision) {
-        self.hub.wake_after(seen, &self.mailbox);
+        self.hub.wake_after(seen, self.session);
     }
 
     /// Fetches new mail when the old has been worked off.
@@ -80,6 +84,10 @@ impl Lane {
         self.read = 0;
         // Before the mail: what has been told by now is in the mailbox already.
         self.pending_told = self.hub.told();
+        if self.epoch == 0 {
+            // Of the first history there is no word.
+            self.epoch = self.hub.epoch();
+        }
         let (lost, replaced, ended) = self.mailbox.take(&mut self.letters);
         self.lost = lost;
         ended.map(Notice::Ended).or(replaced.map(Notice::Replaced))
@@ -97,12 +105,14 @@ impl Lane {
         self.lost.take()
     }
 
-    /// Forgets the mail and how far it had got: another history has begun.
-    pub(super) fn forget(&mut self) {
+    /// Forgets the mail and how far it had got: the history of `epoch` has begun.
+    pub(super) fn forget(&mut self, epoch: u64) {
+        self.epoch = epoch;
         self.letters.clear();
         self.read = 0;
         self.lost = None;
         self.told = Revision::ZERO;
+        self.pending_told = Revision::ZERO;
     }
 
     pub(super) fn is_idle(&self) -> bool {

@@ -43,6 +43,8 @@ pub struct Relay {
     pub options: WatchOptions,
     /// The first revision that it has not seen.
     pub from: Revision,
+    /// The epoch of the history that it follows; zero: nothing had been loaded.
+    pub epoch: u64,
     /// The hub that can take over, by its place in the session's list; none: nothing cached covers the range.
     pub lane: Option<usize>,
 }
@@ -156,18 +158,20 @@ impl Session {
             None => push_snugly(&mut self.watchers, Some(watcher)),
         }
         self.by_id.insert(id, slot);
+        self.attend(lane);
         match lane {
-            Some(lane) => {
-                self.lanes[lane].get_or_insert_with(|| Lane::open(&self.hubs[lane]));
-                self.behind.push(slot);
-            }
-            None => {
-                // Nothing cached covers it, but whether the history goes on is told by the first hub.
-                if let Some(hub) = self.hubs.first() {
-                    self.lanes[0].get_or_insert_with(|| Lane::open(hub));
-                }
-                self.relay(slot);
-            }
+            Some(_) => self.behind.push(slot),
+            None => self.relay(slot),
+        }
+    }
+
+    /// Begins to hear from the hub whose history decides over watchers of `lane`. To be called before the present is asked for in
+    /// which such a watcher begins: should another history begin after that, the watcher is told.
+    pub fn attend(&mut self, lane: Option<usize>) {
+        // What nothing cached covers is left to the first hub.
+        let lane = lane.unwrap_or(0);
+        if let (Some(open @ None), Some(hub)) = (self.lanes.get_mut(lane), self.hubs.get(lane)) {
+            *open = Some(Lane::open(hub));
         }
     }
 
@@ -263,7 +267,7 @@ impl Session {
         let dead = |slot: &u32| matches!(&self.watchers[*slot as usize], Some(watcher) if watcher.state == State::Dead);
         self.behind.retain(|slot| !dead(slot));
         if let Some(lane) = &mut self.lanes[lane] {
-            lane.forget();
+            lane.forget(position.epoch);
         }
     }
 }

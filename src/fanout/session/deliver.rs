@@ -116,6 +116,10 @@ impl Session {
         let (State::Behind, Some(at)) = (watcher.state, watcher.lane) else { return true };
         let Some(lane) = &mut self.lanes[at] else { return true };
         let view = lane.hub.store().view_owned();
+        if view.position.epoch != lane.epoch {
+            // Its revisions mean nothing in a history that the session has yet to hear of.
+            return false;
+        }
         if watcher.next < view.compacted {
             self.cancel_compacted(slot, view.compacted, out);
             return true;
@@ -140,11 +144,13 @@ impl Session {
     pub(super) fn relay(&mut self, slot: u32) {
         let Some(Some(watcher)) = self.watchers.get_mut(slot as usize) else { return };
         watcher.state = State::Relayed { told: None };
+        let lane = self.lanes.get(watcher.lane.unwrap_or(0)).and_then(Option::as_ref);
         self.relays.push(Relay {
             slot,
             serial: watcher.serial,
             options: watcher.options.clone(),
             from: watcher.next,
+            epoch: lane.map_or(0, |lane| lane.epoch),
             lane: watcher.lane,
         });
     }

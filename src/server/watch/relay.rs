@@ -69,9 +69,7 @@ impl Drop for Handle {
 pub(super) fn start(shared: &Arc<Shared>, relay: Relay, reports: mpsc::Sender<Report>) -> Handle {
     let (asked, is_asked) = watch::channel(Revision::ZERO);
     let hub = relay.lane.and_then(|lane| shared.hubs.get(lane).cloned());
-    let prefix = shared.cache.prefixes().get(relay.lane.unwrap_or(0));
-    let epoch = prefix.map_or(NOTHING_LOADED, |prefix| prefix.store().view().position.epoch);
-    let (shared, next) = (shared.clone(), relay.from);
+    let (shared, next, epoch) = (shared.clone(), relay.from, relay.epoch);
     let task = Task { shared, hub, epoch, followed: None, next, relay, reports, asked: is_asked };
     Handle { asked, task: tokio::spawn(task.run()).abort_handle() }
 }

@@ -214,8 +214,9 @@ impl Stream {
         let options = WatchOptions::from_request(&request);
         let names_start = request.start_revision > 0;
         let cache = &self.shared.cache;
-        let loaded = cache.covering(&options.range).filter(|(_, prefix)| prefix.store().view().is_loaded());
-        match loaded {
+        let covering = cache.covering(&options.range);
+        self.session.attend(covering.as_ref().map(|(lane, _)| *lane));
+        match covering.filter(|(_, prefix)| prefix.store().view().is_loaded()) {
             Some((lane, prefix)) => match cache.begin_at_once(prefix, names_start) {
                 Some(now) => self.create(request, now),
                 None => {
