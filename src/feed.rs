@@ -150,6 +150,9 @@ pub struct Feed {
     heard: u64,
     /// How many demands to rebuild have been met.
     rebuilt: u64,
+    /// The state may not be served, whether the upstream is there or not: it is known to be of another history, or was cached
+    /// when authentication came on. Until it is proven, or replaced.
+    condemned: bool,
 }
 
 /// Between two attempts while nothing works.
@@ -188,6 +191,7 @@ impl Feed {
             retry_index: None,
             heard: 0,
             rebuilt: 0,
+            condemned: false,
         };
         (feed, signals)
     }
@@ -242,16 +246,28 @@ impl Feed {
             Phase::Live => self.lost = None,
             _ => self.lost = self.lost.or_else(|| self.is_loaded().then(Instant::now)),
         }
+        self.condemned |= phase == Phase::Barred;
         self.metrics.phase(phase);
         self.metrics.lost(self.lost);
         self.phase.set(phase);
     }
 
-    /// Notes that the upstream is gone, unless that is known already.
+    /// Notes that the upstream is gone, unless that is known already. What may be served goes on to be served as what was last
+    /// known.
     fn lose(&mut self) {
-        if matches!(self.phase.now(), Phase::Live | Phase::Proving | Phase::Barred) && self.is_loaded() {
-            self.enter(Phase::Lost(self.lost.unwrap_or_else(Instant::now)));
+        match self.phase.now() {
+            Phase::Cold => {}
+            Phase::Live | Phase::Lost(_) if self.is_condemned() => self.enter(Phase::Proving),
+            Phase::Live | Phase::Proving if !self.is_condemned() => {
+                self.enter(Phase::Lost(self.lost.unwrap_or_else(Instant::now)));
+            }
+            Phase::Live | Phase::Lost(_) | Phase::Proving | Phase::Barred => {}
         }
+    }
+
+    /// Whether the state has to be proven or replaced before it is served.
+    fn is_condemned(&self) -> bool {
+        self.condemned || self.demand.borrow().rebuilds != self.rebuilt
     }
 
     /// Connections up to `number` have been shown to lead to the view's history.
@@ -294,7 +310,7 @@ impl Feed {
         }
         let link = self.upstream.connect(at).await?;
         let rebuilds = self.demand.borrow().rebuilds;
-        let witnessed = rebuilds == self.rebuilt && self.take_witness(&link).await;
+        let witnessed = !self.is_condemned() && self.take_witness(&link).await;
         // Before the question: the cluster must have had this much when it answers.
         let told = self.floor.revision();
         let header = examine(&link).await?;
@@ -308,10 +324,11 @@ impl Feed {
             Continuity::Doubtful(why) => self.resolve(&link, &header, why).await?,
             Continuity::Broken(why) => {
                 warn!(endpoint = self.upstream.name(at), why, "the upstream has another history: beginning anew");
-                self.load(&link, &header).await?;
+                self.replace(&link, &header).await?;
             }
         }
         self.rebuilt = rebuilds;
+        self.condemned = false;
         self.note_responder(&header);
         self.follow(&link).await
     }
@@ -349,6 +366,12 @@ impl Feed {
         Ok(())
     }
 
+    /// Begins a new epoch because the state is of another history.
+    async fn replace(&mut self, link: &Link, header: &ResponseHeader) -> Result<(), End> {
+        self.condemned = true;
+        self.load(link, header).await
+    }
+
     /// Finds out whether a doubtful history is ours: by everything at our own revision, while that can still be read.
     async fn resolve(&mut self, link: &Link, header: &ResponseHeader, doubt: &str) -> Result<(), End> {
         let (endpoint, revision) = (self.upstream.name(link.at()), self.writer.position().revision);
@@ -362,7 +385,7 @@ impl Feed {
             }
             Ok(_) => {
                 warn!(endpoint, revision = revision.0, doubt, "the upstream has another history: beginning anew");
-                self.load(link, header).await
+                self.replace(link, header).await
             }
             Err(End::Failed(status)) if status == Status::COMPACTED => self.reload(link, header, doubt).await,
             Err(end) => Err(end),

@@ -6,12 +6,13 @@ mod support;
 use std::path::PathBuf;
 
 use bytes::Bytes;
+use millpond::proto::etcdserverpb::RangeRequest;
 use support::{
     client::{Client, eventually},
     etcd::Cluster,
     fault::{FaultProxy, Faults},
     informer::{Informer, list},
-    millpond::Millpond,
+    millpond::{Millpond, breathe},
     operation::range,
     toolchain::Release,
     watching::{WatchStream, create},
@@ -131,6 +132,35 @@ async fn another_cluster_in_its_place() {
     let direct = stage.cluster.client(0);
     for number in 0..150 {
         direct.put(format!("k/{number:03}"), "another").await.unwrap();
+    }
+    stage.everyone_learns_of_it().await;
+}
+
+/// The state was known to be another cluster's, and served again when that could not be listed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_known_to_be_of_another_history_is_not_served_when_the_upstream_is_lost_again() {
+    let mut stage = Stage::start().await;
+    stage.cluster.replace().await;
+    for number in 0..8 {
+        stage.cluster.client(0).put(format!("big/{number}"), vec![b'v'; 1 << 20]).await.unwrap();
+    }
+    let old = RangeRequest { serializable: true, ..range("k/50", "") };
+    assert_eq!(
+        stage.client.range(old.clone()).await.unwrap().count,
+        1,
+        "what is known is served while nobody is there"
+    );
+    // Enough for questions, not for the list.
+    stage.proxy.set(Faults { bytes_per_second: 200 << 10, ..Faults::default() });
+    let proving = "millpond_feed_phase{phase=\"proving\"";
+    eventually("the state is looked at", async || (stage.millpond.metric(proving).await == 1.0).then_some(())).await;
+    breathe(1500).await;
+    assert_eq!(stage.millpond.metric(proving).await, 1.0, "the list is under way");
+    stage.proxy.set(Faults { refuse: true, ..Faults::default() });
+    stage.proxy.reset();
+    for _ in 0..20 {
+        breathe(100).await;
+        assert!(stage.client.range(old.clone()).await.is_err());
     }
     stage.everyone_learns_of_it().await;
 }

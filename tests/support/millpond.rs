@@ -78,12 +78,11 @@ impl Millpond {
         .await;
     }
 
-    /// The value of a metric, summed over its labels.
+    /// The value of a metric, summed over its labels; `name` may have the first of them, as in `name{label="value"`.
     pub async fn metric(&self, name: &str) -> f64 {
         let (status, text) = http_get(&self.admin, "/metrics").await.unwrap();
         assert_eq!(status, 200, "/metrics answers");
-        let of_name =
-            |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{') || rest.starts_with(' '));
+        let of_name = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ',', ' ']));
         text.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 
