@@ -318,8 +318,12 @@ impl Cache {
         Box::pin(timeout(patience, prefix.reached(revision))).await.map_err(|_| Unserved::Behind)
     }
 
-    /// Whether a watcher may begin on the view of `prefix`: not while its history may be another than what is relayed.
+    /// Whether a watcher may begin on the view of `prefix`: not while its history may be another than what is relayed, or
+    /// authentication may be on.
     fn is_settled_for(&self, prefix: &Prefix, heard: ConnectionNumber) -> bool {
+        if !self.is_open() {
+            return false;
+        }
         match prefix.phase() {
             Phase::Live | Phase::Lost(_) => prefix.confirmed() >= heard,
             Phase::Cold | Phase::Proving | Phase::Barred => false,
@@ -329,7 +333,7 @@ impl Cache {
     /// Waits until a watcher may begin on the view of `prefix`, as far as its history goes.
     async fn settled(&self, prefix: &Prefix) {
         let Signals { phase, confirmed, .. } = prefix.signals();
-        let (mut phase, mut confirmed) = (phase.changes(), confirmed.changes());
+        let (mut phase, mut confirmed, mut auth) = (phase.changes(), confirmed.changes(), self.0.auth.changes());
         // What is heard from now on is no matter of this call's.
         let heard = self.heard();
         while !self.is_settled_for(prefix, heard) {
@@ -338,6 +342,7 @@ impl Cache {
             let changed = tokio::select! {
                 changed = phase.changed() => changed,
                 changed = confirmed.changed() => changed,
+                changed = auth.changed() => changed,
             };
             if changed.is_err() {
                 return;

@@ -17,7 +17,7 @@ use crate::{
     proto::mvccpb,
     status::Status,
     store::{KeyRange, Position, Revision, Store, View},
-    upstream::{ConnectionNumber, Upstream},
+    upstream::{AuthState, ConnectionNumber, Upstream},
 };
 
 /// One cached prefix. Its tasks end with it.
@@ -55,7 +55,7 @@ impl Prefix {
         let tasks = [
             tokio::spawn(feed.run()).abort_handle(),
             tokio::spawn(hub.clone().run()).abort_handle(),
-            tokio::spawn(mind(hub.clone(), signals.phase.changes())).abort_handle(),
+            tokio::spawn(mind(hub.clone(), signals.phase.changes(), upstream.auth().changes())).abort_handle(),
         ];
         let noted_compaction = AtomicI64::new(0);
         Ok(Self { range: range.clone(), store, hub, demand, signals, floor, noted_compaction, tasks })
@@ -220,20 +220,25 @@ impl Drop for Prefix {
     }
 }
 
-/// Moves `known` on to `to`, if that lies further or in another history. True when it did.
+/// Moves `known` on to `to`, if that lies further or in a later history. True when it did.
 fn move_on(known: &mut Position, to: Position) -> bool {
-    let further = known.epoch != to.epoch || known.revision < to.revision;
+    let further = known.epoch < to.epoch || known.epoch == to.epoch && known.revision < to.revision;
     if further {
         *known = to;
     }
     further
 }
 
-/// Ends the watchers' streams when authentication comes on.
-async fn mind(hub: Arc<Hub>, mut phase: watch::Receiver<Phase>) {
-    // The sender lives as long as the feed.
-    while phase.changed().await.is_ok() {
-        if *phase.borrow_and_update() == Phase::Barred {
+/// Ends the watchers' streams when authentication comes on, whoever learns of it first: the feed may be waiting for an upstream.
+async fn mind(hub: Arc<Hub>, mut phase: watch::Receiver<Phase>, mut auth: watch::Receiver<AuthState>) {
+    loop {
+        let is_on = tokio::select! {
+            Ok(()) = phase.changed() => *phase.borrow_and_update() == Phase::Barred,
+            Ok(()) = auth.changed() => *auth.borrow_and_update() == AuthState::On,
+            // Both live as long as the feed.
+            else => return,
+        };
+        if is_on {
             hub.end_all(&Status::WATCH_AGAIN);
         }
     }
