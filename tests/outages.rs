@@ -10,16 +10,20 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use millpond::proto::etcdserverpb as pb;
+use prost::Message;
 use support::{
     client::{Client, eventually},
     clock::ClockShift,
     etcd::Cluster,
     millpond::{Millpond, breathe},
     operation::range,
+    raw::{RawConnection, framed},
     toolchain::Release,
     watching::{WatchStream, create, revision_of},
 };
+use tokio::time::timeout;
 
 const DAY: i64 = 86_400;
 
@@ -115,6 +119,46 @@ async fn a_herd_from_the_far_past_is_served_and_stalls_nobody() {
             let found: Vec<i64> = of_watcher.flat_map(|response| &response.events).map(revision_of).collect();
             assert_eq!(found, expected, "watcher {watcher}");
         }
+    }
+    millpond.assert_well();
+}
+
+/// They stop reading what only the etcd has, and kept the few relays that there are for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_stop_reading_do_not_keep_the_far_past_from_others() {
+    // The etcd sends a thousand at a time, and some such responses have room in Millpond.
+    const EVENTS: usize = 12_000;
+    const VALUE: usize = 200;
+    let cluster = Cluster::single(Release::newest()).await;
+    let direct = cluster.client(0);
+    let mut expected = Vec::new();
+    for hundred in 0..EVENTS / 100 {
+        let puts = (0..100).map(|number| direct.put(format!("k/{hundred}/{number}"), vec![b'v'; VALUE]));
+        expected.extend(join_all(puts).await.into_iter().map(Result::unwrap));
+    }
+    expected.sort_unstable();
+    let mut millpond = Millpond::start(&cluster.endpoints(), &["--catch-up-limit=2"]).await;
+    let connection = RawConnection::open(&millpond.endpoint, 16 << 10).await;
+    let create_request = pb::watch_request::RequestUnion::CreateRequest(create("k/", "k0", expected[0]));
+    let request = framed(&pb::WatchRequest { request_union: Some(create_request) }.encode_to_vec());
+    let mut unread = Vec::new();
+    for _ in 0..4 {
+        let (answer, mut outgoing) = connection.open_call("/etcdserverpb.Watch/Watch", &[]).await.unwrap();
+        outgoing.send_data(request.clone(), false).unwrap();
+        unread.push((answer.await.unwrap(), outgoing));
+    }
+    // Until they have all that there is room for.
+    breathe(1500).await;
+    let read = WatchStream::watching(&millpond.client(), create("k/", "k0", expected[0])).await;
+    read.until_revisions(&expected).await;
+    // One that reads again has lost nothing.
+    let (answer, _outgoing) = unread.swap_remove(0);
+    let mut body = answer.into_body();
+    let mut bytes = 0;
+    while bytes < EVENTS * VALUE {
+        let part = timeout(Duration::from_secs(30), body.data()).await.unwrap().unwrap().unwrap();
+        bytes += part.len();
+        body.flow_control().release_capacity(part.len()).unwrap();
     }
     millpond.assert_well();
 }

@@ -61,6 +61,24 @@ async fn watches_go_over_to_the_cache_once_it_is_warm() {
     scene.millpond.assert_well();
 }
 
+/// Those that are too many wait for the load, which saves the upstream their watches, but not for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_watch_stands_still_because_the_cache_does_not_become_warm() {
+    let mut scene = cold(&["--catch-up-limit=4"]).await;
+    let stream = WatchStream::open(&scene.millpond.client()).await;
+    for number in 0..WATCHES {
+        stream.create(create(format!("k/{number:02}"), "", 0));
+    }
+    stream.until_count(WATCHES).await;
+    for number in 0..WATCHES {
+        scene.etcd().put(format!("k/{number:02}"), "v").await.unwrap();
+    }
+    let all = |responses: &[pb::WatchResponse]| responses.iter().map(|one| one.events.len()).sum::<usize>() == WATCHES;
+    stream.until("an event for each watch", all).await;
+    assert!(!is_warm(&scene).await, "loading takes longer than this");
+    scene.millpond.assert_well();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_begun_in_the_cold_does_not_go_on_in_another_history() {
     let mut scene = cold(&[]).await;

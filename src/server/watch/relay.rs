@@ -4,7 +4,7 @@
 //! A relay may outlive its upstream, so it has to know that what comes next follows on what it has relayed. The prefix tells,
 //! once it is loaded. Until then nobody can, and a relay that loses its upstream ends its client's stream, as etcd's own end would.
 
-use std::{future::pending, sync::Arc, time::Duration};
+use std::{future::pending, pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use prost::Message;
@@ -31,6 +31,10 @@ const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// For a request to be taken.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// For a client to make room. One that takes longer leaves its place among the relays to others meanwhile.
+const ROOM: Duration = Duration::from_secs(1);
+/// For the first load, which saves a relay the upstream. If it takes longer, nobody's watch is to stand still for it.
+const LOAD: Duration = Duration::from_secs(5);
 /// The epoch of a prefix that has not been loaded yet.
 const NOTHING_LOADED: u64 = 0;
 
@@ -106,22 +110,35 @@ enum End {
     Over,
     /// It is to be tried again.
     Failed(Status),
+    /// It goes on after this, for which the client makes no room.
+    Stalled(Report),
 }
 
 impl Task {
     async fn run(mut self) {
-        let permit = tokio::select! {
-            permit = self.permit() => permit,
-            () = self.arrival() => return drop(self.hand_over().await),
-        };
-        let Some(_permit) = permit else { return drop(self.report(Report::Refused).await) };
+        loop {
+            let permit = tokio::select! {
+                permit = self.permit() => permit,
+                () = self.arrival() => return drop(self.hand_over().await),
+            };
+            let Some(permit) = permit else { return drop(self.report(Report::Refused).await) };
+            let Some(report) = self.run_with(permit).await else { return };
+            if self.reports.send(report).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Relays for as long as the client makes room. Gives what it has made none for; none: the relay is over.
+    async fn run_with(&mut self, _permit: OwnedSemaphorePermit) -> Option<Report> {
         self.shared.metrics.relays.inc();
         let _counted = scopeguard(|metrics| metrics.relays.dec(), self.shared.metrics.clone());
         let mut pause = FIRST_PAUSE;
         loop {
             let before = self.next;
             let status = match self.follow().await {
-                End::Over => return,
+                End::Over => return None,
+                End::Stalled(report) => return Some(report),
                 End::Failed(status) => status,
             };
             if self.next != before {
@@ -165,13 +182,19 @@ impl Task {
         self.prefix().map_or(NOTHING_LOADED, |prefix| prefix.store().view().position.epoch)
     }
 
-    /// Room among the relays of its kind. Those that end by themselves queue for it; the others do not.
+    /// Room among the relays of its kind. Those that end by themselves queue for it; the others do not, and neither do those that a
+    /// load which takes long would have to end.
     async fn permit(&self) -> Option<OwnedSemaphorePermit> {
         if self.hub.is_some() {
-            self.shared.catch_up.clone().acquire_owned().await.ok()
-        } else {
-            self.shared.uncached.clone().try_acquire_owned().ok()
+            let mut turn = pin!(self.shared.catch_up.clone().acquire_owned());
+            if self.loaded_epoch() != NOTHING_LOADED {
+                return turn.await.ok();
+            }
+            if let Ok(permit) = timeout(LOAD, &mut turn).await {
+                return permit.ok();
+            }
         }
+        self.shared.uncached.clone().try_acquire_owned().ok()
     }
 
     async fn follow(&mut self) -> End {
@@ -283,10 +306,25 @@ impl Task {
         }
         let canceled = response.canceled;
         let report = Report::Response(self.relay.slot, self.relay.serial, Box::new(response));
-        if self.reports.send(report).await.is_err() || canceled {
-            return Some(End::Over);
+        if canceled {
+            return Some(self.report(report).await);
+        }
+        if let Err(end) = self.pass(report).await {
+            return Some(end);
         }
         if self.has_arrived() { Some(self.hand_over().await) } else { None }
+    }
+
+    /// Gives `report` to the stream. There are few relays that end by themselves, so none of them is kept by a client that makes no
+    /// room. But nothing loaded means that it could not be taken up again.
+    async fn pass(&self, report: Report) -> Result<(), End> {
+        let may_pause = self.hub.is_some() && self.loaded_epoch() != NOTHING_LOADED;
+        let room = match timeout(ROOM, self.reports.reserve()).await {
+            Err(_) if may_pause => return Err(End::Stalled(report)),
+            Err(_) => self.reports.reserve().await,
+            Ok(room) => room,
+        };
+        room.map(|room| room.send(report)).map_err(|_| End::Over)
     }
 
     /// Whether it has been told of less than the stream wants to know.
