@@ -269,6 +269,10 @@ impl Stream {
             match report {
                 Report::Response(slot, serial, response) => {
                     self.session.relayed(slot, serial, *response, &mut self.out);
+                    // Whoever was cancelled has no use for it any more.
+                    if !self.session.is_relayed(slot, serial) {
+                        relays.running.remove(&(slot, serial));
+                    }
                 }
                 Report::Reached(slot, serial) => {
                     relays.running.remove(&(slot, serial));
