@@ -90,7 +90,7 @@ pub struct Config {
     /// Memory for the cached keyspace, in bytes.
     #[serde(with = "values::size")]
     pub cache_bytes: u64,
-    /// Memory for the history window, in bytes.
+    /// Memory for the history window, replaced and deleted values included, in bytes.
     #[serde(with = "values::size")]
     pub history_bytes: u64,
     /// Age of the oldest revision in the history window.

@@ -149,7 +149,7 @@ pub static SETTINGS: &[Setting] = &[
         "history-bytes",
         "SIZE",
         Cache,
-        "Memory for past revisions, from which watches resume and old revisions are read",
+        "Memory for past revisions and what they replaced, from which watches resume and old revisions are read",
     ),
     one("history-age", "DURATION", Cache, "Past revisions older than this are dropped"),
     one("progress-interval", "DURATION", Cache, "Pause between progress notifications on a quiet watch"),

@@ -3,7 +3,7 @@
 //! The log is cut into segments. A segment is filled by the one writer and read without locks: its slots are written once,
 //! and a reader looks only at those that its window says are there. A full segment keeps the tree as it stood at its end,
 //! so the state at any revision in the window is the tree at the end of its segment with at most one segment's events
-//! undone.
+//! undone. Segments are also what is dropped, so one that has grown heavy is full with fewer events.
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -16,6 +16,10 @@ use super::{Record, Revision, Tree};
 
 /// Events after which a segment is full.
 const SEGMENT_EVENTS: usize = 256;
+/// The share of the limit that makes a segment full, however few events that is: segments are cut whole.
+const SEGMENT_SHARE: usize = 16;
+/// But no less than this: a segment costs a few KiB itself.
+const LIGHTEST_SEGMENT: usize = 64 << 10;
 /// What a segment's tree costs for each event in it: a copied leaf and a share of its ancestors. Reckoned for random keys among
 /// 100,000, from the sizes of their entries.
 const TREE_BYTES_PER_EVENT: usize = 1024;
@@ -59,6 +63,12 @@ impl Entry {
         left
     }
 
+    /// Its last event by itself.
+    fn last_alone(&self) -> Option<Self> {
+        self.events.last().map(|event| Self { revision: self.revision, events: [event.clone()].into() })
+    }
+
+    /// What it takes, but for the previous versions: see [`History::hold`].
     fn memory(&self) -> usize {
         let event = |event: &Event| size_of::<Event>() + event.record.memory() + TREE_BYTES_PER_EVENT;
         self.events.iter().map(event).sum()
@@ -190,37 +200,64 @@ fn undo(tree: &mut Tree, entry: &Entry) {
 /// How much history is kept: the window is cut when it is over either limit.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Bytes of events and of what is kept to read at their revisions.
+    /// Bytes of events, of the versions that they replaced or deleted, and of what is kept to read at their revisions. Each
+    /// version counts once, with the newest event that holds it, whether or not it is in the index too. After a view is
+    /// published, the history is within the limit; below 64 KiB it is as if that was the limit.
     pub bytes: usize,
     /// Age, in the unit of the `now` that is passed to the writer.
     pub age: u64,
 }
 
+impl Limits {
+    /// Bytes that make a segment full.
+    fn segment(&self) -> usize {
+        (self.bytes / SEGMENT_SHARE).max(LIGHTEST_SEGMENT)
+    }
+}
+
+/// What a segment takes, and how far it reaches.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    bytes: usize,
+    /// The revision of its last event, or where it begins.
+    last: Revision,
+    /// The time of its last event.
+    time: u64,
+}
+
 /// The writer's side of the log.
 #[derive(Debug)]
 pub(super) struct History {
+    limits: Limits,
     segments: Vec<Arc<Segment>>,
     shared: Arc<[Arc<Segment>]>,
     tail: usize,
     tail_events: usize,
     start: Revision,
-    /// Bytes and time of the last event of each segment.
-    costs: VecDeque<(usize, u64)>,
+    /// Of each segment.
+    costs: VecDeque<Cost>,
     bytes: usize,
+    /// From here on, the index holds the very records that the log has, not copies of them.
+    shared_from: Revision,
+    /// The last event of all, once it is cut: it tells this history from others when there is nothing newer.
+    cut: Option<Arc<Entry>>,
 }
 
 impl History {
     /// An empty log that goes on from `revision`.
-    pub(super) fn new(revision: Revision) -> Self {
+    pub(super) fn new(revision: Revision, limits: Limits) -> Self {
         let segments = vec![Arc::new(Segment::new())];
         Self {
+            limits,
             shared: segments.as_slice().into(),
             segments,
             tail: 0,
             tail_events: 0,
             start: revision.next(),
-            costs: [(0, 0)].into(),
+            costs: [Cost { bytes: 0, last: revision, time: 0 }].into(),
             bytes: 0,
+            shared_from: revision.next(),
+            cut: None,
         }
     }
 
@@ -228,11 +265,34 @@ impl History {
         self.bytes
     }
 
+    /// Notes which records the log has in common with the index: those from `shared_from` on, or none at all.
+    pub(super) fn note_index(&mut self, shared_from: Option<Revision>) {
+        self.shared_from = shared_from.unwrap_or(Revision(i64::MAX));
+    }
+
+    /// Notes that the event to be pushed next is the newest that holds `previous`, and counts it there. The event that wrote it
+    /// held it until now, if the log has that one: it will be cut earlier.
+    pub(super) fn hold(&mut self, previous: &Record) {
+        let (memory, written) = (previous.memory(), previous.mod_revision());
+        let mut moved = 0;
+        if written >= self.start.max(self.shared_from) {
+            let at = self.costs.partition_point(|cost| cost.last < written);
+            if let Some(cost) = self.costs.get_mut(at) {
+                moved = memory.min(cost.bytes);
+                cost.bytes -= moved;
+            }
+        }
+        if let Some(cost) = self.costs.back_mut() {
+            cost.bytes += memory;
+        }
+        self.bytes += memory - moved;
+    }
+
     /// Appends `entry`, after which the index is `tree`.
     pub(super) fn push(&mut self, entry: Entry, tree: Option<&Tree>, now: u64) {
         let memory = entry.memory();
         let (revision, events) = (entry.revision, entry.events.len());
-        let Some(last) = self.segments.last() else { return };
+        let (Some(last), Some(cost)) = (self.segments.last(), self.costs.back_mut()) else { return };
         let slot = last.slots.get(self.tail);
         debug_assert!(slot.is_some_and(|slot| slot.get().is_none()));
         if let Some(slot) = slot {
@@ -241,53 +301,66 @@ impl History {
         self.tail += 1;
         self.tail_events += events;
         self.bytes += memory;
-        if let Some(cost) = self.costs.back_mut() {
-            *cost = (cost.0 + memory, now);
-        }
-        if self.tail_events >= SEGMENT_EVENTS {
-            self.seal(revision, tree.cloned());
+        *cost = Cost { bytes: cost.bytes + memory, last: revision, time: now };
+        if self.tail_events >= SEGMENT_EVENTS || cost.bytes >= self.limits.segment() {
+            self.seal(tree.cloned());
         }
     }
 
-    fn seal(&mut self, last: Revision, tree: Option<Tree>) {
-        if let Some(segment) = self.segments.last() {
-            segment.sealed.get_or_init(|| Sealed { len: self.tail, last, tree });
-        }
+    fn seal(&mut self, tree: Option<Tree>) {
+        let (Some(segment), Some(&Cost { last, time, .. })) = (self.segments.last(), self.costs.back()) else { return };
+        segment.sealed.get_or_init(|| Sealed { len: self.tail, last, tree });
         self.segments.push(Arc::new(Segment::new()));
-        self.costs.push_back((0, 0));
+        self.costs.push_back(Cost { bytes: 0, last, time });
         self.tail = 0;
         self.tail_events = 0;
         self.shared = self.segments.as_slice().into();
     }
 
     /// Drops the oldest segments while the log is over its limits.
-    pub(super) fn trim(&mut self, limits: Limits, now: u64) {
-        let mut cut = 0;
-        while cut + 1 < self.segments.len() {
-            let Some(&(bytes, last_event)) = self.costs.front() else { break };
-            if self.bytes <= limits.bytes && now.saturating_sub(last_event) <= limits.age {
-                break;
-            }
-            if let Some(sealed) = self.segments[cut].sealed.get() {
-                self.start = sealed.last.next();
-            }
-            self.bytes -= bytes;
-            self.costs.pop_front();
+    pub(super) fn trim(&mut self, now: u64) {
+        if self.tail > 0 && self.costs.back().is_some_and(|cost| self.is_too_old(cost, now)) {
+            // It is cut with all that is before it: nobody will read at its revisions.
+            self.seal(None);
+        }
+        let is_over = |bytes: usize, cost: &Cost| bytes > self.limits.bytes || self.is_too_old(cost, now);
+        let (mut cut, mut bytes) = (0, self.bytes);
+        while let Some(cost) = self.costs.get(cut).filter(|cost| cut + 1 < self.costs.len() && is_over(bytes, cost)) {
+            bytes -= cost.bytes;
             cut += 1;
         }
         if cut > 0 {
-            self.segments.drain(..cut);
-            self.shared = self.segments.as_slice().into();
+            self.drop_segments(cut);
         }
     }
 
-    /// The newest entry.
-    pub(super) fn last(&self) -> Option<&Arc<Entry>> {
+    fn is_too_old(&self, cost: &Cost, now: u64) -> bool {
+        now.saturating_sub(cost.time) > self.limits.age
+    }
+
+    fn drop_segments(&mut self, count: usize) {
+        let is_all = self.tail == 0 && count + 1 == self.segments.len();
+        self.cut = self.last().filter(|_| is_all).and_then(|entry| entry.last_alone()).map(Arc::new);
+        for cost in self.costs.drain(..count) {
+            self.bytes -= cost.bytes;
+            self.start = cost.last.next();
+        }
+        self.segments.drain(..count);
+        self.shared = self.segments.as_slice().into();
+    }
+
+    /// The newest entry, or what is left of it when it is cut: the last of its events.
+    pub(super) fn last(&self) -> Option<Arc<Entry>> {
         let newest = |segment: &Segment| segment.sealed.get().map_or(self.tail, |sealed| sealed.len);
-        self.segments.iter().rev().take(2).find_map(|segment| segment.entries(newest(segment)).next_back())
+        let mut recent = self.segments.iter().rev().take(2);
+        let last = recent.find_map(|segment| segment.entries(newest(segment)).next_back());
+        last.or(self.cut.as_ref()).cloned()
     }
 
     pub(super) fn window(&self) -> Window {
         Window { segments: self.shared.clone(), tail: self.tail, start: self.start }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -71,7 +71,7 @@ pub struct Store {
 impl Store {
     /// An empty store and its only writer.
     pub fn new(limits: Limits) -> (Arc<Self>, Writer) {
-        let history = History::new(Revision::ZERO);
+        let history = History::new(Revision::ZERO, limits);
         let view = View {
             position: Position::default(),
             responder: Responder::default(),
@@ -178,9 +178,9 @@ impl Writer {
         self.next.tree.is_some()
     }
 
-    /// The last entry of the history, if the window holds one.
+    /// The last entry of the history, if there is one. When it has left the window, the last of its events is there still.
     pub fn last_entry(&self) -> Option<Arc<Entry>> {
-        self.history.last().cloned()
+        self.history.last()
     }
 
     /// Begins anew from a list at `position`: the history window starts after it. `tree: None` goes on without an index.
@@ -188,15 +188,16 @@ impl Writer {
         if position.epoch != self.next.position.epoch {
             self.next.compacted = Revision::ZERO;
         }
-        self.history = History::new(position.revision);
-        self.set_tree(tree);
+        self.history = History::new(position.revision, self.limits);
         self.next.position = position;
+        self.set_tree(tree);
     }
 
     /// Puts in a new index for the revision at which the writer stands, or takes it away; the history stays.
     pub fn set_tree(&mut self, tree: Option<Tree>) {
         let memory = |tree: &Tree| tree.iter_from(b"").map(|record| record.memory()).sum();
         self.index_bytes = tree.as_ref().map_or(0, memory);
+        self.history.note_index(tree.is_some().then(|| self.next.position.revision.next()));
         self.next.tree = tree;
     }
 
@@ -225,12 +226,15 @@ impl Writer {
                 EventKind::Delete => tree.remove(record.key()),
             };
             self.index_bytes -= replaced.as_ref().map_or(0, |replaced| replaced.memory());
-            previous = match replaced {
-                Some(replaced) if replaced.mod_revision() == record.mod_revision() => {
-                    before_revision(kind, &record, earlier)
-                }
-                replaced => replaced,
-            };
+            if replaced.as_ref().is_some_and(|replaced| replaced.mod_revision() == record.mod_revision()) {
+                // The earlier event holds it already.
+                let previous = before_revision(kind, &record, earlier);
+                return Event { kind, record, previous };
+            }
+            previous = replaced;
+        }
+        if let Some(previous) = &previous {
+            self.history.hold(previous);
         }
         Event { kind, record, previous }
     }
@@ -253,7 +257,7 @@ impl Writer {
     /// Lets readers see everything applied so far, in one swap, and wakes those who wait for it. `now` is in the unit of
     /// [`Limits::age`].
     pub fn publish(&mut self, now: u64) {
-        self.history.trim(self.limits, now);
+        self.history.trim(now);
         self.next.window = self.history.window();
         let before = self.store.current.swap(Arc::new(self.next.clone())).compacted;
         self.store.index_bytes.store(self.index_bytes as u64, Ordering::Relaxed);
