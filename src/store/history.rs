@@ -103,6 +103,16 @@ impl Segment {
         }
     }
 
+    /// The same entries, without any tree.
+    fn without_trees(&self) -> Self {
+        let sealed = self.sealed.get().map(|sealed| Sealed { tree: None, ..*sealed });
+        Self {
+            slots: self.slots.clone(),
+            sealed: sealed.map_or_else(OnceLock::new, OnceLock::from),
+            recent: ArcSwapOption::empty(),
+        }
+    }
+
     fn entries(&self, len: usize) -> impl DoubleEndedIterator<Item = &Arc<Entry>> {
         self.slots[..len].iter().filter_map(OnceLock::get)
     }
@@ -265,9 +275,12 @@ impl History {
         self.bytes
     }
 
-    /// Notes which records the log has in common with the index: those from `shared_from` on, or none at all.
-    pub(super) fn note_index(&mut self, shared_from: Option<Revision>) {
+    /// Notes that the index is another one now, or none, and which records the log will have in common with it: those from
+    /// `shared_from` on. Trees of the old one are let go, since they would keep all of it in memory.
+    pub(super) fn change_index(&mut self, shared_from: Option<Revision>) {
         self.shared_from = shared_from.unwrap_or(Revision(i64::MAX));
+        self.segments.iter_mut().for_each(|segment| *segment = Arc::new(segment.without_trees()));
+        self.shared = self.segments.as_slice().into();
     }
 
     /// Notes that the event to be pushed next is the newest that holds `previous`, and counts it there. The event that wrote it

@@ -193,11 +193,12 @@ impl Writer {
         self.set_tree(tree);
     }
 
-    /// Puts in a new index for the revision at which the writer stands, or takes it away; the history stays.
+    /// Puts in a new index for the revision at which the writer stands, or takes it away. The events of the history stay; what
+    /// was read from the old index at older revisions is not kept.
     pub fn set_tree(&mut self, tree: Option<Tree>) {
         let memory = |tree: &Tree| tree.iter_from(b"").map(|record| record.memory()).sum();
         self.index_bytes = tree.as_ref().map_or(0, memory);
-        self.history.note_index(tree.is_some().then(|| self.next.position.revision.next()));
+        self.history.change_index(tree.is_some().then(|| self.next.position.revision.next()));
         self.next.tree = tree;
     }
 

@@ -112,6 +112,37 @@ fn a_quiet_history_is_empty_when_its_age_has_come() {
     assert!(view.tree_at(last).is_some());
 }
 
+/// Before, the trees of full segments kept an index that was given up for its size.
+#[test]
+fn an_index_that_is_taken_away_is_not_kept_by_the_history() {
+    let mut writer = loaded(Limits { bytes: usize::MAX, age: u64::MAX }, tree(10, KIB));
+    let write = |writer: &mut Writer| {
+        let revision = writer.position().revision.next();
+        writer.apply(revision, vec![put(0, 10, revision)], 0);
+    };
+    (0..SEGMENT_EVENTS + 10).for_each(|_| write(&mut writer));
+    writer.publish(0);
+    let view = writer.store().view_owned();
+    let (oldest, last) = (view.window.start(), view.revision());
+    assert!(view.tree_at(oldest).is_some() && view.tree_at(last.previous()).is_some());
+
+    writer.set_tree(None);
+    writer.publish(0);
+    let view = writer.store().view_owned();
+    let has_tree = |segment: &Arc<Segment>| {
+        let sealed = segment.sealed.get().is_some_and(|sealed| sealed.tree.is_some());
+        sealed || segment.recent.load().is_some()
+    };
+    assert!(!view.window.segments.iter().any(has_tree));
+    assert_eq!(view.window.len(), SEGMENT_EVENTS + 10);
+
+    writer.set_tree(Some(tree(10, KIB)));
+    write(&mut writer);
+    writer.publish(0);
+    let view = writer.store().view_owned();
+    assert!(view.tree_at(oldest).is_none() && view.tree_at(last).is_some());
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     /// Changes of these keys in one revision: written with a value of so many bytes, or deleted.
