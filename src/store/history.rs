@@ -211,8 +211,9 @@ fn undo(tree: &mut Tree, entry: &Entry) {
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Bytes of events, of the versions that they replaced or deleted, and of what is kept to read at their revisions. Each
-    /// version counts once, with the newest event that holds it, whether or not it is in the index too. After a view is
-    /// published, the history is within the limit; below 64 KiB it is as if that was the limit.
+    /// version counts once, with the newest event that holds it, whether or not it is in the index too. What a view is the
+    /// first to show stays until the next is published, or nobody could be told of it; all else is within the limit. Below
+    /// 64 KiB it is as if that was the limit.
     pub bytes: usize,
     /// Age, in the unit of the `now` that is passed to the writer.
     pub age: u64,
@@ -244,6 +245,8 @@ pub(super) struct History {
     tail: usize,
     tail_events: usize,
     start: Revision,
+    /// The revision of the last event that a view has shown.
+    shown: Revision,
     /// Of each segment.
     costs: VecDeque<Cost>,
     bytes: usize,
@@ -264,6 +267,7 @@ impl History {
             tail: 0,
             tail_events: 0,
             start: revision.next(),
+            shown: revision,
             costs: [Cost { bytes: 0, last: revision, time: 0 }].into(),
             bytes: 0,
             shared_from: revision.next(),
@@ -330,21 +334,26 @@ impl History {
         self.shared = self.segments.as_slice().into();
     }
 
-    /// Drops the oldest segments while the log is over its limits.
+    /// Drops the oldest segments while the log is over its limits, before a view shows it.
     pub(super) fn trim(&mut self, now: u64) {
         if self.tail > 0 && self.costs.back().is_some_and(|cost| self.is_too_old(cost, now)) {
             // It is cut with all that is before it: nobody will read at its revisions.
             self.seal(None);
         }
         let is_over = |bytes: usize, cost: &Cost| bytes > self.limits.bytes || self.is_too_old(cost, now);
-        let (mut cut, mut bytes) = (0, self.bytes);
-        while let Some(cost) = self.costs.get(cut).filter(|cost| cut + 1 < self.costs.len() && is_over(bytes, cost)) {
-            bytes -= cost.bytes;
-            cut += 1;
-        }
+        let mut bytes = self.bytes;
+        let full = self.costs.iter().take(self.costs.len() - 1);
+        let cut = full
+            .take_while(|cost| {
+                let goes = cost.last <= self.shown && is_over(bytes, cost);
+                bytes -= cost.bytes;
+                goes
+            })
+            .count();
         if cut > 0 {
             self.drop_segments(cut);
         }
+        self.shown = self.costs.back().map_or(self.shown, |cost| cost.last);
     }
 
     fn is_too_old(&self, cost: &Cost, now: u64) -> bool {

@@ -61,10 +61,12 @@ fn deleted_values_count() {
 }
 
 #[test]
-fn a_range_that_is_deleted_at_once_is_not_kept_over_the_limit() {
+fn a_range_that_is_deleted_at_once_is_shown_and_then_not_kept_over_the_limit() {
     let mut writer = loaded(Limits { bytes: 1024 * KIB, age: u64::MAX }, tree(500, 20 * KIB));
     let revision = BEFORE.next();
     writer.apply(revision, (0..500).map(|key| delete(key, revision)).collect(), 0);
+    writer.publish(0);
+    assert_eq!(writer.store().view().window.after(BEFORE).unwrap().count(), 1, "watchers can be told");
     writer.publish(0);
     assert_eq!((held(&writer.store().view()), writer.store().history_bytes()), ((0, 0), 0));
     assert!(writer.store().view().window.after(revision).is_some(), "whoever has been told goes on");
@@ -219,6 +221,9 @@ proptest! {
                 Step::Apply(changes) => stage.apply(changes),
                 Step::Index(is_there) => stage.index(is_there),
                 Step::Publish => {
+                    // The first shows what is new, with nothing of it cut; the second is within the limits.
+                    let shown = stage.writer.store().view().revision();
+                    prop_assert!(stage.publish().window.after(shown).is_some());
                     let view = stage.publish();
                     let (events, records) = held(&view);
                     let counted = stage.writer.store().history_bytes() as usize;
