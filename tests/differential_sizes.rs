@@ -4,6 +4,7 @@ mod support;
 
 use millpond::proto::etcdserverpb as pb;
 use support::{
+    client::eventually,
     compare::outcomes,
     operation::{Operation, execute, range},
     subject::Twins,
@@ -57,6 +58,22 @@ async fn requests_around_the_limits_are_taken_or_refused_as_by_etcd() {
         }
         twins.subject.assert_well();
     }
+}
+
+/// The text used to be one that no etcd has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_request_above_the_limit_ends_its_stream_in_etcds_words() {
+    let mut twins = Twins::start(&Release::newest()).await;
+    let mut ends = Vec::new();
+    for client in [twins.reference.client(0), twins.subject.client()] {
+        let stream = WatchStream::open(&client).await;
+        stream.create(create("k".repeat(REQUEST + OVERHEAD), "", 0));
+        let end = eventually("the end of the stream", async || stream.end()).await.unwrap_err();
+        ends.push((end.code(), end.message().to_owned()));
+    }
+    assert_eq!(ends[0].0, Code::ResourceExhausted);
+    assert_eq!(ends[0], ends[1]);
+    twins.subject.assert_well();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -27,7 +27,7 @@ use crate::{
     fanout::{Pumped, Refusal, Session, Start, WatchOptions, refuse},
     proto::etcdserverpb::{WatchCreateRequest, WatchRequest, watch_request::RequestUnion},
     server::{
-        body::{BodyError, failure_trailers},
+        body::{BodyError, check_announced, failure_trailers},
         data::Data,
     },
     socket::News,
@@ -162,7 +162,7 @@ impl Stream {
     fn poll_request(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<WatchRequest, Status>>> {
         let limit = self.shared.settings.max_request_bytes + (512 << 10);
         loop {
-            match self.deframer.pop() {
+            match check_announced(&self.deframer, limit).and_then(|()| self.deframer.pop()) {
                 Ok(Some(message)) => return Poll::Ready(Some(decode(message))),
                 Ok(None) => {}
                 Err(status) => return Poll::Ready(Some(Err(status))),
@@ -172,10 +172,6 @@ impl Stream {
                 Some(Ok(frame)) => {
                     if let Ok(data) = frame.into_data() {
                         self.deframer.push(data);
-                    }
-                    if self.deframer.announced().is_some_and(|length| length > limit) {
-                        let text = format!("grpc: received message larger than max (more than {limit})");
-                        return Poll::Ready(Some(Err(Status::new(Code::ResourceExhausted, text))));
                     }
                 }
                 Some(Err(_)) => {
