@@ -224,6 +224,11 @@ impl Kv {
         }
     }
 
+    /// The longest answer.
+    fn longest(&self) -> u64 {
+        self.settings.max_response_bytes.min(response::LONGEST)
+    }
+
     /// For how long the upstream of `range` has been gone, for clients who want to know how old an answer may be.
     fn age(&self, range: &KeyRange) -> Option<Duration> {
         self.cache.covering(range)?.1.age()

@@ -11,8 +11,9 @@ use crate::{
     server::{
         body::{Body, BodyError},
         data::{Data, List},
-        response,
+        response::{self, check_length},
     },
+    status::Status,
     store::{
         Record, Sums, View,
         range::{Records, Selection},
@@ -61,6 +62,15 @@ pub(super) fn put_record(out: &mut impl BufMut, record: &Record, values: Values)
     out.put_slice(lease);
 }
 
+/// How many bytes [`put_record`] appends.
+pub(super) fn record_len(record: &Record, values: Values) -> usize {
+    if values == Values::Sent {
+        return record.field().len();
+    }
+    let (before, lease) = record.wire_without_value();
+    bytes_field_len(before.len() + if values == Values::LeftOut { lease.len() } else { 0 })
+}
+
 /// The fields after the records.
 fn tail(selection: &Selection) -> Vec<u8> {
     let mut tail = Vec::with_capacity(16);
@@ -70,7 +80,16 @@ fn tail(selection: &Selection) -> Vec<u8> {
 }
 
 /// The answer to a Range request.
-pub(super) fn range(holder: &Holder, view: &View, selection: Selection, values: Values) -> Response<Body> {
+///
+/// # Errors
+/// As [`check_length`], when it is longer than `limit`.
+pub(super) fn range(
+    holder: &Holder,
+    view: &View,
+    selection: Selection,
+    values: Values,
+    limit: u64,
+) -> Result<Response<Body>, Status> {
     let tail = tail(&selection);
     let records = selection.records;
     let sums = match values {
@@ -78,7 +97,7 @@ pub(super) fn range(holder: &Holder, view: &View, selection: Selection, values: 
         Values::LeftOut | Values::LeftOutWithLease => Sums { keys: records.len(), wire: records.len() * WITHOUT_VALUE },
     };
     if values == Values::Sent && (sums.wire > EAGER || is_referred(sums)) {
-        return large(holder, view, records, sums, tail.into());
+        return large(holder, view, records, sums, tail.into(), limit);
     }
     let mut out = BytesMut::with_capacity(PREFIX + 64 + sums.wire as usize);
     out.put_slice(&[0; PREFIX]);
@@ -86,8 +105,9 @@ pub(super) fn range(holder: &Holder, view: &View, selection: Selection, values: 
     put_records(&mut out, &records, values);
     out.put_slice(&tail);
     let length = out.len() - PREFIX;
+    check_length(length as u64, limit)?;
     out[..PREFIX].copy_from_slice(&prefix(length));
-    response::framed(out.freeze())
+    Ok(response::framed(out.freeze()))
 }
 
 /// A `RangeResponse` as it stands inside a transaction's answer, whose header has only a revision.
@@ -109,21 +129,30 @@ fn is_referred(sums: Sums) -> bool {
     sums.wire > SHORT && sums.wire >= sums.keys * LARGE
 }
 
-fn large(holder: &Holder, view: &View, records: Records, sums: Sums, tail: Bytes) -> Response<Body> {
+fn large(
+    holder: &Holder,
+    view: &View,
+    records: Records,
+    sums: Sums,
+    tail: Bytes,
+    limit: u64,
+) -> Result<Response<Body>, Status> {
     let header = view.responder.field_len(view.revision());
+    let length = header as u64 + sums.wire + tail.len() as u64;
+    check_length(length, limit)?;
     let mut head = BytesMut::with_capacity(PREFIX + header);
-    head.put_slice(&prefix(header + sums.wire as usize + tail.len()));
+    head.put_slice(&prefix(length as usize));
     view.responder.put(&mut head, view.revision());
     let (head, mut rest) = (head.freeze(), Rest::from(records));
     if sums.wire > EAGER {
         let pieces = Pieces { rest: Some(holder.hold(rest)), are_referred: is_referred(sums) };
-        return response::pieces(once(Ok(head.into())).chain(pieces).chain(once(Ok(tail.into()))));
+        return Ok(response::pieces(once(Ok(head.into())).chain(pieces).chain(once(Ok(tail.into())))));
     }
     let mut list = List::default();
     list.push_bytes(head);
     rest.refer(&mut list, usize::MAX);
     list.push_bytes(tail);
-    response::framed(list)
+    Ok(response::framed(list))
 }
 
 /// The records of a large answer, piece by piece.
@@ -194,13 +223,21 @@ mod tests {
     }
 
     async fn answer(view: &View, request: &RangeRequest, values: Values) -> RangeResponse {
-        let holder = Holder::new(prometheus::IntCounter::new("given_up", "for the test").unwrap());
-        let response = range(&holder, view, select(view, &range_of(request), request).unwrap(), values);
+        let selection = select(view, &range_of(request), request).unwrap();
+        let response = range(&holder(), view, selection, values, u64::MAX).unwrap();
+        RangeResponse::decode(message(response).await).unwrap()
+    }
+
+    fn holder() -> Arc<Holder> {
+        Holder::new(prometheus::IntCounter::new("given_up", "for the test").unwrap())
+    }
+
+    async fn message(response: Response<Body>) -> Bytes {
         let body = response.into_body().collect().await.unwrap();
         assert!(body.trailers().is_some());
         let bytes = body.to_bytes();
         assert_eq!(bytes[..PREFIX], prefix(bytes.len() - PREFIX));
-        RangeResponse::decode(bytes.slice(PREFIX..)).unwrap()
+        bytes.slice(PREFIX..)
     }
 
     fn everything(limit: i64) -> RangeRequest {
@@ -230,5 +267,20 @@ mod tests {
         assert!(bare.kvs.iter().all(|kv| kv.value.is_empty() && kv.lease == 0 && kv.version == 1));
         let leased = answer(&view, &everything(0), Values::LeftOut).await;
         assert!(leased.kvs.iter().all(|kv| kv.value.is_empty() && kv.lease == 5));
+    }
+
+    #[tokio::test]
+    async fn an_answer_above_the_limit_is_refused_by_its_length() {
+        for (keys, size) in [(3, 10), (5000, 4), (5000, 300), (100_000, 4), (20, 1000)] {
+            let view = view(keys, size);
+            for values in [Values::Sent, Values::LeftOut] {
+                let select = || select(&view, &range_of(&everything(0)), &everything(0)).unwrap();
+                let given = range(&holder(), &view, select(), values, u64::MAX).unwrap();
+                let length = message(given).await.len() as u64;
+                assert!(range(&holder(), &view, select(), values, length).is_ok());
+                let refused = range(&holder(), &view, select(), values, length - 1).err().unwrap();
+                assert_eq!(Err(refused), check_length(length, length - 1));
+            }
+        }
     }
 }

@@ -14,7 +14,10 @@ use crate::{
         compare::{CompareResult, CompareTarget, TargetUnion},
         request_op::Request as Operation,
     },
-    server::{body::Body, response},
+    server::{
+        body::Body,
+        response::{self, check_length},
+    },
     status::Status,
     store::{
         KeyRange, Record, Tree, View,
@@ -33,9 +36,10 @@ impl Kv {
         let unserved = match Reads::of(&request) {
             None => "writes",
             Some(reads) => match self.answer_reads(&request, &reads).await {
-                Ok(response) => {
+                Ok(answer) => {
+                    let answer = answer?;
                     self.count_unserved("Txn", "memory");
-                    return Ok(response);
+                    return Ok(answer);
                 }
                 Err(reason) => reason,
             },
@@ -51,7 +55,12 @@ impl Kv {
         Ok(self.relay_hearsay(call, || asking.encode_to_vec()).await)
     }
 
-    async fn answer_reads(&self, request: &TxnRequest, reads: &Reads<'_>) -> Result<Response<Body>, &'static str> {
+    /// The answer, or its refusal; an error is why only the upstream can tell.
+    async fn answer_reads(
+        &self,
+        request: &TxnRequest,
+        reads: &Reads<'_>,
+    ) -> Result<Result<Response<Body>, Status>, &'static str> {
         let range = reads.hull().ok_or("not_cached")?;
         let view = self.view(&range, reads.serializable).await.map_err(|unserved| unserved.label())?;
         let Some(tree) = &view.tree else { return Err("over_limit") };
@@ -63,10 +72,13 @@ impl Kv {
         put_int_field(&mut out, 2, succeeded.into());
         for range in branch {
             self.put_read(&view, range, &mut out)?;
+            if let Err(refusal) = check_length((out.len() - grpc::PREFIX) as u64, self.longest()) {
+                return Ok(Err(refusal));
+            }
         }
         let length = out.len() - grpc::PREFIX;
         out[..grpc::PREFIX].copy_from_slice(&grpc::prefix(length));
-        Ok(response::framed(out.freeze()))
+        Ok(Ok(response::framed(out.freeze())))
     }
 
     /// Appends the answer to one read as a `ResponseOp`.
@@ -75,7 +87,7 @@ impl Kv {
             .evaluate(view, &range_of(request), request)
             .map_err(|_| "compacted")?
             .ok_or("revision_not_in_memory")?;
-        let inner = answer::nested_range(view, &selection, self.keys_only(request));
+        let inner = answer::nested_range(view, &selection, self.values(request));
         put_bytes_head(out, 3, bytes_field_len(inner.len()));
         put_bytes_head(out, 1, inner.len());
         out.put_slice(&inner);
