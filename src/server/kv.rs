@@ -5,6 +5,7 @@
 
 mod answer;
 mod held;
+mod pieces;
 mod range_stream;
 mod reads;
 mod txn;

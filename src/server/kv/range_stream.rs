@@ -124,7 +124,7 @@ impl Chunks {
         Self {
             responder: view.responder,
             revision: view.revision(),
-            rest: Some(holder.hold(selection.records.into())),
+            rest: Some(holder.hold([selection.records.into()])),
             keys: FIRST_CHUNK,
             more: selection.more,
             count: selection.count,
