@@ -31,6 +31,10 @@ fn put_of(size: usize) -> Operation {
     Operation::Put(pb::PutRequest { key: "k".into(), value: vec![b'v'; size].into(), ..Default::default() })
 }
 
+fn read(request: &pb::RangeRequest) -> pb::RequestOp {
+    pb::RequestOp { request: Some(pb::request_op::Request::RequestRange(request.clone())) }
+}
+
 fn range_with_key_of(size: usize) -> Operation {
     Operation::Range(pb::RangeRequest { serializable: true, ..range(vec![b'k'; size], "") })
 }
@@ -88,6 +92,11 @@ async fn answers_of_any_size_pass() {
     for serializable in [false, true] {
         let request = pb::RangeRequest { serializable, ..range("k", "l") };
         assert_eq!(code_of(&twins, &Operation::Range(request.clone())).await, Code::Ok);
+        let keys = pb::RangeRequest { keys_only: true, ..request.clone() };
+        let one = pb::RangeRequest { limit: 1, ..request.clone() };
+        let reads = [&one, &request, &keys, &range("x", ""), &request].map(read).to_vec();
+        let txn = pb::TxnRequest { success: reads, ..Default::default() };
+        assert_eq!(code_of(&twins, &Operation::Txn(txn)).await, Code::Ok);
         if twins.reference.release().is_3_7() {
             assert_eq!(code_of(&twins, &Operation::RangeStream(request)).await, Code::Ok);
         }

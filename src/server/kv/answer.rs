@@ -1,6 +1,8 @@
 //! Range answers put together from the bytes of records. A large one is sent piece by piece, as the client takes it, so that
 //! neither it nor the state that it tells of stays in memory as a whole for a client that does not.
 
+use std::iter::once;
+
 use ::http::Response;
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -34,9 +36,16 @@ const LARGE: u64 = 256;
 /// About what a record takes without its value.
 const WITHOUT_VALUE: usize = 96;
 
+const HEADER: u8 = 1;
 const KVS: u8 = 2;
 const MORE: u8 = 3;
 const COUNT: u8 = 4;
+/// Of a header.
+const REVISION: u8 = 3;
+/// Of a transaction's answer, whose responses are unions.
+const SUCCEEDED: u8 = 2;
+const RESPONSES: u8 = 3;
+const RESPONSE_RANGE: u8 = 1;
 
 /// Whether an answer carries values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,7 +108,7 @@ pub(super) fn range(
         return large(holder, view, records, sums, tail.into(), limit);
     }
     let mut out = begun(view, sums.wire as usize);
-    put_records(&mut out, &records, values);
+    records.for_each(|record| put_record(&mut out, record, values));
     out.put_slice(&tail);
     let length = out.len() - PREFIX;
     check_length(length as u64, limit)?;
@@ -139,7 +148,7 @@ fn without_values(
         out.put_slice(&tail);
         return Ok(response::framed(out.freeze()));
     }
-    let section = Section { head: out.freeze(), rest, manner: Manner::Copied(values), tail: tail.into() };
+    let section = Section { head: out.freeze(), rest, length: left, manner: Manner::Copied(values), tail: tail.into() };
     Ok(response::pieces(Pieces::new(holder, [section])))
 }
 
@@ -150,18 +159,44 @@ fn length_of(rest: &Rest, values: Values) -> u64 {
     length
 }
 
-/// A `RangeResponse` as it stands inside a transaction's answer, whose header has only a revision.
-pub(super) fn nested_range(view: &View, selection: &Selection, values: Values) -> Vec<u8> {
-    let mut out = Vec::new();
-    put_bytes_head(&mut out, 1, int_field_len(view.revision().0));
-    put_int_field(&mut out, 3, view.revision().0);
-    put_records(&mut out, &selection.records, values);
-    out.extend_from_slice(&tail(selection));
-    out
+/// What stands before the answers to the reads of a transaction.
+pub(super) fn opening(view: &View, succeeded: bool) -> Section {
+    let mut out = BytesMut::with_capacity(64);
+    view.responder.put(&mut out, view.revision());
+    put_int_field(&mut out, SUCCEEDED, succeeded.into());
+    out.freeze().into()
 }
 
-fn put_records(out: &mut impl BufMut, records: &Records, values: Values) {
-    records.for_each(|record| put_record(out, record, values));
+/// The answer to one read of a transaction, as a `ResponseOp` with a header that has only a revision.
+pub(super) fn nested_range(view: &View, selection: Selection, values: Values) -> Section {
+    let tail = tail(&selection);
+    let sums = (values == Values::Sent).then(|| selection.records.sums());
+    let rest = Rest::from(selection.records);
+    let (length, manner) = match sums {
+        Some(sums) => (sums.wire, manner(sums)),
+        None => (length_of(&rest, values), Manner::Copied(values)),
+    };
+    let header = int_field_len(view.revision().0);
+    let answer = bytes_field_len(header) + length as usize + tail.len();
+    let mut head = BytesMut::with_capacity(64);
+    put_bytes_head(&mut head, RESPONSES, bytes_field_len(answer));
+    put_bytes_head(&mut head, RESPONSE_RANGE, answer);
+    put_bytes_head(&mut head, HEADER, header);
+    put_int_field(&mut head, REVISION, view.revision().0);
+    Section { head: head.freeze(), rest, length, manner, tail: tail.into() }
+}
+
+/// An answer of `sections`, which are `length` bytes.
+pub(super) fn sections(holder: &Holder, sections: Vec<Section>, length: u64) -> Response<Body> {
+    let prefix = prefix(length as usize);
+    if length > EAGER {
+        let prefix = Ok(Bytes::copy_from_slice(&prefix).into());
+        return response::pieces(once(prefix).chain(Pieces::new(holder, sections)));
+    }
+    let mut out = BytesMut::with_capacity(PREFIX + length as usize);
+    out.put_slice(&prefix);
+    sections.into_iter().for_each(|section| section.copy_to(&mut out));
+    response::framed(out.freeze())
 }
 
 /// Whether records are sent as they lie rather than copied together first.
@@ -189,7 +224,7 @@ fn large(
     view.responder.put(&mut head, view.revision());
     let (head, mut rest) = (head.freeze(), Rest::from(records));
     if sums.wire > EAGER {
-        let section = Section { head, rest, manner: manner(sums), tail };
+        let section = Section { head, rest, length: sums.wire, manner: manner(sums), tail };
         return Ok(response::pieces(Pieces::new(holder, [section])));
     }
     let mut list = List::default();

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, mem::take};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 
 use super::{
     answer::{Values, put_record},
@@ -24,6 +24,8 @@ pub(super) struct Section {
     pub head: Bytes,
     /// The records.
     pub rest: Rest,
+    /// How many bytes they take.
+    pub length: u64,
     /// How they are handed over.
     pub manner: Manner,
     /// What stands behind them.
@@ -37,6 +39,31 @@ pub(super) enum Manner {
     Referred,
     /// Copied together.
     Copied(Values),
+}
+
+impl From<Bytes> for Section {
+    fn from(head: Bytes) -> Self {
+        let (rest, manner) = (Rest::List(Vec::new().into_iter()), Manner::Referred);
+        Self { head, rest, length: 0, manner, tail: Bytes::new() }
+    }
+}
+
+impl Section {
+    /// How many bytes the section takes.
+    pub fn len(&self) -> u64 {
+        self.head.len() as u64 + self.length + self.tail.len() as u64
+    }
+
+    /// Appends all of it.
+    pub fn copy_to(self, out: &mut BytesMut) {
+        let values = match self.manner {
+            Manner::Referred => Values::Sent,
+            Manner::Copied(values) => values,
+        };
+        out.put_slice(&self.head);
+        self.rest.for_each(|record| put_record(out, record, values));
+        out.put_slice(&self.tail);
+    }
 }
 
 /// Sections, piece by piece.
@@ -57,7 +84,7 @@ impl Pieces {
     /// Puts the records into the care of `holder`.
     pub fn new(holder: &Holder, sections: impl IntoIterator<Item = Section>) -> Self {
         let parts = |section: Section| {
-            let Section { head, rest, manner, tail } = section;
+            let Section { head, rest, manner, tail, .. } = section;
             (Around { head, manner, tail }, rest)
         };
         let (around, rests): (VecDeque<_>, VecDeque<_>) = sections.into_iter().map(parts).unzip();

@@ -9,7 +9,9 @@ use prost::Message;
 use super::*;
 use crate::{
     proto::{
-        etcdserverpb::{RangeRequest, RangeResponse},
+        etcdserverpb::{
+            RangeRequest, RangeResponse, ResponseHeader, TxnResponse, response_op::Response::ResponseRange,
+        },
         mvccpb::KeyValue,
     },
     store::{
@@ -115,6 +117,32 @@ async fn an_answer_above_the_limit_is_refused_by_its_length() {
             assert!(range(&holder(), &view, select(), values, length).is_ok());
             let refused = range(&holder(), &view, select(), values, length - 1).err().unwrap();
             assert_eq!(Err(refused), check_length(length, length - 1));
+        }
+    }
+}
+
+/// The records and the order of the answers to some reads, however large these are together.
+#[tokio::test]
+async fn the_reads_of_a_transaction_decode_to_what_was_selected() {
+    let view = view(5000, 300);
+    let few = RangeRequest { limit: 3, ..everything(0) };
+    let sorted = RangeRequest { sort_order: 2, sort_target: 3, ..everything(0) };
+    let nothing = RangeRequest { key: "x".into(), ..Default::default() };
+    for reads in [vec![], vec![&few, &nothing], vec![&few, &everything(0), &nothing, &few, &sorted, &everything(7)]] {
+        for values in [Values::Sent, Values::LeftOut] {
+            let select = |read| select(&view, &range_of(read), read).unwrap();
+            let nested = reads.iter().map(|read| nested_range(&view, select(read), values));
+            let all: Vec<_> = once(opening(&view, true)).chain(nested).collect();
+            let length = all.iter().map(Section::len).sum();
+            let answer = TxnResponse::decode(message(sections(&holder(), all, length)).await).unwrap();
+            assert!(answer.succeeded && answer.header == Some(view.responder.header(view.revision())));
+            assert_eq!(answer.responses.len(), reads.len());
+            for (read, found) in reads.iter().zip(answer.responses) {
+                let Some(ResponseRange(found)) = found.response else { panic!("the answer to a read") };
+                let mut expected = self::answer(&view, read, values).await;
+                expected.header = Some(ResponseHeader { revision: 10, ..Default::default() });
+                assert!(found == expected, "{read:?}");
+            }
         }
     }
 }
