@@ -323,19 +323,54 @@ async fn readers_that_never_take_their_answer_cost_little() {
     }
     let request = pb::RangeRequest { serializable: true, ..range("k", "l") };
     assert_eq!(client.range(request.clone()).await.unwrap().count, 20);
-    let before = resident(&subject);
-    let mut held = Vec::new();
-    for _ in 0..50 {
-        let connection = RawConnection::open(&subject.endpoint(), 65_535).await;
-        let (answer, mut outgoing) = connection.open_call("/etcdserverpb.KV/Range", &[]).await.unwrap();
-        outgoing.send_data(framed(&request.encode_to_vec()), true).unwrap();
-        held.push((timeout(Duration::from_secs(20), answer).await.unwrap().unwrap(), connection));
+    let reads = reads_of(&request, 20);
+    for (method, message) in [("Range", request.encode_to_vec()), ("Txn", reads.encode_to_vec())] {
+        let before = resident(&subject);
+        let mut held = Vec::new();
+        for _ in 0..50 {
+            let connection = RawConnection::open(&subject.endpoint(), 65_535).await;
+            let path = format!("/etcdserverpb.KV/{method}");
+            let (answer, mut outgoing) = connection.open_call(&path, &[]).await.unwrap();
+            outgoing.send_data(framed(&message), true).unwrap();
+            held.push((timeout(Duration::from_secs(20), answer).await.unwrap().unwrap(), connection));
+        }
+        breathe(300).await;
+        let grown = resident(&subject).saturating_sub(before);
+        assert!(
+            grown < 200 * MIB,
+            "{method}: grown by {grown} bytes for 50 answers of 20 MiB and more that nobody takes"
+        );
+        assert_eq!(client.range(request.clone()).await.unwrap().count, 20);
     }
-    breathe(300).await;
-    let grown = resident(&subject).saturating_sub(before);
-    assert!(grown < 200 * MIB, "grown by {grown} bytes for 50 answers of 20 MiB that nobody takes");
-    assert_eq!(client.range(request).await.unwrap().count, 20);
     assert_serves(&mut subject).await;
+}
+
+fn reads_of(request: &pb::RangeRequest, times: usize) -> pb::TxnRequest {
+    let read = pb::RequestOp { request: Some(pb::request_op::Request::RequestRange(request.clone())) };
+    pb::TxnRequest { success: vec![read; times], ..Default::default() }
+}
+
+/// All of it used to be copied together, twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_that_asks_for_more_than_a_message_can_say_is_refused() {
+    let mut subject = subject_with(&["--max-response-bytes=30MiB"]).await;
+    let mut unlimited = Subject::before(Cluster::single(Release::newest()).await, &[]).await;
+    for (subject, limit, times) in [(&mut subject, 30 * MIB, 2), (&mut unlimited, i32::MAX as u64, 128)] {
+        let client = subject.client();
+        for number in 0..20 {
+            client.put(format!("k{number}"), vec![b'v'; MIB as usize]).await.unwrap();
+        }
+        let request = pb::RangeRequest { serializable: true, ..range("k", "l") };
+        assert_eq!(client.range(request.clone()).await.unwrap().count, 20);
+        let before = resident(subject);
+        let refused = client.kv.clone().txn(reads_of(&request, times)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::ResourceExhausted);
+        assert!(refused.message().starts_with("grpc: trying to send message larger than max ("), "{refused:?}");
+        assert!(refused.message().ends_with(&format!(" vs. {limit})")), "{refused:?}");
+        let grown = resident(subject).saturating_sub(before);
+        assert!(grown < 50 * MIB, "grown by {grown} bytes");
+        assert_serves(subject).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,6 +4,7 @@ mod support;
 
 use millpond::proto::etcdserverpb as pb;
 use support::{
+    client::eventually,
     compare::outcomes,
     operation::{Operation, execute, range},
     subject::Twins,
@@ -28,6 +29,10 @@ async fn code_of(twins: &Twins, operation: &Operation) -> Code {
 
 fn put_of(size: usize) -> Operation {
     Operation::Put(pb::PutRequest { key: "k".into(), value: vec![b'v'; size].into(), ..Default::default() })
+}
+
+fn read(request: &pb::RangeRequest) -> pb::RequestOp {
+    pb::RequestOp { request: Some(pb::request_op::Request::RequestRange(request.clone())) }
 }
 
 fn range_with_key_of(size: usize) -> Operation {
@@ -59,6 +64,22 @@ async fn requests_around_the_limits_are_taken_or_refused_as_by_etcd() {
     }
 }
 
+/// The text used to be one that no etcd has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_request_above_the_limit_ends_its_stream_in_etcds_words() {
+    let mut twins = Twins::start(&Release::newest()).await;
+    let mut ends = Vec::new();
+    for client in [twins.reference.client(0), twins.subject.client()] {
+        let stream = WatchStream::open(&client).await;
+        stream.create(create("k".repeat(REQUEST + OVERHEAD), "", 0));
+        let end = eventually("the end of the stream", async || stream.end()).await.unwrap_err();
+        ends.push((end.code(), end.message().to_owned()));
+    }
+    assert_eq!(ends[0].0, Code::ResourceExhausted);
+    assert_eq!(ends[0], ends[1]);
+    twins.subject.assert_well();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_of_any_size_pass() {
     const KEYS: usize = 24;
@@ -71,6 +92,11 @@ async fn answers_of_any_size_pass() {
     for serializable in [false, true] {
         let request = pb::RangeRequest { serializable, ..range("k", "l") };
         assert_eq!(code_of(&twins, &Operation::Range(request.clone())).await, Code::Ok);
+        let keys = pb::RangeRequest { keys_only: true, ..request.clone() };
+        let one = pb::RangeRequest { limit: 1, ..request.clone() };
+        let reads = [&one, &request, &keys, &range("x", ""), &request].map(read).to_vec();
+        let txn = pb::TxnRequest { success: reads, ..Default::default() };
+        assert_eq!(code_of(&twins, &Operation::Txn(txn)).await, Code::Ok);
         if twins.reference.release().is_3_7() {
             assert_eq!(code_of(&twins, &Operation::RangeStream(request)).await, Code::Ok);
         }

@@ -54,7 +54,7 @@ impl Envelope {
         let mut head = [0; LONGEST_HEAD];
         let mut rest = &mut head[..];
         rest.put_u8(0);
-        rest.put_u32(length as u32);
+        rest.put_u32(announced(length));
         responder.put(&mut rest, self.revision);
         put_int_field(&mut rest, 2, self.watch_id);
         put_int_field(&mut rest, 3, self.created.into());
@@ -69,6 +69,11 @@ impl Envelope {
         put_int_field(out, 7, self.fragment.into());
         out.put_slice(events);
     }
+}
+
+/// The length that a frame's head tells. One above 4 GiB cannot be told, and must not pass for a short one: nobody is to send it.
+fn announced(length: usize) -> u32 {
+    u32::try_from(length).unwrap_or(u32::MAX)
 }
 
 /// How many bytes [`put_event`] appends.
@@ -105,6 +110,13 @@ mod tests {
         store::Record,
     };
     use prost::Message;
+
+    #[test]
+    fn a_length_that_cannot_be_told_does_not_pass_for_a_short_one() {
+        for (length, told) in [(5, 5), (u32::MAX as usize, u32::MAX), ((1 << 32) + 5, u32::MAX)] {
+            assert_eq!(announced(length), told);
+        }
+    }
 
     #[test]
     fn a_response_decodes_to_what_was_meant() {

@@ -181,7 +181,7 @@ const TWO_REQUESTS: Status = Status::fixed(
 
 async fn next_message(deframer: &mut Deframer, body: &mut Incoming, limit: usize) -> Result<Bytes, Status> {
     loop {
-        check_size(deframer, limit)?;
+        check_announced(deframer, limit)?;
         if let Some(message) = deframer.pop()? {
             return Ok(message);
         }
@@ -194,7 +194,8 @@ async fn next_message(deframer: &mut Deframer, body: &mut Incoming, limit: usize
     Err(Status::fixed(Code::Unknown, if deframer.announced().is_some() { "unexpected EOF" } else { "EOF" }))
 }
 
-fn check_size(deframer: &Deframer, limit: usize) -> Result<(), Status> {
+/// Refuses the next message if it announces more than `limit` bytes, as Go's gRPC library words it.
+pub(super) fn check_announced(deframer: &Deframer, limit: usize) -> Result<(), Status> {
     match deframer.announced() {
         Some(length) if length > limit => Err(Status::new(
             Code::ResourceExhausted,

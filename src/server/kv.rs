@@ -5,6 +5,7 @@
 
 mod answer;
 mod held;
+mod pieces;
 mod range_stream;
 mod reads;
 mod txn;
@@ -222,6 +223,11 @@ impl Kv {
             true => self.cache.serializable(range).await,
             false => Box::pin(self.cache.linearizable(range)).await,
         }
+    }
+
+    /// The longest answer.
+    fn longest(&self) -> u64 {
+        self.settings.max_response_bytes.min(response::LONGEST)
     }
 
     /// For how long the upstream of `range` has been gone, for clients who want to know how old an answer may be.

@@ -7,6 +7,7 @@ use ::http::{
 use bytes::{BufMut, Bytes, BytesMut};
 use http_body::Frame;
 use http_body_util::StreamBody;
+use tonic::Code;
 
 use super::{
     body::{Body, BodyError, UnaryBody, success_trailers, write_status},
@@ -46,6 +47,27 @@ pub fn pieces(pieces: impl Iterator<Item = Result<Data, BodyError>> + Send + 'st
     streaming(Body::boxed(StreamBody::new(futures_util::stream::iter(frames))))
 }
 
+/// The longest message that etcd's gRPC layer sends.
+pub const LONGEST: u64 = i32::MAX as u64;
+
+/// Refuses an answer of `length` bytes where no more than `limit` are sent, as Go's gRPC library words it.
+///
+/// # Errors
+/// ResourceExhausted.
+pub fn check_length(length: u64, limit: u64) -> Result<(), Status> {
+    if length <= limit {
+        return Ok(());
+    }
+    Err(Status::new(
+        Code::ResourceExhausted,
+        // What a prefix cannot say is refused before anybody looks at the limit.
+        match u32::try_from(length) {
+            Ok(length) => format!("grpc: trying to send message larger than max ({length} vs. {limit})"),
+            Err(_) => format!("grpc: message too large ({length} bytes)"),
+        },
+    ))
+}
+
 /// A failure before any message.
 pub fn error(status: &Status) -> Response<Body> {
     let mut response = Response::new(Body::Empty);
@@ -76,6 +98,17 @@ mod tests {
         let body = unary(b"abc").into_body().collect().await.unwrap();
         assert_eq!(body.trailers().and_then(grpc::outcome), Some(Ok(())));
         assert_eq!(&body.to_bytes()[..], b"\0\0\0\0\x03abc");
+    }
+
+    /// One of 4 GiB and more used to announce less than followed.
+    #[test]
+    fn no_answer_is_longer_than_etcd_sends() {
+        assert_eq!(check_length(LONGEST, LONGEST), Ok(()));
+        let text = |length, limit| check_length(length, limit).unwrap_err().to_string();
+        let said = "rpc error: code = ResourceExhausted desc = grpc: ";
+        let expected = format!("{said}trying to send message larger than max (2147483648 vs. 2147483647)");
+        assert_eq!(text(LONGEST + 1, LONGEST), expected);
+        assert_eq!(text(1 << 32, 5), format!("{said}message too large (4294967296 bytes)"));
     }
 
     #[test]

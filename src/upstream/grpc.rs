@@ -26,7 +26,7 @@ pub fn frame(message: &impl Message) -> Bytes {
     framed.freeze()
 }
 
-/// The prefix of an uncompressed message of `length` bytes. gRPC has no message above 4 GiB.
+/// The prefix of an uncompressed message of `length` bytes. gRPC has no message above 4 GiB: longer answers have been refused.
 pub fn prefix(length: usize) -> [u8; PREFIX] {
     let [a, b, c, d] = u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
     [0, a, b, c, d]

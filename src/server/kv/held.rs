@@ -5,6 +5,7 @@
 //! handed over is not: of a large answer that is two pieces at most, the one on its way and the one behind it.
 
 use std::{
+    collections::VecDeque,
     io,
     sync::{
         Arc, Weak,
@@ -57,8 +58,16 @@ impl From<Records> for Rest {
 }
 
 impl Rest {
+    /// Calls `each` with all records that are left.
+    pub(super) fn for_each(&self, each: impl FnMut(&Record)) {
+        match self {
+            Self::Run { tree, start, left } => tree.iter_from(start).take(*left as usize).for_each(each),
+            Self::List(records) => records.as_slice().iter().for_each(each),
+        }
+    }
+
     /// Hands out records until `take` wants no more. True when none is left.
-    fn hand_out(&mut self, mut take: impl FnMut(&Record) -> bool) -> bool {
+    pub(super) fn hand_out(&mut self, mut take: impl FnMut(&Record) -> bool) -> bool {
         match self {
             Self::Run { tree, start, left } => {
                 let mut records = tree.iter_from(start).take(*left as usize);
@@ -142,11 +151,12 @@ pub(super) struct Holder {
     given_up: IntCounter,
 }
 
-/// A rest that its client has to keep reading.
+/// Rests, one after the other, that their client has to keep reading.
 pub(super) struct Held(Arc<Slot>);
 
 struct Slot {
-    rest: Mutex<Option<Rest>>,
+    /// Together, since whoever reads the first of them is not idle about the others.
+    rests: Mutex<Option<VecDeque<Rest>>>,
     /// How many looks in a row have found that nothing was read.
     idle: AtomicU32,
 }
@@ -166,14 +176,15 @@ impl Holder {
         }
     }
 
-    /// Takes a rest into care.
-    pub(super) fn hold(&self, rest: Rest) -> Held {
-        let slot = Arc::new(Slot { rest: Mutex::new(Some(rest)), idle: AtomicU32::new(0) });
+    /// Takes the rests of one answer into care.
+    pub(super) fn hold(&self, rests: impl Into<VecDeque<Rest>>) -> Held {
+        let slot = Arc::new(Slot { rests: Mutex::new(Some(rests.into())), idle: AtomicU32::new(0) });
         self.slots.lock().push(Arc::downgrade(&slot));
         Held(slot)
     }
 
-    fn sweep(&self) {
+    /// Looks once, and takes away what has been left alone for too long.
+    pub(super) fn sweep(&self) {
         let mut slots = self.slots.lock();
         let is_idle = |slot: &Slot| slot.idle.fetch_add(1, Ordering::Relaxed) >= PATIENCE;
         let mut idle = Vec::new();
@@ -189,13 +200,13 @@ impl Holder {
         slots.shrink_to(fitting);
         // Dropping a tree takes time, which nobody else is to wait for.
         drop(slots);
-        let given_up = idle.iter().filter_map(|slot| slot.rest.lock().take()).count();
+        let given_up = idle.iter().filter_map(|slot| slot.rests.lock().take()).count();
         self.given_up.inc_by(given_up as u64);
     }
 }
 
 impl Held {
-    /// Hands out records until `take` wants no more. True when none is left.
+    /// Hands out records of the first rest until `take` wants no more. True when none is left of it; then the next is the first.
     ///
     /// # Errors
     /// When the answer was given up.
@@ -203,7 +214,8 @@ impl Held {
         self.with_rest(|rest| rest.hand_out(take))
     }
 
-    /// Appends references to records until `list` has `until` bytes, or a small leaf more. True when none is left.
+    /// Appends references to records of the first rest until `list` has `until` bytes, or a small leaf more. True when none is
+    /// left of it; then the next is the first.
     ///
     /// # Errors
     /// When the answer was given up.
@@ -214,7 +226,13 @@ impl Held {
     fn with_rest(&mut self, act: impl FnOnce(&mut Rest) -> bool) -> Result<bool, BodyError> {
         self.0.idle.store(0, Ordering::Relaxed);
         let given_up = || BodyError(io::Error::new(io::ErrorKind::TimedOut, "the client had stopped reading").into());
-        self.0.rest.lock().as_mut().map(act).ok_or_else(given_up)
+        let mut rests = self.0.rests.lock();
+        let rests = rests.as_mut().ok_or_else(given_up)?;
+        let last = rests.front_mut().is_none_or(act);
+        if last {
+            rests.pop_front();
+        }
+        Ok(last)
     }
 }
 
@@ -241,7 +259,7 @@ mod tests {
     #[test]
     fn whoever_reads_on_keeps_its_run_to_the_end() {
         let holder = holder();
-        let mut held = holder.hold(rest(10));
+        let mut held = holder.hold([rest(10)]);
         for written in 1..=10 {
             (0..PATIENCE).for_each(|_| holder.sweep());
             let last = held.hand_out(|_| false).unwrap();
@@ -250,6 +268,18 @@ mod tests {
         drop(held);
         holder.sweep();
         assert!(holder.slots.lock().is_empty() && holder.given_up.get() == 0);
+    }
+
+    /// Each by itself would have been given up while the one before it was read.
+    #[test]
+    fn whoever_reads_one_rest_keeps_those_behind_it() {
+        let holder = holder();
+        let mut held = holder.hold([rest(10), rest(1)]);
+        for written in 1..=11 {
+            (0..PATIENCE).for_each(|_| holder.sweep());
+            assert_eq!(held.hand_out(|_| false).unwrap(), written >= 10);
+        }
+        assert!(held.0.rests.lock().as_ref().is_some_and(VecDeque::is_empty));
     }
 
     #[test]
@@ -278,10 +308,10 @@ mod tests {
     #[test]
     fn whoever_stops_reading_loses_it() {
         let holder = holder();
-        let mut held = holder.hold(rest(10));
+        let mut held = holder.hold([rest(10)]);
         assert!(!held.hand_out(|record| record.key() < &b"k0004"[..]).unwrap());
         (0..=PATIENCE).for_each(|_| holder.sweep());
-        assert!(held.0.rest.lock().is_none() && holder.given_up.get() == 1);
+        assert!(held.0.rests.lock().is_none() && holder.given_up.get() == 1);
         assert!(held.hand_out(|_| true).is_err());
     }
 }

@@ -13,7 +13,7 @@ use tonic::Code;
 
 use super::{
     Call, Kv,
-    answer::{Values, put_record, wrapped_len},
+    answer::{Values, put_record, record_len, wrapped_len},
     decode,
     held::{Held, Holder},
     reads::check,
@@ -27,12 +27,12 @@ use crate::{
         data::Data,
         forward::forward,
         relay::AnswerObserver,
-        response,
+        response::{self, check_length},
     },
     status::Status,
     store::{
         Responder, Revision, View,
-        range::{Selection, has_custom_order, has_filters, range_of},
+        range::{Records, Selection, has_custom_order, has_filters, range_of},
         wire::{put_bytes_head, put_int_field},
     },
     upstream::{ForwardClass, ForwardedBody, RequestBody, Route, Upstream, grpc},
@@ -53,9 +53,10 @@ impl Kv {
         let unserved = match self.view(&range, request.serializable).await {
             Ok(view) => match self.evaluate(&view, &range, &request)? {
                 Some(selection) => {
-                    self.count_unserved("RangeStream", "memory");
                     // Only 3.7 has chunks, and it leaves out leases with values: so do we, whatever the upstream's version.
                     let values = if request.keys_only { Values::LeftOutWithLease } else { Values::Sent };
+                    self.check_all(&selection.records, values)?;
+                    self.count_unserved("RangeStream", "memory");
                     let mut response = response::pieces(Chunks::new(&self.holder, &view, selection, values));
                     self.tell_age(&range, &mut response);
                     return Ok(response);
@@ -67,6 +68,18 @@ impl Kv {
         };
         self.count_unserved("RangeStream", unserved);
         Ok(self.relay_stream(call, request).await)
+    }
+
+    /// Refuses chunks that are more than the largest answer together. Only what an operator has set counts: each is a message.
+    fn check_all(&self, records: &Records, values: Values) -> Result<(), Status> {
+        let limit = self.settings.max_response_bytes;
+        // Without values they are less than the sums say.
+        if limit == u64::MAX || records.sums().wire <= limit {
+            return Ok(());
+        }
+        let mut length = 0;
+        records.for_each(|record| length += record_len(record, values) as u64);
+        check_length(length, limit)
     }
 
     async fn relay_stream(&self, call: Call<'_>, request: RangeRequest) -> Response<Body> {
@@ -111,7 +124,7 @@ impl Chunks {
         Self {
             responder: view.responder,
             revision: view.revision(),
-            rest: Some(holder.hold(selection.records.into())),
+            rest: Some(holder.hold([selection.records.into()])),
             keys: FIRST_CHUNK,
             more: selection.more,
             count: selection.count,
@@ -248,7 +261,7 @@ mod tests {
     use super::*;
     use crate::{
         proto::mvccpb::KeyValue,
-        store::{Limits, Record, Store, range::Records},
+        store::{Limits, Record, Store},
     };
 
     fn record(number: usize) -> Record {

@@ -44,9 +44,9 @@ impl Kv {
         let unserved = match self.view(&range, request.serializable).await {
             Ok(view) => match self.evaluate(&view, &range, &request)? {
                 Some(selection) => {
+                    let values = self.values(&request);
+                    let mut response = answer::range(&self.holder, &view, selection, values, self.longest())?;
                     self.hot.inc();
-                    let keys_only = self.keys_only(&request);
-                    let mut response = answer::range(&self.holder, &view, selection, keys_only);
                     self.tell_age(&range, &mut response);
                     return Ok(response);
                 }
@@ -75,28 +75,14 @@ impl Kv {
         request: &RangeRequest,
     ) -> Result<Option<Selection>, Status> {
         match select(view, range, request) {
-            Ok(selection) => self.check_size(selection, request).map(Some),
+            Ok(selection) => Ok(Some(selection)),
             Err(RangeError::Compacted) => Err(Status::COMPACTED),
             Err(RangeError::Future | RangeError::NotInMemory) => Ok(None),
         }
     }
 
-    /// As Go's gRPC library words it for a server whose answers are limited.
-    fn check_size(&self, selection: Selection, request: &RangeRequest) -> Result<Selection, Status> {
-        let limit = self.settings.max_response_bytes;
-        if limit == u64::MAX || request.keys_only {
-            return Ok(selection);
-        }
-        let size = selection.records.sums().wire;
-        if size <= limit {
-            return Ok(selection);
-        }
-        let text = format!("grpc: trying to send message larger than max ({size} vs. {limit})");
-        Err(Status::new(tonic::Code::ResourceExhausted, text))
-    }
-
-    /// How the values are left out, if they are. As in etcd, sorting by value keeps the lease.
-    pub(super) fn keys_only(&self, request: &RangeRequest) -> answer::Values {
+    /// Whether the answer has values. As in etcd, sorting by value keeps the lease.
+    pub(super) fn values(&self, request: &RangeRequest) -> answer::Values {
         match request.keys_only {
             false => answer::Values::Sent,
             true if request.sort_target() == SortTarget::Value || self.cache.gate().lowest < LEASELESS => {

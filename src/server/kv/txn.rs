@@ -4,24 +4,18 @@
 use std::cmp::Ordering;
 
 use ::http::Response;
-use bytes::{BufMut, BytesMut};
 use prost::Message;
 
-use super::{Call, Consensus, Kv, answer, decode, reads::check};
+use super::{Call, Consensus, Kv, answer, decode, pieces::Section, reads::check};
 use crate::{
     proto::etcdserverpb::{
         Compare, RangeRequest, RequestOp, TxnRequest,
         compare::{CompareResult, CompareTarget, TargetUnion},
         request_op::Request as Operation,
     },
-    server::{body::Body, response},
+    server::{body::Body, response::check_length},
     status::Status,
-    store::{
-        KeyRange, Record, Tree, View,
-        range::range_of,
-        wire::{bytes_field_len, put_bytes_head, put_int_field},
-    },
-    upstream::grpc,
+    store::{KeyRange, Record, Tree, View, range::range_of},
 };
 
 /// Etcd's default `--max-txn-ops`; a larger transaction is for the upstream to judge.
@@ -33,9 +27,10 @@ impl Kv {
         let unserved = match Reads::of(&request) {
             None => "writes",
             Some(reads) => match self.answer_reads(&request, &reads).await {
-                Ok(response) => {
+                Ok(answer) => {
+                    let answer = answer?;
                     self.count_unserved("Txn", "memory");
-                    return Ok(response);
+                    return Ok(answer);
                 }
                 Err(reason) => reason,
             },
@@ -51,35 +46,38 @@ impl Kv {
         Ok(self.relay_hearsay(call, || asking.encode_to_vec()).await)
     }
 
-    async fn answer_reads(&self, request: &TxnRequest, reads: &Reads<'_>) -> Result<Response<Body>, &'static str> {
+    /// The answer, or its refusal; an error is why only the upstream can tell.
+    async fn answer_reads(
+        &self,
+        request: &TxnRequest,
+        reads: &Reads<'_>,
+    ) -> Result<Result<Response<Body>, Status>, &'static str> {
         let range = reads.hull().ok_or("not_cached")?;
         let view = self.view(&range, reads.serializable).await.map_err(|unserved| unserved.label())?;
         let Some(tree) = &view.tree else { return Err("over_limit") };
         let succeeded = request.compare.iter().all(|compare| holds(tree, compare));
         let branch = if succeeded { &reads.success } else { &reads.failure };
-        let mut out = BytesMut::new();
-        out.put_slice(&[0; grpc::PREFIX]);
-        view.responder.put(&mut out, view.revision());
-        put_int_field(&mut out, 2, succeeded.into());
-        for range in branch {
-            self.put_read(&view, range, &mut out)?;
+        let mut sections = vec![answer::opening(&view, succeeded)];
+        let mut length = sections.iter().map(Section::len).sum();
+        for read in branch {
+            let section = self.section(&view, read)?;
+            length += section.len();
+            sections.push(section);
+            // A short request may ask for everything many times over, and even what a sort puts in a list is not little.
+            if let Err(refusal) = check_length(length, self.longest()) {
+                return Ok(Err(refusal));
+            }
         }
-        let length = out.len() - grpc::PREFIX;
-        out[..grpc::PREFIX].copy_from_slice(&grpc::prefix(length));
-        Ok(response::framed(out.freeze()))
+        Ok(Ok(answer::sections(&self.holder, sections, length)))
     }
 
-    /// Appends the answer to one read as a `ResponseOp`.
-    fn put_read(&self, view: &View, request: &RangeRequest, out: &mut BytesMut) -> Result<(), &'static str> {
+    /// The answer to one read.
+    fn section(&self, view: &View, request: &RangeRequest) -> Result<Section, &'static str> {
         let selection = self
             .evaluate(view, &range_of(request), request)
             .map_err(|_| "compacted")?
             .ok_or("revision_not_in_memory")?;
-        let inner = answer::nested_range(view, &selection, self.keys_only(request));
-        put_bytes_head(out, 3, bytes_field_len(inner.len()));
-        put_bytes_head(out, 1, inner.len());
-        out.put_slice(&inner);
-        Ok(())
+        Ok(answer::nested_range(view, selection, self.values(request)))
     }
 }
 

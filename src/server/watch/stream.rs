@@ -27,15 +27,16 @@ use crate::{
     fanout::{Pumped, Refusal, Session, Start, WatchOptions, refuse},
     proto::etcdserverpb::{WatchCreateRequest, WatchRequest, watch_request::RequestUnion},
     server::{
-        body::{BodyError, failure_trailers},
+        body::{BodyError, check_announced, failure_trailers},
         data::Data,
+        response::LONGEST,
     },
     socket::News,
     status::Status,
     store::{Responder, Revision},
     upstream::{
         AuthState,
-        grpc::{Compression, Deframer},
+        grpc::{self, Compression, Deframer, PREFIX},
     },
 };
 
@@ -124,11 +125,24 @@ impl Stream {
             Pumped::Busy => more = true,
             Pumped::Ended(status) => self.ended = Some(status),
         }
+        if self.out.len() as u64 > LONGEST {
+            self.leave_out_too_long();
+        }
         // Cores share the gauge, and for an event there is nothing to tell it.
         if self.session.len() != before {
             self.shared.metrics.watchers.add(self.session.len() as i64 - before as i64);
         }
         self.start_relays() || more
+    }
+
+    /// Ends the stream before a response that is longer than etcd sends, as etcd does.
+    fn leave_out_too_long(&mut self) {
+        if let Some((start, length)) = too_long(&self.out, LONGEST) {
+            // Not in place: what is left out is not to stay in memory.
+            self.out = BytesMut::from(&self.out[..start]);
+            let text = format!("trying to send message larger than max ({length} vs. {LONGEST})");
+            self.ended = Some(Status::new(Code::ResourceExhausted, text));
+        }
     }
 
     /// Takes requests in. True when there may be more of them.
@@ -162,7 +176,7 @@ impl Stream {
     fn poll_request(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<WatchRequest, Status>>> {
         let limit = self.shared.settings.max_request_bytes + (512 << 10);
         loop {
-            match self.deframer.pop() {
+            match check_announced(&self.deframer, limit).and_then(|()| self.deframer.pop()) {
                 Ok(Some(message)) => return Poll::Ready(Some(decode(message))),
                 Ok(None) => {}
                 Err(status) => return Poll::Ready(Some(Err(status))),
@@ -172,10 +186,6 @@ impl Stream {
                 Some(Ok(frame)) => {
                     if let Ok(data) = frame.into_data() {
                         self.deframer.push(data);
-                    }
-                    if self.deframer.announced().is_some_and(|length| length > limit) {
-                        let text = format!("grpc: received message larger than max (more than {limit})");
-                        return Poll::Ready(Some(Err(Status::new(Code::ResourceExhausted, text))));
                     }
                 }
                 Some(Err(_)) => {
@@ -377,6 +387,19 @@ async fn while_open<T>(mut auth: watch::Receiver<AuthState>, waited: impl Future
     }
 }
 
+/// Where in `out` the first response above `longest` begins, and how long it is.
+fn too_long(out: &[u8], longest: u64) -> Option<(usize, usize)> {
+    let mut start = 0;
+    while let Some((length, rest)) = out.get(start..).and_then(grpc::split) {
+        if length as u64 > longest {
+            // Of one above 4 GiB the head tells too little.
+            return Some((start, if length == u32::MAX as usize { rest.len() } else { length }));
+        }
+        start += PREFIX + length;
+    }
+    None
+}
+
 fn decode(message: Bytes) -> Result<WatchRequest, Status> {
     WatchRequest::decode(message)
         .map_err(|error| Status::new(Code::Internal, format!("grpc: error unmarshalling request: {error}")))
@@ -395,5 +418,18 @@ mod tests {
         let waits = tokio::spawn(while_open(auth, pending::<()>()));
         set.send_replace(AuthState::On);
         assert_eq!(waits.await.unwrap(), Err(Status::WATCH_AGAIN));
+    }
+
+    #[test]
+    fn the_first_response_that_is_too_long_is_found() {
+        let framed = |lengths: &[usize]| {
+            let frame = |length: &usize| [&grpc::prefix(*length)[..], &vec![0; *length]].concat();
+            lengths.iter().flat_map(frame).collect::<Vec<_>>()
+        };
+        assert_eq!(too_long(&framed(&[]), 10), None);
+        assert_eq!(too_long(&framed(&[3, 10, 0]), 10), None);
+        assert_eq!(too_long(&framed(&[3, 10, 11, 12, 1]), 10), Some((3 + 10 + 2 * PREFIX, 11)));
+        let beyond = [framed(&[3]), grpc::prefix(1 << 32).to_vec(), vec![0; 50]].concat();
+        assert_eq!(too_long(&beyond, 10), Some((3 + PREFIX, 50)));
     }
 }
