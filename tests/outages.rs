@@ -24,6 +24,7 @@ use support::{
     watching::{WatchStream, create, revision_of},
 };
 use tokio::time::timeout;
+use tonic::metadata::MetadataMap;
 
 const DAY: i64 = 86_400;
 
@@ -36,12 +37,16 @@ async fn put(client: &Client, number: usize) -> i64 {
     client.put(format!("k/{number:04}"), vec![b'v'; 1000]).await.unwrap()
 }
 
-/// How old a serializable answer says it is.
+/// How old a serializable answer says it is, when that of a transaction says so as well.
 async fn age(client: &Client) -> Option<Duration> {
-    let request = pb::RangeRequest { serializable: true, count_only: true, ..range("k/", "k0") };
-    let answer = client.kv.clone().range(request).await.expect("serializable reads go on");
-    let age = answer.metadata().get("millpond-age-ms")?;
-    Some(Duration::from_millis(age.to_str().unwrap().parse().unwrap()))
+    let read = pb::RangeRequest { serializable: true, count_only: true, ..range("k/", "k0") };
+    let operation = pb::RequestOp { request: Some(pb::request_op::Request::RequestRange(read.clone())) };
+    let txn = pb::TxnRequest { success: vec![operation], ..Default::default() };
+    let of = |metadata: &MetadataMap| metadata.get("millpond-age-ms")?.to_str().unwrap().parse::<u64>().ok();
+    let answer = client.kv.clone().range(read).await.expect("serializable reads go on");
+    let also = client.kv.clone().txn(txn).await.expect("serializable transactions of reads go on");
+    let (age, _) = of(answer.metadata()).zip(of(also.metadata()))?;
+    Some(Duration::from_millis(age))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

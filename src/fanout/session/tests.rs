@@ -275,6 +275,8 @@ fn a_watcher_that_the_window_has_left_behind_asks_for_a_relay() {
     let mut stage = Stage::new(100);
     (0..2000).for_each(|_| stage.write(&[(1, false)]));
     stage.publish();
+    // What the first view has shown may be cut now.
+    stage.publish();
     stage.create(everything(), Start::At(Revision(5)));
     stage.pump_all();
     let relays = stage.session.take_relays();

@@ -56,7 +56,7 @@ impl Kv {
                     // Only 3.7 has chunks, and it leaves out leases with values: so do we, whatever the upstream's version.
                     let values = if request.keys_only { Values::LeftOutWithLease } else { Values::Sent };
                     self.check_all(&selection.records, values)?;
-                    self.count_unserved("RangeStream", "memory");
+                    self.metrics.count("RangeStream", "memory");
                     let mut response = response::pieces(Chunks::new(&self.holder, &view, selection, values));
                     self.tell_age(&range, &mut response);
                     return Ok(response);
@@ -66,7 +66,7 @@ impl Kv {
             Err(Unserved::NoConsensus(status)) => return Err(status),
             Err(unserved) => unserved.label(),
         };
-        self.count_unserved("RangeStream", unserved);
+        self.metrics.count("RangeStream", unserved);
         Ok(self.relay_stream(call, request).await)
     }
 

@@ -98,8 +98,4 @@ impl Kv {
             response.headers_mut().insert(AGE, HeaderValue::from(age.as_millis() as u64));
         }
     }
-
-    pub(super) fn count_unserved(&self, method: &str, reason: &str) {
-        self.metrics.count(method, reason);
-    }
 }

@@ -29,13 +29,13 @@ impl Kv {
             Some(reads) => match self.answer_reads(&request, &reads).await {
                 Ok(answer) => {
                     let answer = answer?;
-                    self.count_unserved("Txn", "memory");
+                    self.metrics.count("Txn", "memory");
                     return Ok(answer);
                 }
                 Err(reason) => reason,
             },
         };
-        self.count_unserved("Txn", unserved);
+        self.metrics.count("Txn", unserved);
         if goes_through_consensus(&request) {
             return Ok(self.relay(call, Consensus::Proof).await);
         }
@@ -68,7 +68,9 @@ impl Kv {
                 return Ok(Err(refusal));
             }
         }
-        Ok(Ok(answer::sections(&self.holder, sections, length)))
+        let mut answer = answer::sections(&self.holder, sections, length);
+        self.tell_age(&range, &mut answer);
+        Ok(Ok(answer))
     }
 
     /// The answer to one read.
