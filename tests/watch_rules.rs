@@ -11,7 +11,8 @@ use millpond::proto::{
 };
 use support::{
     client::{Client, eventually, http_get},
-    millpond::breathe,
+    etcd::Cluster,
+    millpond::{Millpond, breathe},
     subject::{Kind, Twins},
     toolchain::Release,
     watching::{WatchStream, by_watcher, create, revision_of},
@@ -316,6 +317,32 @@ async fn progress_is_not_behind_what_the_client_was_told_before() {
         }
     })
     .await;
+}
+
+/// Etcd tells no progress to a watcher that begins in its future, which is where the watchers of clients who name no start begin.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn progress_of_what_is_not_cached_is_told_though_nothing_happens() {
+    let cluster = Cluster::single(Release::newest()).await;
+    let etcd = cluster.client(0);
+    let mut millpond = Millpond::start(&cluster.endpoints(), &["--prefixes=k/"]).await;
+    let stream = WatchStream::open(&millpond.client()).await;
+    let mut expected = vec![etcd.put("other/last", "seen by nobody").await.unwrap()];
+    stream.create(create("other/", "other0", 0));
+    stream.until_count(1).await;
+    for round in 1..4 {
+        stream.ask_progress();
+        let told = |all: &[pb::WatchResponse]| all.iter().filter(|one| one.watch_id == -1).count() >= round;
+        stream.until("progress", told).await;
+        let now = *expected.last().unwrap();
+        assert_eq!(stream.responses().last().unwrap().header.as_ref().unwrap().revision, now);
+        expected.push(etcd.put("other/next", "v").await.unwrap());
+        stream.until("the event", |all| all.iter().map(|one| one.events.len()).sum::<usize>() == round).await;
+    }
+    assert_eq!(stream.revisions(), expected[1..], "nothing is sent twice");
+    etcd.compact(*expected.last().unwrap()).await.unwrap();
+    expected.push(etcd.put("other/next", "v").await.unwrap());
+    stream.until_revisions(&expected[1..]).await;
+    millpond.assert_well();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -43,6 +43,8 @@ pub struct Relay {
     pub options: WatchOptions,
     /// The first revision that it has not seen.
     pub from: Revision,
+    /// It begins with what follows on a revision that the upstream has reached, rather than at one that its client named.
+    pub begins_now: bool,
     /// The epoch of the history that it follows; zero: nothing had been loaded.
     pub epoch: u64,
     /// The hub that can take over, by its place in the session's list; none: nothing cached covers the range.

@@ -150,6 +150,7 @@ impl Session {
             serial: watcher.serial,
             options: watcher.options.clone(),
             from: watcher.next,
+            begins_now: watcher.start == Revision::ZERO,
             epoch: lane.map_or(0, |lane| lane.epoch),
             lane: watcher.lane,
         });

@@ -74,7 +74,8 @@ pub(super) fn start(shared: &Arc<Shared>, relay: Relay, reports: mpsc::Sender<Re
     let (asked, is_asked) = watch::channel(Revision::ZERO);
     let hub = relay.lane.and_then(|lane| shared.hubs.get(lane).cloned());
     let (shared, next, epoch) = (shared.clone(), relay.from, relay.epoch);
-    let task = Task { shared, hub, epoch, followed: None, next, relay, reports, asked: is_asked };
+    let (followed, heard, is_early, is_owed) = (None, Revision::ZERO, false, false);
+    let task = Task { shared, hub, epoch, followed, next, is_early, heard, is_owed, relay, reports, asked: is_asked };
     Handle { asked, task: tokio::spawn(task.run()).abort_handle() }
 }
 
@@ -89,6 +90,12 @@ struct Task {
     relay: Relay,
     /// The first revision that has not been relayed.
     next: Revision,
+    /// The upstream is asked for one revision more, which it has, since etcd tells no progress to who begins in its future.
+    is_early: bool,
+    /// The revision that the upstream watch has told of.
+    heard: Revision,
+    /// The upstream has yet to answer a request for progress. It is asked again: etcd says nothing while it sends older events.
+    is_owed: bool,
     reports: mpsc::Sender<Report>,
     /// Up to where the stream wants to be told of progress, with a signal at every request.
     asked: watch::Receiver<Revision>,
@@ -110,6 +117,8 @@ enum End {
     Over,
     /// It is to be tried again.
     Failed(Status),
+    /// It is to be tried again at once.
+    Again,
     /// It goes on after this, for which the client makes no room.
     Stalled(Report),
 }
@@ -139,6 +148,7 @@ impl Task {
             let status = match self.follow().await {
                 End::Over => return None,
                 End::Stalled(report) => return Some(report),
+                End::Again => continue,
                 End::Failed(status) => status,
             };
             if self.next != before {
@@ -222,13 +232,24 @@ impl Task {
         }
     }
 
+    /// Where the upstream watch begins.
+    fn start(&self) -> Revision {
+        if self.is_early { self.next.previous() } else { self.next }
+    }
+
+    /// Whether the upstream has everything before the first revision that has not been relayed. If not, because the client named a
+    /// revision to come, etcd would never answer a request for progress.
+    fn has_begun(&self) -> bool {
+        self.relay.begins_now || self.next > self.relay.from
+    }
+
     fn create_request(&self) -> WatchCreateRequest {
         let options = &self.relay.options;
         let filters = [(options.no_put, FilterType::Noput), (options.no_delete, FilterType::Nodelete)];
         WatchCreateRequest {
             key: options.range.request_key(),
             range_end: options.range.request_end(),
-            start_revision: self.next.0,
+            start_revision: self.start().0,
             filters: filters.into_iter().filter(|(on, _)| *on).map(|(_, filter)| filter as i32).collect(),
             prev_kv: options.prev_kv,
             ..Default::default()
@@ -243,6 +264,7 @@ impl Task {
     ) -> End {
         let trusted = self.shared.cache.gate().progress_is_proof;
         // Etcd may send progress ahead of `created`, and of events that it holds back until then: nobody asks before.
+        self.heard = Revision::ZERO;
         let created = receiver.next().await;
         if matches!(created, Some(Ok(_))) {
             self.followed = Some(opened);
@@ -260,13 +282,18 @@ impl Task {
             let message = tokio::select! {
                 message = receiver.next() => message,
                 Ok(()) = asked.changed() => {
+                    self.is_owed = self.has_begun();
+                    if self.is_owed && !self.is_early && self.heard < self.next {
+                        self.is_early = true;
+                        return End::Again;
+                    }
                     ask_for_progress(sender).await;
                     pause = FIRST_PAUSE;
                     ask = Instant::now() + pause;
                     continue;
                 }
                 () = self.arrival() => return self.hand_over().await,
-                () = sleep_until(ask), if trusted && (self.hub.is_some() || self.falls_short()) => {
+                () = sleep_until(ask), if trusted && (self.hub.is_some() || self.is_owed || self.falls_short()) => {
                     ask_for_progress(sender).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
                     ask = Instant::now() + pause;
@@ -293,9 +320,20 @@ impl Task {
         }
     }
 
-    async fn take(&mut self, response: WatchResponse, connection: ConnectionNumber, trusted: bool) -> Option<End> {
-        self.note(&response, connection);
+    async fn take(&mut self, mut response: WatchResponse, connection: ConnectionNumber, trusted: bool) -> Option<End> {
+        if self.is_early && response.canceled && response.compact_revision == self.next.0 {
+            self.is_early = false;
+            return Some(End::Again);
+        }
         let revision = response.header.as_ref().map_or(0, |header| header.revision);
+        self.heard = self.heard.max(Revision(revision));
+        if self.is_early && !response.events.is_empty() {
+            response.events.retain(|event| event.kv.as_ref().is_some_and(|kv| kv.mod_revision >= self.next.0));
+            if response.events.is_empty() {
+                return None;
+            }
+        }
+        self.note(&response, connection);
         let last = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back();
         if let Some(last) = last {
             self.next = self.next.max(Revision(last.mod_revision).next());
@@ -303,6 +341,7 @@ impl Task {
             return None;
         } else if !response.canceled {
             self.next = self.next.max(Revision(revision).next());
+            self.is_owed = false;
         }
         let canceled = response.canceled;
         let report = Report::Response(self.relay.slot, self.relay.serial, Box::new(response));
