@@ -35,10 +35,10 @@ use crate::{
     signal::{Signal, Told},
     status::Status,
     store::{KeyRange, Position, Revision, Tree, Writer},
-    upstream::{AuthState, ConnectionNumber, EndpointId, Link, Upstream},
+    upstream::{AuthState, ConnectionNumber, EndpointId, Link, PageSize, Upstream},
 };
 pub use floor::Floor;
-use list::{Listed, examine};
+use list::{Listed, PAGES, examine};
 pub use metrics::Metrics;
 use prove::Continuity;
 
@@ -146,6 +146,8 @@ pub struct Feed {
     started: Instant,
     /// When to try again to build an index that was too large, and how long to wait if it still is.
     retry_index: Option<(Instant, Duration)>,
+    /// Of lists; it outlives an attempt, so that one that fails because of a page helps the next.
+    page_size: PageSize,
     /// How many messages with events have come.
     heard: u64,
     /// How many demands to rebuild have been met.
@@ -189,6 +191,7 @@ impl Feed {
             metrics,
             started,
             retry_index: None,
+            page_size: PageSize::new(PAGES),
             heard: 0,
             rebuilt: 0,
             condemned: false,
@@ -374,8 +377,10 @@ impl Feed {
 
     /// Finds out whether a doubtful history is ours: by everything at our own revision, while that can still be read.
     async fn resolve(&mut self, link: &Link, header: &ResponseHeader, doubt: &str) -> Result<(), End> {
-        let (endpoint, revision) = (self.upstream.name(link.at()), self.writer.position().revision);
-        match self.list(link, revision).await {
+        let revision = self.writer.position().revision;
+        let listed = self.list(link, revision).await;
+        let endpoint = self.upstream.name(link.at());
+        match listed {
             Ok(listed) if self.is_same(&listed, self.is_term_held(header)) => {
                 info!(endpoint, revision = revision.0, doubt, "everything is as it was: the history goes on");
                 if !self.writer.has_index() {

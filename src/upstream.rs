@@ -4,7 +4,7 @@
 //! - `endpoint`: where an etcd is and how a byte stream to it is opened;
 //! - `connection`, `pool`: HTTP connections, by class of traffic; `sender`: a connection, or a server in this process;
 //! - `health`, `roster`, `probe`, `version`: which endpoints may be used, which cluster they are, whether authentication is on;
-//! - `call`, `grpc`, `body`: our own calls;
+//! - `call`, `grpc`, `body`: our own calls; `pages`: how much of a list to ask for at a time;
 //! - `forward`, `limits`: clients' calls, moved as they are.
 //!
 //! A call that may have been applied is never repeated here. A forwarded call moves to another endpoint only while nothing
@@ -25,6 +25,7 @@ pub mod grpc;
 mod health;
 mod limits;
 mod metrics;
+mod pages;
 mod pool;
 mod probe;
 mod roster;
@@ -39,6 +40,7 @@ pub use self::{
     forward::{Forwarded, ForwardedBody, Route},
     health::{AuthState, EndpointHealth, Health, Report, Standing},
     limits::ForwardClass,
+    pages::{PageSize, Sizing, TooLarge, is_refusal_of_size},
     pool::ConnectionNumber,
     version::{Gate, Version},
 };
@@ -279,7 +281,23 @@ impl Link {
         request: &Q,
         deadline: Duration,
     ) -> Result<Bytes, Status> {
-        self.shared.unary_on(self.at, &self.slot, path, grpc::frame(request), deadline).await
+        let message = grpc::frame(request);
+        self.shared.unary_on(self.at, &self.slot, path, message, deadline, call::unary_message).await
+    }
+
+    /// The same, but an answer that announces more than `most` bytes is not waited for.
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn unary_up_to<Q: Message>(
+        &self,
+        path: &'static str,
+        request: &Q,
+        deadline: Duration,
+        most: usize,
+    ) -> Result<Result<Bytes, TooLarge>, Status> {
+        let read = async |response| call::message_up_to(response, most).await;
+        self.shared.unary_on(self.at, &self.slot, path, grpc::frame(request), deadline, read).await
     }
 
     /// A server-streaming or bidirectional call. The first message may be sent at once; an error that follows the opening

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::sleep;
+use tonic::Code;
 use tracing::debug;
 
 use super::{DEADLINE, End, Feed, RANGE, decode::Page};
@@ -11,13 +12,14 @@ use crate::{
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
     status::Status,
     store::{Record, Revision, Tree},
-    upstream::Link,
+    upstream::{Link, Sizing, TooLarge, is_refusal_of_size},
 };
 
-/// What a page should weigh, in bytes: large, because etcd walks the whole range for each.
-const PAGE_BYTES: usize = 16 << 20;
-const FIRST_PAGE: i64 = 1000;
-const LARGEST_PAGE: i64 = 100_000;
+/// Pages weigh much, because etcd walks the whole range for each. The first has few keys, since nothing is known of them, and the
+/// largest not so many that heavier ones behind light ones would be more than etcd can send.
+pub(super) const PAGES: Sizing = Sizing { first: 100, largest: 32_000, bytes: 16 << 20 };
+/// More than any single key can weigh, and all that is read at a time.
+const HEAVIEST_PAGE: usize = 256 << 20;
 const PAGE_DEADLINE: Duration = Duration::from_secs(60);
 /// How often a question that a change of the leader has overtaken is asked again, and how long after.
 const MOST_REPEATS: u8 = 20;
@@ -50,7 +52,7 @@ impl Filling {
 
 impl Feed {
     /// Lists the range at `revision`, or at the present when that is zero.
-    pub(super) async fn list(&self, link: &Link, revision: Revision) -> Result<Listed, End> {
+    pub(super) async fn list(&mut self, link: &Link, revision: Revision) -> Result<Listed, End> {
         let filling = Filling { tree: Tree::default(), bytes: 0, limit: self.settings.cache_bytes };
         let listed = if self.upstream.gate().has_range_stream {
             self.list_by_stream(link, revision, filling).await?
@@ -89,25 +91,53 @@ impl Feed {
         Ok(Listed { revision, tree: Some(filling.tree) })
     }
 
-    async fn list_by_pages(&self, link: &Link, mut revision: Revision, mut filling: Filling) -> Result<Listed, End> {
-        let mut request = RangeRequest { limit: FIRST_PAGE, ..self.list_request(revision) };
+    async fn list_by_pages(
+        &mut self,
+        link: &Link,
+        mut revision: Revision,
+        mut filling: Filling,
+    ) -> Result<Listed, End> {
+        let mut request = self.list_request(revision);
+        self.page_size.begin();
         loop {
-            let message = link.unary_raw(RANGE, &request, PAGE_DEADLINE).await?;
+            request.limit = self.page_size.keys();
+            let Some(message) = self.ask_for_page(link, &request).await? else { continue };
             let page = Page::decode(&message)?;
             if revision == Revision::ZERO {
                 revision = page.header.map_or(revision, |header| Revision(header.revision));
                 request.revision = revision.0;
             }
             let last = page.records.last().map(|record| successor(record.key()));
-            request.limit = next_limit(request.limit, message.len());
+            self.page_size.weighed(page.records.len() as i64, message.len());
             if !filling.take(page.records) {
                 return self.too_large(link).await;
             }
             match last.filter(|_| page.more) {
                 Some(next) => request.key = next,
-                None => return Ok(Listed { revision, tree: Some(filling.tree) }),
+                None => break,
             }
         }
+        self.page_size.finished();
+        Ok(Listed { revision, tree: Some(filling.tree) })
+    }
+
+    /// One page; none when it is too large, and a smaller one is to be asked for.
+    async fn ask_for_page(&mut self, link: &Link, request: &RangeRequest) -> Result<Option<Bytes>, End> {
+        let can_shrink = request.limit > 1;
+        let most = if can_shrink { HEAVIEST_PAGE } else { usize::MAX };
+        match link.unary_up_to(RANGE, request, PAGE_DEADLINE, most).await {
+            Ok(Ok(message)) => return Ok(Some(message)),
+            Ok(Err(TooLarge { announced })) => self.page_size.weighed(request.limit, announced),
+            Err(status) if can_shrink && is_refusal_of_size(&status) => self.page_size.refused(request.limit),
+            Err(status) => {
+                if matches!(status.code, Code::DeadlineExceeded | Code::Unavailable) {
+                    self.page_size.failed();
+                }
+                return Err(status.into());
+            }
+        }
+        debug!(endpoint = self.upstream.name(link.at()), keys = request.limit, "a page is too large");
+        Ok(None)
     }
 
     /// The keyspace is over the limit: only where the history begins is needed.
@@ -138,24 +168,4 @@ fn silent() -> End {
 /// The first key after `key`.
 fn successor(key: &[u8]) -> Bytes {
     [key, &[0]].concat().into()
-}
-
-/// The limit for the next page, after a page of `limit` keys weighed `bytes`.
-fn next_limit(limit: i64, bytes: usize) -> i64 {
-    let ideal = limit.saturating_mul(PAGE_BYTES as i64) / (bytes.max(1) as i64);
-    ideal.clamp(limit / 4, limit.saturating_mul(4)).clamp(1, LARGEST_PAGE)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pages_approach_their_weight_without_leaps() {
-        assert_eq!(next_limit(1000, PAGE_BYTES), 1000);
-        assert_eq!(next_limit(1000, 1), 4000);
-        assert_eq!(next_limit(1000, PAGE_BYTES * 100), 250);
-        assert_eq!(next_limit(1, usize::MAX / 2), 1);
-        assert_eq!(next_limit(LARGEST_PAGE, 1), LARGEST_PAGE);
-    }
 }

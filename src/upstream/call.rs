@@ -16,6 +16,7 @@ use tonic::Code;
 use super::{
     body::RequestBody,
     grpc,
+    pages::TooLarge,
     pool::{ConnectionNumber, Slot},
     sender::{Answered, ResponseBody},
 };
@@ -66,16 +67,15 @@ fn timeout_header(deadline: Duration) -> String {
 
 /// The single message of a unary answer.
 pub(super) async fn unary_message(response: Answered) -> Result<Bytes, Status> {
+    Reading::new(response)?.single().await
+}
+
+/// The same, unless it announces more than `most` bytes.
+pub(super) async fn message_up_to(response: Answered, most: usize) -> Result<Result<Bytes, TooLarge>, Status> {
     let mut stream = Reading::new(response)?;
-    let message = stream.next().await;
-    let end = match &message {
-        Some(Ok(_)) => stream.next().await,
-        _ => None,
-    };
-    match (message, end) {
-        (_, Some(Err(status))) | (Some(Err(status)), _) => Err(status),
-        (Some(Ok(message)), _) => Ok(message),
-        (None, _) => Err(NO_MESSAGE),
+    match stream.announced().await? {
+        Some(announced) if announced > most => Ok(Err(TooLarge { announced })),
+        _ => stream.single().await.map(Ok),
     }
 }
 
@@ -107,19 +107,41 @@ impl Reading {
                 Ok(None) => {}
                 Err(status) => return self.fail(status),
             }
-            match self.body.frame().await {
-                None => return self.fail(NO_STATUS),
-                Some(Err(error)) => return self.fail(grpc::from_transport(&error)),
-                Some(Ok(frame)) => match frame.into_data() {
-                    Ok(data) => self.deframer.push(data),
-                    Err(frame) => match frame.into_trailers().ok().and_then(|trailers| grpc::outcome(&trailers)) {
-                        Some(Ok(())) => self.ended = true,
-                        Some(Err(status)) => return self.fail(status),
-                        None => return self.fail(NO_STATUS),
-                    },
-                },
+            if let Err(status) = self.read().await {
+                return self.fail(status);
             }
         }
+    }
+
+    /// The only message there is to be.
+    async fn single(&mut self) -> Result<Bytes, Status> {
+        let message = self.next().await.unwrap_or(Err(NO_MESSAGE))?;
+        match self.next().await {
+            Some(Err(status)) => Err(status),
+            _ => Ok(message),
+        }
+    }
+
+    /// The length of the next message, as soon as it is known; `None` when there is no other.
+    async fn announced(&mut self) -> Result<Option<usize>, Status> {
+        while self.deframer.announced().is_none() && !self.ended {
+            self.read().await?;
+        }
+        Ok(self.deframer.announced())
+    }
+
+    /// Takes in what comes next: a piece of a message, or the end.
+    async fn read(&mut self) -> Result<(), Status> {
+        let Some(frame) = self.body.frame().await else { return Err(NO_STATUS) };
+        match frame.map_err(|error| grpc::from_transport(&error))?.into_data() {
+            Ok(data) => self.deframer.push(data),
+            Err(frame) => {
+                let trailers = frame.into_trailers().ok();
+                trailers.and_then(|trailers| grpc::outcome(&trailers)).unwrap_or(Err(NO_STATUS))?;
+                self.ended = true;
+            }
+        }
+        Ok(())
     }
 
     fn incomplete(&self) -> usize {

@@ -131,20 +131,21 @@ impl Shared {
         Ok((sender, receiver))
     }
 
-    /// A call on this very connection.
-    pub(super) async fn unary_on(
+    /// A call on this very connection, and what is read of its answer.
+    pub(super) async fn unary_on<T>(
         &self,
         at: EndpointId,
         slot: &Slot,
         path: &'static str,
         message: Bytes,
         deadline: Duration,
-    ) -> Result<Bytes, Status> {
+        read: impl AsyncFnOnce(Answered) -> Result<T, Status>,
+    ) -> Result<T, Status> {
         let authority = &self.member(at)?.authority;
         let request = call::request(authority, path, &[], Some(deadline), RequestBody::full(message))?;
         let answer = timeout(deadline, async {
             let response = slot.sender().send(request).await.map_err(|error| self.failed(at, error.error()))?;
-            call::unary_message(response).await
+            read(response).await
         });
         answer.await.unwrap_or(Err(call::DEADLINE))
     }

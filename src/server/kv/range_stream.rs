@@ -35,14 +35,21 @@ use crate::{
         range::{Records, Selection, has_custom_order, has_filters, range_of},
         wire::{put_bytes_head, put_int_field},
     },
-    upstream::{ForwardClass, ForwardedBody, RequestBody, Route, Upstream, grpc},
+    upstream::{
+        ForwardClass, ForwardedBody, PageSize, RequestBody, Route, Sizing, TooLarge, Upstream, grpc, is_refusal_of_size,
+    },
 };
 
 /// Keys in the first chunk, as in etcd; each further one may have twice as many, up to a size.
 const FIRST_CHUNK: usize = 10;
 const CHUNK_BYTES: usize = 1 << 20;
-/// Keys in the largest page that is asked of an upstream without RangeStream.
-const LARGEST_PAGE: i64 = 10_000;
+/// Pages that are asked of an upstream without RangeStream; each becomes a chunk. They weigh more than chunks from memory, because
+/// etcd walks the whole range for each.
+const PAGES: Sizing = Sizing { first: FIRST_CHUNK as i64, largest: 10_000, bytes: 4 << 20 };
+/// What is read at a time at most, unless a single key has more.
+const HEAVIEST_PAGE: usize = 64 << 20;
+
+const CUT_SHORT: Status = Status::fixed(Code::Internal, "server closed the stream without sending a message");
 
 impl Kv {
     pub(super) async fn range_stream(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
@@ -190,12 +197,12 @@ impl Pages {
 
     async fn send(&self, mut request: RangeRequest, chunks: &mpsc::Sender<Chunk>) -> Result<(), Status> {
         let mut left = if request.limit > 0 { request.limit } else { i64::MAX };
-        let mut size = FIRST_CHUNK as i64;
+        let mut size = PageSize::new(PAGES);
         let mut header = None;
         let mut sent = 0;
         loop {
-            request.limit = size.min(left);
-            let mut page = self.ask(&request).await?;
+            request.limit = size.keys().min(left);
+            let Some(mut page) = self.next_page(&request, &mut size).await? else { continue };
             if request.keys_only {
                 page.kvs.iter_mut().for_each(|kv| kv.lease = 0);
             }
@@ -217,11 +224,30 @@ impl Pages {
             let gone = chunks.send(Ok(Frame::data(grpc::frame(&chunk).into()))).await.is_err();
             let Some(next) = next.filter(|_| !last && !gone) else { return Ok(()) };
             request.key = next;
-            size = (size * 2).min(LARGEST_PAGE);
         }
     }
 
-    async fn ask(&self, request: &RangeRequest) -> Result<RangeResponse, Status> {
+    /// None when the page is too large, and a smaller one is to be asked for.
+    async fn next_page(&self, request: &RangeRequest, size: &mut PageSize) -> Result<Option<RangeResponse>, Status> {
+        let can_shrink = request.limit > 1;
+        match self.ask(request, if can_shrink { HEAVIEST_PAGE } else { usize::MAX }).await {
+            Ok(Ok((page, bytes))) => {
+                size.weighed(page.kvs.len() as i64, bytes);
+                return Ok(Some(page));
+            }
+            Ok(Err(TooLarge { announced })) => size.weighed(request.limit, announced),
+            Err(status) if can_shrink && is_refusal_of_size(&status) => size.refused(request.limit),
+            Err(status) => return Err(status),
+        }
+        Ok(None)
+    }
+
+    /// A page and how many bytes it came in, unless it announces more than `most`.
+    async fn ask(
+        &self,
+        request: &RangeRequest,
+        most: usize,
+    ) -> Result<Result<(RangeResponse, usize), TooLarge>, Status> {
         let mut call = Request::post("/etcdserverpb.KV/Range").body(RequestBody::full(grpc::frame(request)));
         if let Ok(call) = &mut call {
             call.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
@@ -232,26 +258,36 @@ impl Pages {
         let call = call.map_err(|error| Status::new(Code::Internal, error.to_string()))?;
         let forwarded = self.upstream.forward(Route::Preferred, ForwardClass::Unary, call).await?;
         let connection = forwarded.connection;
-        let page = read_page(forwarded.response).await?;
+        let message = match read_page(forwarded.response, most).await? {
+            Ok(message) => message,
+            Err(too_large) => return Ok(Err(too_large)),
+        };
+        let bytes = message.len();
+        let page = RangeResponse::decode(message).map_err(|error| Status::new(Code::Internal, error.to_string()))?;
         if let Some(header) = &page.header {
             self.observer.answered(connection, *header);
         }
-        Ok(page)
+        Ok(Ok((page, bytes)))
     }
 }
 
-async fn read_page(response: Response<ForwardedBody>) -> Result<RangeResponse, Status> {
-    let (head, body) = response.into_parts();
+async fn read_page(response: Response<ForwardedBody>, most: usize) -> Result<Result<Bytes, TooLarge>, Status> {
+    let (head, mut body) = response.into_parts();
     if let Some(Err(status)) = grpc::outcome(&head.headers) {
         return Err(status);
     }
-    let collected = body.collect().await.map_err(|error| Status::unavailable(error.to_string()))?;
-    if let Some(Err(status)) = collected.trailers().and_then(grpc::outcome) {
-        return Err(status);
+    let mut deframer = grpc::Deframer::default();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| Status::unavailable(error.to_string()))?;
+        if let Some(Err(status)) = frame.trailers_ref().and_then(grpc::outcome) {
+            return Err(status);
+        }
+        deframer.push(frame.into_data().unwrap_or_default());
+        if let Some(announced) = deframer.announced().filter(|announced| *announced > most) {
+            return Ok(Err(TooLarge { announced }));
+        }
     }
-    let message = collected.to_bytes();
-    let message = message.get(grpc::PREFIX..).unwrap_or_default();
-    RangeResponse::decode(message).map_err(|error| Status::new(Code::Internal, error.to_string()))
+    deframer.pop()?.map(Ok).ok_or(CUT_SHORT)
 }
 
 #[cfg(test)]
