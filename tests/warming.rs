@@ -8,6 +8,7 @@ use support::{
     client::eventually,
     etcd::Cluster,
     fault::Faults,
+    millpond::breathe,
     scene::Scene,
     toolchain::Release,
     watching::{WatchStream, create},
@@ -29,6 +30,16 @@ async fn cold(flags: &[&str]) -> Scene {
     Scene::before(cluster, Faults { bytes_per_second: 64 << 10, ..Faults::default() }, flags).await
 }
 
+/// A stream with more watches than may be relayed at once.
+async fn many(scene: &Scene) -> WatchStream {
+    let stream = WatchStream::open(&scene.millpond.client()).await;
+    for number in 0..WATCHES {
+        stream.create(create(format!("k/{number:02}"), "", 0));
+    }
+    stream.until_count(WATCHES).await;
+    stream
+}
+
 async fn is_warm(scene: &Scene) -> bool {
     scene.millpond.metric("millpond_feed_lists_total").await > 0.0
 }
@@ -36,11 +47,7 @@ async fn is_warm(scene: &Scene) -> bool {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn watches_go_over_to_the_cache_once_it_is_warm() {
     let mut scene = cold(&["--catch-up-limit=4"]).await;
-    let stream = WatchStream::open(&scene.millpond.client()).await;
-    for number in 0..WATCHES {
-        stream.create(create(format!("k/{number:02}"), "", 0));
-    }
-    stream.until_count(WATCHES).await;
+    let stream = many(&scene).await;
     assert!(!is_warm(&scene).await, "loading takes longer than this");
     scene.link.heal();
     // Nothing happens upstream that could wake a relay.
@@ -65,11 +72,7 @@ async fn watches_go_over_to_the_cache_once_it_is_warm() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_watch_stands_still_because_the_cache_does_not_become_warm() {
     let mut scene = cold(&["--catch-up-limit=4"]).await;
-    let stream = WatchStream::open(&scene.millpond.client()).await;
-    for number in 0..WATCHES {
-        stream.create(create(format!("k/{number:02}"), "", 0));
-    }
-    stream.until_count(WATCHES).await;
+    let stream = many(&scene).await;
     for number in 0..WATCHES {
         scene.etcd().put(format!("k/{number:02}"), "v").await.unwrap();
     }
@@ -77,6 +80,29 @@ async fn no_watch_stands_still_because_the_cache_does_not_become_warm() {
     stream.until("an event for each watch", all).await;
     assert!(!is_warm(&scene).await, "loading takes longer than this");
     scene.millpond.assert_well();
+}
+
+/// Etcd does not answer it on a watch that begins in its future, and another could not be known to follow on this one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_for_progress_in_the_cold_ends_nothing() {
+    for flags in [&[][..], &["--prefixes=bulk/"]] {
+        let mut scene = cold(flags).await;
+        let stream = WatchStream::watching(&scene.millpond.client(), create("k/", "k0", 0)).await;
+        for _ in 0..3 {
+            stream.ask_progress();
+            breathe(100).await;
+        }
+        let mut expected = vec![scene.etcd().put("k/1", "v").await.unwrap()];
+        stream.until_revisions(&expected).await;
+        assert!(!is_warm(&scene).await, "loading takes longer than this");
+        scene.link.heal();
+        eventually("a warm cache", async || is_warm(&scene).await.then_some(())).await;
+        stream.ask_progress();
+        expected.push(scene.etcd().put("k/2", "v").await.unwrap());
+        stream.until_revisions(&expected).await;
+        stream.until("progress", |all| all.iter().any(|one| one.watch_id == -1)).await;
+        scene.millpond.assert_well();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -162,7 +162,7 @@ impl Task {
 
     /// Whether what comes over `connection` follows on what was relayed before.
     async fn lineage(&mut self, connection: ConnectionNumber) -> Lineage {
-        if self.loaded_epoch() == NOTHING_LOADED {
+        if !self.can_resume() {
             // Its first server is as good as any.
             return if self.followed.is_none() { Lineage::Same } else { Lineage::Unknown };
         }
@@ -188,6 +188,11 @@ impl Task {
         true
     }
 
+    /// Whether anything has been loaded that another upstream watch can be held against.
+    fn can_resume(&self) -> bool {
+        self.loaded_epoch() != NOTHING_LOADED
+    }
+
     fn loaded_epoch(&self) -> u64 {
         self.prefix().map_or(NOTHING_LOADED, |prefix| prefix.store().view().position.epoch)
     }
@@ -197,11 +202,13 @@ impl Task {
     async fn permit(&self) -> Option<OwnedSemaphorePermit> {
         if self.hub.is_some() {
             let mut turn = pin!(self.shared.catch_up.clone().acquire_owned());
-            if self.loaded_epoch() != NOTHING_LOADED {
-                return turn.await.ok();
-            }
-            if let Ok(permit) = timeout(LOAD, &mut turn).await {
+            if !self.can_resume()
+                && let Ok(permit) = timeout(LOAD, &mut turn).await
+            {
                 return permit.ok();
+            }
+            if self.can_resume() {
+                return turn.await.ok();
             }
         }
         self.shared.uncached.clone().try_acquire_owned().ok()
@@ -243,6 +250,12 @@ impl Task {
         self.relay.begins_now || self.next > self.relay.from
     }
 
+    /// Whether the upstream watch has to be opened again because etcd does not answer on this one. Not where nobody could tell then
+    /// whether it is of the same history.
+    fn is_to_begin_earlier(&self) -> bool {
+        self.is_owed && !self.is_early && self.heard < self.next && self.epoch != NOTHING_LOADED
+    }
+
     fn create_request(&self) -> WatchCreateRequest {
         let options = &self.relay.options;
         let filters = [(options.no_put, FilterType::Noput), (options.no_delete, FilterType::Nodelete)];
@@ -280,25 +293,26 @@ impl Task {
         let mut asked = self.asked.clone();
         loop {
             let message = tokio::select! {
-                message = receiver.next() => message,
+                message = receiver.next() => Some(message),
                 Ok(()) = asked.changed() => {
                     self.is_owed = self.has_begun();
-                    if self.is_owed && !self.is_early && self.heard < self.next {
-                        self.is_early = true;
-                        return End::Again;
-                    }
-                    ask_for_progress(sender).await;
                     pause = FIRST_PAUSE;
-                    ask = Instant::now() + pause;
-                    continue;
+                    None
                 }
                 () = self.arrival() => return self.hand_over().await,
                 () = sleep_until(ask), if trusted && (self.hub.is_some() || self.is_owed || self.falls_short()) => {
-                    ask_for_progress(sender).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
-                    ask = Instant::now() + pause;
-                    continue;
+                    None
                 }
+            };
+            let Some(message) = message else {
+                if self.is_to_begin_earlier() {
+                    self.is_early = true;
+                    return End::Again;
+                }
+                ask_for_progress(sender).await;
+                ask = Instant::now() + pause;
+                continue;
             };
             if let Some(end) = self.take_message(message, receiver.connection(), trusted).await {
                 return end;
@@ -355,9 +369,9 @@ impl Task {
     }
 
     /// Gives `report` to the stream. There are few relays that end by themselves, so none of them is kept by a client that makes no
-    /// room. But nothing loaded means that it could not be taken up again.
+    /// room, if it can be taken up again.
     async fn pass(&self, report: Report) -> Result<(), End> {
-        let may_pause = self.hub.is_some() && self.loaded_epoch() != NOTHING_LOADED;
+        let may_pause = self.hub.is_some() && self.can_resume();
         let room = match timeout(ROOM, self.reports.reserve()).await {
             Err(_) if may_pause => return Err(End::Stalled(report)),
             Err(_) => self.reports.reserve().await,
