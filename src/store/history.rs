@@ -336,7 +336,8 @@ impl History {
 
     /// Drops the oldest segments while the log is over its limits, before a view shows it.
     pub(super) fn trim(&mut self, now: u64) {
-        if self.tail > 0 && self.costs.back().is_some_and(|cost| self.is_too_old(cost, now)) {
+        let goes = |cost: &Cost| cost.last <= self.shown && self.is_too_old(cost, now);
+        if self.tail > 0 && self.costs.back().is_some_and(goes) {
             // It is cut with all that is before it: nobody will read at its revisions.
             self.seal(None);
         }
