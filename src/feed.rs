@@ -19,6 +19,7 @@ mod follow;
 mod list;
 mod metrics;
 mod prove;
+mod signals;
 
 use std::{sync::Arc, time::Duration};
 
@@ -32,7 +33,7 @@ use tracing::{info, warn};
 
 use crate::{
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
-    signal::{Signal, Told},
+    signal::Signal,
     status::Status,
     store::{KeyRange, Position, Revision, Tree, Writer},
     upstream::{AuthState, ConnectionNumber, EndpointId, Link, PageSize, Upstream},
@@ -41,6 +42,7 @@ pub use floor::Floor;
 use list::{Listed, PAGES, examine};
 pub use metrics::Metrics;
 use prove::Continuity;
+pub use signals::{Demand, Phase, Signals};
 
 /// What a feed is told.
 #[derive(Clone, Debug)]
@@ -58,47 +60,6 @@ pub struct Settings {
 fn serializable_question() -> RangeRequest {
     let key = Bytes::from_static(&[0]);
     RangeRequest { key, serializable: true, count_only: true, ..Default::default() }
-}
-
-/// What the feed is doing, for those who read from its store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Nothing has been loaded yet.
-    Cold,
-    /// Connected, and the view is proven to be a state of this upstream's history.
-    Live,
-    /// The upstream is gone since then; the view is what was last known.
-    Lost(Instant),
-    /// Connected again, but whether the view belongs to this upstream's history is being found out.
-    Proving,
-    /// Authentication is on: nothing may be served from here.
-    Barred,
-}
-
-/// What a feed lets others know.
-#[derive(Clone)]
-pub struct Signals {
-    /// What it is doing.
-    pub phase: Told<Phase>,
-    /// Connections up to this one lead to the history that the view belongs to, as far as they lead anywhere.
-    pub confirmed: Told<ConnectionNumber>,
-    /// The connection over which the view's epoch began; older ones may have led elsewhere. Set before the epoch is seen.
-    pub begun: Told<ConnectionNumber>,
-}
-
-/// What others need of the feed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Demand {
-    /// What the upstream is known to have reached, and somebody waits for. Of another epoch: meaningless.
-    pub goal: Position,
-    /// A compaction that is known to have been done. Of another epoch: meaningless.
-    pub compacted: Position,
-    /// Grows when an answer contradicted the view: continuity is to be proven anew.
-    pub doubts: u64,
-    /// Something was heard over this connection, so where it leads must be known.
-    pub confirm: ConnectionNumber,
-    /// Grows when the state was found to differ from the upstream's: it is to be thrown away.
-    pub rebuilds: u64,
 }
 
 /// Why an attempt ended.

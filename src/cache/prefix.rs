@@ -243,3 +243,42 @@ async fn mind(hub: Arc<Hub>, mut phase: watch::Receiver<Phase>, mut auth: watch:
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::BytesMut;
+
+    use super::*;
+    use crate::{
+        fanout::{Pumped, Session, SessionSettings},
+        store::Limits,
+    };
+
+    /// The feed, which used to be the only one to tell, may be waiting for an upstream.
+    #[tokio::test]
+    async fn streams_end_whoever_learns_first_that_authentication_is_on() {
+        for by_feed in [true, false] {
+            let hub = Hub::new(Store::new(Limits { bytes: usize::MAX, age: u64::MAX }).0);
+            let (phase, phases) = watch::channel(Phase::Live);
+            let (auth, auths) = watch::channel(AuthState::Off);
+            let minding = tokio::spawn(mind(hub.clone(), phases, auths));
+            let mut session = Session::new(Arc::new([hub]), SessionSettings { fragment_bytes: 2000 });
+            session.attend(Some(0));
+            let mut pump = || session.pump(&mut BytesMut::new(), 1000, std::task::Waker::noop());
+            assert_eq!(pump(), Pumped::Idle);
+            match by_feed {
+                true => drop(phase.send_replace(Phase::Barred)),
+                false => drop(auth.send_replace(AuthState::On)),
+            }
+            tokio::time::timeout(Duration::from_secs(10), async {
+                while pump() == Pumped::Idle {
+                    tokio::task::yield_now().await;
+                }
+            })
+            .await
+            .unwrap();
+            assert_eq!(pump(), Pumped::Ended(Status::WATCH_AGAIN));
+            minding.abort();
+        }
+    }
+}
