@@ -24,7 +24,7 @@ use arc_swap::Guard;
 use tokio::time::timeout;
 
 pub use check::{CheckError, CheckReport};
-pub use consensus::{Consensus, Proof, Stamp};
+pub use consensus::{Consensus, Proof, Shown, Stamp};
 pub use metrics::Metrics;
 pub use prefix::Prefix;
 
@@ -112,7 +112,7 @@ pub struct Cache(Arc<Shared>);
 struct Shared {
     upstream: Upstream,
     settings: Settings,
-    prefixes: Vec<Prefix>,
+    prefixes: Arc<[Prefix]>,
     consensus: Consensus,
     /// The newest connection over which clients were told something.
     heard: AtomicU64,
@@ -131,9 +131,10 @@ impl Cache {
         registry: &prometheus::Registry,
     ) -> Result<Self, prometheus::Error> {
         let started = settings.prefixes.iter().map(|range| Prefix::start(range, &upstream, &settings, registry));
-        let prefixes = started.collect::<Result<_, _>>()?;
+        let prefixes = started.collect::<Result<Arc<[_]>, _>>()?;
         let metrics = Metrics::register(registry)?;
-        let consensus = Consensus::start(upstream.clone(), settings.consensus_patience, metrics.clone());
+        let consensus =
+            Consensus::start(upstream.clone(), prefixes.clone(), settings.consensus_patience, metrics.clone());
         let (auth, interval) = (upstream.auth(), settings.check_interval);
         let cache =
             Self(Arc::new(Shared { upstream, settings, prefixes, consensus, heard: AtomicU64::new(0), auth, metrics }));
@@ -182,7 +183,7 @@ impl Cache {
     /// nothing older is served, and nothing of another history.
     pub fn note_relayed(&self, revision: Revision, connection: ConnectionNumber) {
         self.0.heard.fetch_max(connection.0, Ordering::AcqRel);
-        for prefix in &self.0.prefixes {
+        for prefix in self.0.prefixes.iter() {
             prefix.raise(revision, connection);
             // At once: should the upstream be lost, it will be too late to ask.
             if prefix.confirmed() < connection {
@@ -247,17 +248,18 @@ impl Cache {
         Ok(self.show(prefix, view))
     }
 
-    /// A view of `range` that has every write acknowledged, to anybody, before the call.
+    /// A view of `range` that has every write acknowledged, to anybody, before the call; and every compaction, if it is to be read
+    /// as it was in the past.
     ///
     /// # Errors
     /// When that cannot be shown; the upstream may answer.
-    pub async fn linearizable(&self, range: &KeyRange) -> Result<Guard<Arc<View>>, Unserved> {
+    pub async fn linearizable(&self, range: &KeyRange, needs: Shown) -> Result<Guard<Arc<View>>, Unserved> {
         let (_, prefix) = self.covering(range).ok_or(Unserved::NotCached)?;
         let View { position, responder: known, .. } = **self.provable(prefix)?;
         if !self.gate().progress_is_proof {
             return Err(Unserved::Gated);
         }
-        let proof = self.0.consensus.ask().await.ok_or(Unserved::NoConsensus(Status::TIMEOUT))?;
+        let proof = self.0.consensus.ask(needs).await.ok_or(Unserved::NoConsensus(Status::TIMEOUT))?;
         let shown = proof.responder;
         let same = shown.cluster_id == known.cluster_id && shown.raft_term >= known.raft_term;
         if !same || proof.revision < position.revision {

@@ -3,11 +3,12 @@
 //!
 //! Every reader draws a ticket when it arrives, and every request that may serve as proof draws one just before it is sent.
 //! An answer serves the readers whose tickets are lower than its request's. Readers have no timers of their own: whoever has waited
-//! for too long is sent away by the one who asks.
+//! for too long is sent away by the one who asks ([`asker`]), who also finds out what has been compacted where we do not see it.
+
+mod asker;
 
 use std::{
     collections::VecDeque,
-    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -15,31 +16,19 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, oneshot},
     task::AbortHandle,
-    time::{Instant, sleep, timeout},
 };
-use tracing::debug;
 
-use super::Metrics;
+use self::asker::Asker;
+use super::{Metrics, Prefix};
 use crate::{
-    proto::etcdserverpb::{RangeRequest, RangeResponse, ResponseHeader},
-    status::Status,
+    proto::etcdserverpb::ResponseHeader,
     store::{Responder, Revision},
-    upstream::{ConnectionNumber, EndpointId, Upstream},
+    upstream::{ConnectionNumber, Upstream},
 };
-
-/// After which a question is put to another endpoint.
-const DEADLINE: Duration = Duration::from_millis(500);
-/// The longest pause while no endpoint answers.
-const LONGEST_PAUSE: Duration = Duration::from_millis(250);
-/// How often in a reader's patience those who have none left are looked for.
-const LOOKS: u32 = 16;
-/// How long a question may be held back while readers gather, unless a round trip takes longer.
-const GATHERING: Duration = Duration::from_millis(1);
 
 /// A point in the order of arrivals and departures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -64,6 +53,15 @@ impl Proof {
     }
 }
 
+/// What a reader needs an answer to have shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Shown {
+    /// How far the cluster has got.
+    Present,
+    /// That, and that we know of all compactions that concern what is in memory.
+    Past,
+}
+
 /// Readers that wait for proof, and the one who asks for them.
 pub struct Consensus {
     waiting: Arc<Waiting>,
@@ -77,26 +75,25 @@ struct Waiting {
     metrics: Metrics,
 }
 
+struct Reader {
+    arrived: Stamp,
+    needs: Shown,
+    sender: oneshot::Sender<Proof>,
+}
+
 #[derive(Default)]
 struct Readers {
-    queue: VecDeque<(Stamp, oneshot::Sender<Proof>)>,
+    queue: VecDeque<Reader>,
     /// How many of them the asker waits for; none: it is busy, and will look by itself.
     awaited: Option<usize>,
 }
 
 impl Consensus {
-    /// `patience` is how long a reader waits at most.
-    pub(super) fn start(upstream: Upstream, patience: Duration, metrics: Metrics) -> Self {
+    /// `patience` is how long a reader waits at most; `prefixes` is what compactions concern.
+    pub(super) fn start(upstream: Upstream, prefixes: Arc<[Prefix]>, patience: Duration, metrics: Metrics) -> Self {
         let waiting =
             Arc::new(Waiting { clock: AtomicU64::new(0), readers: Mutex::default(), gathered: Notify::new(), metrics });
-        let asker = Asker {
-            waiting: waiting.clone(),
-            upstream,
-            patience,
-            marks: VecDeque::new(),
-            last: 0,
-            round_trip: Duration::ZERO,
-        };
+        let asker = Asker::new(waiting.clone(), upstream, prefixes, patience);
         Self { waiting, asker: tokio::spawn(asker.run()).abort_handle() }
     }
 
@@ -107,19 +104,19 @@ impl Consensus {
 
     /// Notes what the answer to a request that was sent at `sent` has shown. The request went through consensus.
     pub fn note(&self, sent: Stamp, proof: Proof) {
-        self.waiting.note(sent, proof);
+        self.waiting.note(sent, proof, Shown::Present);
     }
 
     /// Waits for the proof of a request sent after this call. None when patience has run out.
-    pub async fn ask(&self) -> Option<Proof> {
+    pub async fn ask(&self, needs: Shown) -> Option<Proof> {
         self.waiting.metrics.readers.inc();
-        self.waiting.enter().await.ok()
+        self.waiting.enter(needs).await.ok()
     }
 
-    /// As [`Consensus::ask`], for as long as it takes.
+    /// As [`Consensus::ask`], for the present, and for as long as it takes.
     pub async fn ask_on(&self) -> Proof {
         loop {
-            if let Some(proof) = self.ask().await {
+            if let Some(proof) = self.ask(Shown::Present).await {
                 return proof;
             }
         }
@@ -137,12 +134,12 @@ impl Waiting {
         Stamp(self.clock.fetch_add(1, Ordering::SeqCst))
     }
 
-    fn enter(&self) -> oneshot::Receiver<Proof> {
+    fn enter(&self, needs: Shown) -> oneshot::Receiver<Proof> {
         let (sender, receiver) = oneshot::channel();
         let mut readers = self.readers.lock();
         // Drawn under the lock, so that the queue is in the order of the tickets.
-        let stamp = self.stamp();
-        readers.queue.push_back((stamp, sender));
+        let arrived = self.stamp();
+        readers.queue.push_back(Reader { arrived, needs, sender });
         let waiting = readers.queue.len();
         let enough = readers.awaited.take_if(|awaited| waiting >= *awaited);
         drop(readers);
@@ -152,21 +149,22 @@ impl Waiting {
         receiver
     }
 
-    fn note(&self, sent: Stamp, proof: Proof) {
+    fn note(&self, sent: Stamp, proof: Proof, shown: Shown) {
         let mut readers = self.readers.lock();
-        let served = readers.queue.partition_point(|(arrived, _)| *arrived < sent);
-        let served: Vec<_> = readers.queue.drain(..served).collect();
+        let early = readers.early(sent);
+        let (served, left): (Vec<_>, Vec<_>) = readers.queue.drain(..early).partition(|reader| reader.needs <= shown);
+        left.into_iter().rev().for_each(|reader| readers.queue.push_front(reader));
         drop(readers);
-        for (_, reader) in served {
+        for reader in served {
             // A reader that has gone meanwhile needs no answer.
-            let _ = reader.send(proof);
+            let _ = reader.sender.send(proof);
         }
     }
 
     /// Sends away who came before `mark`.
     fn send_away(&self, mark: Stamp) {
         let mut readers = self.readers.lock();
-        let gone = readers.queue.partition_point(|(arrived, _)| *arrived < mark);
+        let gone = readers.early(mark);
         readers.queue.drain(..gone);
     }
 
@@ -189,107 +187,24 @@ impl Waiting {
 }
 
 impl Readers {
+    /// How many came before `mark`.
+    fn early(&self, mark: Stamp) -> usize {
+        self.queue.partition_point(|reader| reader.arrived < mark)
+    }
+
     fn count(&mut self) -> usize {
-        while self.queue.front().is_some_and(|(_, reader)| reader.is_closed()) {
+        while self.queue.front().is_some_and(|reader| reader.sender.is_closed()) {
             self.queue.pop_front();
         }
         self.queue.len()
     }
 }
 
-/// Puts one question at a time.
-struct Asker {
-    waiting: Arc<Waiting>,
-    upstream: Upstream,
-    patience: Duration,
-    /// When which tickets had been drawn, while no answer came.
-    marks: VecDeque<(Instant, Stamp)>,
-    /// How many readers the last question was put for.
-    last: usize,
-    round_trip: Duration,
-}
-
-impl Asker {
-    async fn run(mut self) {
-        loop {
-            self.waiting.gather(1).await;
-            self.gather().await;
-            self.last = self.waiting.count();
-            self.put().await;
-        }
-    }
-
-    /// While readers came in crowds, lets the next crowd gather: until it is as large as the last, or for a round trip. A
-    /// lone reader is not kept waiting.
-    async fn gather(&self) {
-        if self.last <= 1 {
-            return;
-        }
-        let _ = timeout(self.round_trip.max(GATHERING), self.waiting.gather(self.last)).await;
-        self.waiting.readers.lock().awaited = None;
-    }
-
-    /// Puts a question until some endpoint answers it, or nobody waits any more.
-    async fn put(&mut self) {
-        let mut failed = Vec::new();
-        let mut pause = Duration::from_millis(10);
-        self.marks.clear();
-        while self.waiting.count() > 0 {
-            self.look_at_the_clock();
-            let Some(at) = self.upstream.preferred(&failed) else {
-                failed.clear();
-                sleep(pause.min(self.patience / LOOKS)).await;
-                pause = (pause * 2).min(LONGEST_PAUSE);
-                continue;
-            };
-            let (sent, began) = (self.waiting.stamp(), Instant::now());
-            match self.question_watching_the_clock(at).await {
-                Ok(proof) => {
-                    self.round_trip = began.elapsed();
-                    self.waiting.metrics.seconds.observe(self.round_trip.as_secs_f64());
-                    self.waiting.metrics.questions.with_label_values(&["answered"]).inc();
-                    return self.waiting.note(sent, proof);
-                }
-                Err(status) => {
-                    self.waiting.metrics.questions.with_label_values(&["failed"]).inc();
-                    debug!(endpoint = self.upstream.name(at), %status, "a consensus question was not answered");
-                    failed.push(at);
-                }
-            }
-        }
-    }
-
-    async fn question_watching_the_clock(&mut self, at: EndpointId) -> Result<Proof, Status> {
-        let mut question = pin!(question(self.upstream.clone(), at));
-        loop {
-            tokio::select! {
-                answer = &mut question => return answer,
-                () = sleep(self.patience / LOOKS) => self.look_at_the_clock(),
-            }
-        }
-    }
-
-    /// Sends away who has waited for too long.
-    fn look_at_the_clock(&mut self) {
-        self.marks.push_back((Instant::now(), self.waiting.stamp()));
-        let over = self.marks.partition_point(|(drawn, _)| drawn.elapsed() >= self.patience);
-        if let Some((_, mark)) = self.marks.drain(..over).next_back() {
-            self.waiting.send_away(mark);
-        }
-    }
-}
-
-async fn question(upstream: Upstream, at: EndpointId) -> Result<Proof, Status> {
-    let question = RangeRequest { key: Bytes::from_static(&[0]), limit: 1, count_only: true, ..Default::default() };
-    let asked = upstream.unary_numbered(at, "/etcdserverpb.KV/Range", &question, DEADLINE);
-    let (answer, connection): (RangeResponse, _) = asked.await?;
-    let proof = answer.header.as_ref().and_then(|header| Proof::of(header, connection));
-    proof.ok_or_else(|| Status::unavailable("an answer without a cluster or a revision"))
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use tokio::time::{Instant, sleep, timeout};
+
+    use super::{asker::GATHERING, *};
 
     fn waiting() -> Waiting {
         let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
@@ -306,20 +221,36 @@ mod tests {
     #[test]
     fn an_answer_serves_only_those_who_came_before_its_request_was_sent() {
         let waiting = waiting();
-        let mut early = waiting.enter();
+        let mut early = waiting.enter(Shown::Present);
         let sent = waiting.stamp();
-        let mut late = waiting.enter();
-        waiting.note(sent, PROOF);
+        let mut late = waiting.enter(Shown::Present);
+        waiting.note(sent, PROOF, Shown::Past);
         assert_eq!(early.try_recv(), Ok(PROOF));
         assert!(late.try_recv().is_err());
-        waiting.note(waiting.stamp(), PROOF);
+        waiting.note(waiting.stamp(), PROOF, Shown::Present);
         assert_eq!(late.try_recv(), Ok(PROOF));
+    }
+
+    #[test]
+    fn who_reads_the_past_waits_for_an_answer_that_shows_it() {
+        let waiting = waiting();
+        let mut readers = [Shown::Past, Shown::Present, Shown::Past].map(|needs| waiting.enter(needs));
+        let mut served = |waiting: &Waiting, shown| {
+            waiting.note(waiting.stamp(), PROOF, shown);
+            readers.each_mut().map(|reader| reader.try_recv().is_ok())
+        };
+        assert_eq!(served(&waiting, Shown::Present), [false, true, false]);
+        assert_eq!(waiting.count(), 2);
+        let mut later = waiting.enter(Shown::Past);
+        waiting.send_away(Stamp(0));
+        assert_eq!(served(&waiting, Shown::Past), [true, false, true]);
+        assert_eq!((later.try_recv(), waiting.count()), (Ok(PROOF), 0));
     }
 
     #[test]
     fn readers_who_have_gone_are_not_counted() {
         let waiting = waiting();
-        let gone = waiting.enter();
+        let gone = waiting.enter(Shown::Present);
         assert_eq!(waiting.count(), 1);
         drop(gone);
         assert_eq!(waiting.count(), 0);
@@ -328,12 +259,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_crowd_is_awaited_and_a_busy_asker_is_not_disturbed() {
         let waiting = waiting();
-        let mut readers = vec![waiting.enter(), waiting.enter()];
+        let mut readers = vec![waiting.enter(Shown::Present), waiting.enter(Shown::Present)];
         let short = timeout(GATHERING, waiting.gather(3)).await;
         assert!(short.is_err());
-        readers.push(waiting.enter());
+        readers.push(waiting.enter(Shown::Present));
         timeout(GATHERING, waiting.gather(3)).await.unwrap();
-        readers.push(waiting.enter());
+        readers.push(waiting.enter(Shown::Present));
         assert_eq!(waiting.readers.lock().awaited, None);
         drop(readers);
         assert!(timeout(GATHERING, waiting.gather(1)).await.is_err(), "who has gone is not waited with");
@@ -345,15 +276,15 @@ mod tests {
         let registry = prometheus::Registry::new();
         let nobody = crate::upstream::Settings::new(vec!["127.0.0.1:1".parse().unwrap()]);
         let upstream = Upstream::start(nobody, &registry).unwrap();
-        let consensus = Consensus::start(upstream, PATIENCE, Metrics::register(&registry).unwrap());
+        let consensus = Consensus::start(upstream, Arc::new([]), PATIENCE, Metrics::register(&registry).unwrap());
         let later = async {
             sleep(PATIENCE / 2).await;
             let began = Instant::now();
-            (consensus.ask().await, began.elapsed())
+            (consensus.ask(Shown::Present).await, began.elapsed())
         };
         let began = Instant::now();
         let ((early, waited), (late, waited_later)) =
-            tokio::join!(async { (consensus.ask().await, began.elapsed()) }, later);
+            tokio::join!(async { (consensus.ask(Shown::Present).await, began.elapsed()) }, later);
         assert_eq!((early, late), (None, None));
         for waited in [waited, waited_later] {
             assert!((PATIENCE..PATIENCE * 5 / 4).contains(&waited), "{waited:?}");

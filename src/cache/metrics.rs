@@ -7,7 +7,7 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Regi
 pub struct Metrics {
     /// Readers that waited for proof of how far the cluster has got.
     pub(super) readers: IntCounter,
-    /// Questions put to the upstream for them, by outcome.
+    /// Questions put to the upstream, by outcome: for them, and once a second while there are none.
     pub(super) questions: IntCounterVec,
     /// How long a question took.
     pub(super) seconds: Histogram,
@@ -25,7 +25,7 @@ impl Metrics {
         let questions = IntCounterVec::new(
             Opts::new(
                 "millpond_cache_consensus_questions_total",
-                "Questions put to the upstream for consistent reads.",
+                "Questions put to the upstream for consistent reads, and once a second while there are none.",
             ),
             &["outcome"],
         )?;

@@ -186,11 +186,26 @@ impl Prefix {
     /// Notes that a client is told that the cluster has been compacted at `revision`.
     pub(super) fn note_compacted(&self, revision: Revision) {
         let epoch = self.store.view().position.epoch;
+        self.note_compaction(Position { epoch, revision });
+    }
+
+    /// Notes a compaction. Of another epoch than the view's: meaningless.
+    pub(super) fn note_compaction(&self, Position { epoch, revision }: Position) {
         self.demand.send_if_modified(|demand| move_on(&mut demand.compacted, Position { epoch, revision }));
         self.noted_compaction.fetch_max(revision.0, Ordering::Release);
     }
 
-    /// Whether `view` knows of every compaction in its history that clients were told of, or cannot learn of it: the
+    /// The oldest revision that may be read from memory, and its epoch; none while nothing has been loaded.
+    pub(super) fn oldest(&self) -> Option<Position> {
+        let view = self.store.view();
+        let epoch = view.position.epoch;
+        let noted = self.demand.borrow().compacted;
+        let noted = if noted.epoch == epoch { noted.revision } else { Revision::ZERO };
+        let revision = view.window.start().previous().max(view.compacted).max(noted);
+        view.is_loaded().then_some(Position { epoch, revision })
+    }
+
+    /// Whether `view` knows of every compaction in its history that was noted and that it has got to, or cannot learn of it: the
     /// upstream is lost.
     pub(super) fn knows_compactions(&self, view: &View) -> bool {
         // Most often, that is all there is to look at.
@@ -198,7 +213,8 @@ impl Prefix {
             return true;
         }
         let noted = self.demand.borrow().compacted;
-        noted.epoch != view.position.epoch || noted.revision <= view.compacted || self.phase() != Phase::Live
+        let concerns = noted.epoch == view.position.epoch && noted.revision <= view.revision();
+        !concerns || noted.revision <= view.compacted || self.phase() != Phase::Live
     }
 
     /// Whether the view has got to `revision`, and knows of the compactions.

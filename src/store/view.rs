@@ -34,7 +34,7 @@ pub struct View {
     pub tree: Option<Tree>,
     /// The recent revisions.
     pub window: Window,
-    /// The highest compaction that is known; nothing older than it may be read.
+    /// The highest compaction that is known of the revisions up to this one; nothing older than it may be read.
     pub compacted: Revision,
 }
 
@@ -85,7 +85,7 @@ impl Store {
             index_bytes: AtomicU64::new(0),
             history_bytes: AtomicU64::new(0),
         });
-        (store.clone(), Writer { store, next: view, history, limits, index_bytes: 0 })
+        (store.clone(), Writer { store, next: view, compacted: Revision::ZERO, history, limits, index_bytes: 0 })
     }
 
     /// The current view, for a look.
@@ -147,6 +147,8 @@ pub struct Writer {
     store: Arc<Store>,
     /// The view to be published next.
     next: View,
+    /// The highest compaction that is known.
+    compacted: Revision,
     history: History,
     limits: Limits,
     index_bytes: usize,
@@ -186,7 +188,7 @@ impl Writer {
     /// Begins anew from a list at `position`: the history window starts after it. `tree: None` goes on without an index.
     pub fn reset(&mut self, position: Position, tree: Option<Tree>) {
         if position.epoch != self.next.position.epoch {
-            self.next.compacted = Revision::ZERO;
+            (self.compacted, self.next.compacted) = (Revision::ZERO, Revision::ZERO);
         }
         self.history = History::new(position.revision, self.limits);
         self.next.position = position;
@@ -250,9 +252,10 @@ impl Writer {
         self.next.responder = responder;
     }
 
-    /// Notes a compaction.
+    /// Notes a compaction. It shows in views that have got to it: until then nobody reads at revisions that it might have taken but
+    /// who is about to be told of all events up to there.
     pub fn compacted(&mut self, revision: Revision) {
-        self.next.compacted = self.next.compacted.max(revision);
+        self.compacted = self.compacted.max(revision);
     }
 
     /// Lets readers see everything applied so far, in one swap, and wakes those who wait for it. `now` is in the unit of
@@ -260,6 +263,9 @@ impl Writer {
     pub fn publish(&mut self, now: u64) {
         self.history.trim(now);
         self.next.window = self.history.window();
+        if self.compacted <= self.next.position.revision {
+            self.next.compacted = self.compacted;
+        }
         let before = self.store.current.swap(Arc::new(self.next.clone())).compacted;
         self.store.index_bytes.store(self.index_bytes as u64, Ordering::Relaxed);
         self.store.history_bytes.store(self.history.bytes() as u64, Ordering::Relaxed);

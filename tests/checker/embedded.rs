@@ -116,7 +116,9 @@ impl Director {
         self.context.timeline.compacting(revision);
         // Half of them are still at work when the next fault strikes.
         let patience = self.random.pick(&[Duration::from_millis(5), PATIENCE]);
-        let _ = timeout(patience, self.millpond.client().compact(revision)).await;
+        if let Ok(Ok(())) = timeout(patience, self.millpond.client().compact(revision)).await {
+            self.context.timeline.compacted(revision);
+        }
         self.context.note_compacted(revision);
     }
 

@@ -25,6 +25,8 @@ pub struct Era {
     pub shared: i64,
     /// Compactions that were asked for, and when.
     pub compactions: Vec<(Tick, i64)>,
+    /// Compactions that were done, and since when that is known.
+    pub compacted: Vec<(Tick, i64)>,
 }
 
 /// The counter, and the eras so far.
@@ -35,7 +37,7 @@ pub struct Timeline {
 
 impl Timeline {
     pub fn new() -> Self {
-        let first = Era { opened: 0, closed: None, shared: 0, compactions: Vec::new() };
+        let first = Era { opened: 0, closed: None, shared: 0, compactions: Vec::new(), compacted: Vec::new() };
         Self { ticks: AtomicU64::new(1), eras: Mutex::new(vec![first]) }
     }
 
@@ -63,13 +65,19 @@ impl Timeline {
     pub fn open(&self, shared: i64, compacted: i64) {
         let opened = self.tick();
         let compactions = vec![(opened, compacted)];
-        self.eras.lock().unwrap().push(Era { opened, closed: None, shared, compactions });
+        self.eras.lock().unwrap().push(Era { opened, closed: None, shared, compactions, compacted: Vec::new() });
     }
 
     /// To be called before the compaction is asked for.
     pub fn compacting(&self, revision: i64) {
         let tick = self.tick();
         self.eras.lock().unwrap().last_mut().expect("there is always an era").compactions.push((tick, revision));
+    }
+
+    /// To be called when the compaction has been answered.
+    pub fn compacted(&self, revision: i64) {
+        let tick = self.tick();
+        self.eras.lock().unwrap().last_mut().expect("there is always an era").compacted.push((tick, revision));
     }
 
     pub fn eras(&self) -> Eras {
@@ -95,6 +103,12 @@ impl Eras {
     pub fn compacted(&self, era: usize, tick: Tick) -> i64 {
         let asked = self.0[era].compactions.iter().filter(|(asked, _)| *asked <= tick);
         asked.map(|(_, revision)| *revision).max().unwrap_or(0)
+    }
+
+    /// The highest revision of `era` that was known to be compacted by `tick`.
+    pub fn surely_compacted(&self, era: usize, tick: Tick) -> i64 {
+        let done = self.0[era].compacted.iter().filter(|(done, _)| *done <= tick);
+        done.map(|(_, revision)| *revision).max().unwrap_or(0)
     }
 
     /// Whether `era` had ended by `tick`.

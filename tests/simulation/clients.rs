@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use millpond::{
-    cache::{Proof, Stamp},
+    cache::{Proof, Shown, Stamp},
     feed::Phase,
     proto::etcdserverpb::{CompactionRequest, CompactionResponse, PutRequest, PutResponse, ResponseHeader},
     store::{Position, Revision},
@@ -97,10 +97,14 @@ pub async fn read(world: World, mut dice: Dice, pause: u64) {
         sleep(dice.pause(pause)).await;
         let before = world.before();
         let range = dice.pick(&world.0.ranges);
-        match world.0.cache.linearizable(&range).await {
+        let needs = dice.pick(&[Shown::Present, Shown::Past]);
+        match world.0.cache.linearizable(&range, needs).await {
             Ok(view) => {
                 world.0.trace.note(format!("linearizable {:?}", view.position));
                 world.judge_linearizable(before, &range, &view);
+                if needs == Shown::Past {
+                    world.judge_past(before, &view);
+                }
             }
             Err(unserved) => world.0.trace.note(format!("linearizable: {unserved}")),
         }

@@ -21,6 +21,7 @@ pub struct Before {
     generation: usize,
     /// The highest revision that anybody had been told of.
     told: i64,
+    compacted: i64,
     /// The history that the cache had answered from for certain, and what it had relayed from it, or, with several prefixes,
     /// answered.
     shown: (usize, i64),
@@ -30,7 +31,8 @@ impl World {
     pub fn before(&self) -> Before {
         let inner = self.0.cluster.look();
         let generation = inner.generation();
-        Before { generation, told: inner.told[generation], shown: *self.0.shown.lock() }
+        let (told, compacted) = (inner.told[generation], inner.compacted());
+        Before { generation, told, compacted, shown: *self.0.shown.lock() }
     }
 
     /// A linearizable read has everything that anybody had been told of before it began, and is a state of the history
@@ -56,6 +58,18 @@ impl World {
                 format!("revision {revision}, though before it {before:?}"),
             ),
             (_, None) => self.0.trace.breach("a view is the state at its revision", format!("{before:?}: {fault}")),
+        }
+    }
+
+    /// A linearizable read of the past, which may choose any revision that `view` offers, finds nothing that had been compacted
+    /// before it began.
+    pub fn judge_past(&self, before: Before, view: &View) {
+        let inner = self.0.cluster.look();
+        let (offered, revision) = (oldest_in(view), view.revision().0);
+        if inner.generation() == before.generation && offered < before.compacted && before.compacted <= revision {
+            drop(inner);
+            let what = format!("{offered} to {revision}, though before it {before:?}");
+            self.0.trace.breach("nothing that was compacted is read", what);
         }
     }
 
@@ -90,6 +104,11 @@ impl World {
             shown.1 = shown.1.max(revision);
         }
     }
+}
+
+/// The oldest revision that may be read from `view`.
+pub fn oldest_in(view: &View) -> i64 {
+    view.window.start().previous().max(view.compacted).0
 }
 
 /// The generations from `first` on whose history has `view`.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use millpond::{feed::Phase, store::KeyRange};
+use millpond::{cache::Shown, feed::Phase, store::KeyRange};
 use parking_lot::Mutex;
 use tokio::{
     task::AbortHandle,
@@ -13,6 +13,7 @@ use crate::{
     clients,
     dice::Dice,
     faults,
+    judge::oldest_in,
     model::history::Write,
     watchers::{self, Seen},
     world::World,
@@ -97,9 +98,24 @@ async fn recover(world: &World, seen: &[Seen]) {
         let seen: Vec<Option<i64>> = seen.iter().map(|seen| *seen.lock()).collect();
         parts.trace.breach("a watcher is sent everything in the end", format!("{seen:?} of {}", header.revision));
     }
+    if timeout(RECOVERY, compactions_known(world)).await.is_err() {
+        parts.trace.breach("every compaction is known in the end", parts.cluster.look().compacted().to_string());
+    }
     match parts.cache.check().await {
         Ok(report) if report.differing.is_empty() => {}
         other => parts.trace.breach("the cache is what the upstream has", format!("{other:?}")),
+    }
+}
+
+/// Waits until no prefix offers what the cluster has compacted. Nobody reads meanwhile.
+async fn compactions_known(world: &World) {
+    let parts = &world.0;
+    let is_known = || {
+        let compacted = parts.cluster.look().compacted();
+        parts.cache.prefixes().iter().all(|prefix| oldest_in(&prefix.store().view()) >= compacted)
+    };
+    while !is_known() {
+        sleep(Duration::from_millis(50)).await;
     }
 }
 
@@ -107,7 +123,7 @@ async fn recover(world: &World, seen: &[Seen]) {
 pub async fn answer(world: &World, range: &KeyRange) {
     loop {
         let before = world.before();
-        if let Ok(view) = world.0.cache.linearizable(range).await {
+        if let Ok(view) = world.0.cache.linearizable(range, Shown::Present).await {
             return world.judge_linearizable(before, range, &view);
         }
         sleep(Duration::from_millis(50)).await;

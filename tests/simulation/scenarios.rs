@@ -1,7 +1,10 @@
 //! What the simulation once found, told step by step.
 
 use bytes::Bytes;
-use millpond::store::{KeyRange, Revision};
+use millpond::{
+    cache::Shown,
+    store::{KeyRange, Revision},
+};
 use tokio::time::{Duration, sleep};
 
 use crate::{
@@ -180,7 +183,7 @@ fn what_clients_were_told_of_is_known_to_reads_and_watchers_that_begin_afterward
         compact(2);
         assert_eq!(cache.serializable(&range).await.map(|view| view.compacted), Ok(Revision(2)));
         compact(3);
-        assert_eq!(cache.linearizable(&range).await.map(|view| view.compacted), Ok(Revision(3)));
+        assert_eq!(cache.linearizable(&range, Shown::Present).await.map(|view| view.compacted), Ok(Revision(3)));
         compact(4);
         cache.begin(prefix, true).await;
         assert_eq!((must_wait(), view().compacted), (false, Revision(4)));
@@ -191,6 +194,47 @@ fn what_clients_were_told_of_is_known_to_reads_and_watchers_that_begin_afterward
         assert_eq!(cache.begin_at_once(prefix, false).map(|(_, present)| present), Some(Revision(5)));
         assert_eq!(cache.begin(prefix, true).await.1, Revision(5));
         assert_eq!((must_wait(), view().revision()), (false, Revision(5)));
+        settle(&world);
+    });
+}
+
+/// A compaction that went past the cache was never known to it.
+#[test]
+fn a_compaction_by_others_is_known_to_reads_of_the_past_at_once_and_to_all_soon() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        let (cache, view) = (&world.0.cache, || world.0.cache.prefixes()[0].store().view_owned());
+        answer(&world, &range).await;
+        for _ in 0..20 {
+            put(&world, &["a/1", "a/2"]).await;
+        }
+        answer(&world, &range).await;
+        for compacted in [2, 3, 17, 40].map(Revision) {
+            world.0.cluster.compact(compacted.0);
+            assert!(view().compacted < compacted);
+            assert_eq!(cache.linearizable(&range, Shown::Past).await.map(|view| view.compacted), Ok(compacted));
+        }
+        world.0.cluster.compact(41);
+        sleep(Duration::from_secs(2)).await;
+        assert_eq!(cache.serializable(&range).await.map(|view| view.compacted), Ok(Revision(41)));
+        settle(&world);
+    });
+}
+
+/// What a view had yet to be told of was taken for compacted in it, and whoever began to watch then was sent away.
+#[test]
+fn a_compaction_ahead_of_the_view_shows_when_the_view_gets_there() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        let (cache, view) = (&world.0.cache, || world.0.cache.prefixes()[0].store().view_owned());
+        put(&world, &["a/1", "a/2", "a/3"]).await;
+        answer(&world, &range).await;
+        cache.note_compacted(Revision(6));
+        sleep(Duration::from_millis(10)).await;
+        assert_eq!((view().revision(), view().compacted), (Revision(4), Revision(0)));
+        assert!(cache.serializable(&range).await.is_ok(), "what is not in the view is no matter of its readers");
+        put(&world, &["a/4", "a/5"]).await;
+        assert_eq!(cache.linearizable(&range, Shown::Past).await.map(|view| view.compacted), Ok(Revision(6)));
         settle(&world);
     });
 }

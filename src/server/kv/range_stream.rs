@@ -16,7 +16,7 @@ use super::{
     answer::{Values, put_record, record_len, wrapped_len},
     decode,
     held::{Held, Holder},
-    reads::check,
+    reads::{check, needs},
     relayed_observer,
 };
 use crate::{
@@ -57,7 +57,7 @@ impl Kv {
         check(&request)?;
         check_streamable(&request)?;
         let range = range_of(&request);
-        let unserved = match self.view(&range, request.serializable).await {
+        let unserved = match self.view(&range, needs(&request)).await {
             Ok(view) => match self.evaluate(&view, &range, &request)? {
                 Some(selection) => {
                     // Only 3.7 has chunks, and it leaves out leases with values: so do we, whatever the upstream's version.

@@ -5,7 +5,7 @@ use prost::Message;
 
 use super::{Call, Consensus, Kv, answer, decode};
 use crate::{
-    cache::Unserved,
+    cache::{Shown, Unserved},
     proto::etcdserverpb::{
         RangeRequest,
         range_request::{SortOrder, SortTarget},
@@ -36,12 +36,18 @@ pub(super) fn check(request: &RangeRequest) -> Result<(), Status> {
     if known { Ok(()) } else { Err(Status::INVALID_SORT_OPTION) }
 }
 
+/// What has to be shown before `request` is answered from memory; none if it is serializable.
+pub(super) fn needs(request: &RangeRequest) -> Option<Shown> {
+    let needs = if request.revision > 0 { Shown::Past } else { Shown::Present };
+    (!request.serializable).then_some(needs)
+}
+
 impl Kv {
     pub(super) async fn range(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
         let request: RangeRequest = decode(&call.message)?;
         check(&request)?;
         let range = range_of(&request);
-        let unserved = match self.view(&range, request.serializable).await {
+        let unserved = match self.view(&range, needs(&request)).await {
             Ok(view) => match self.evaluate(&view, &range, &request)? {
                 Some(selection) => {
                     let values = self.values(&request);

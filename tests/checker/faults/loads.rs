@@ -28,7 +28,9 @@ impl Director {
         self.log.note(format!("compaction: to {revision}"));
         self.context.timeline.compacting(revision);
         // An error is an etcd that is just starting, or another compaction that went further.
-        let _ = timeout(PATIENCE, self.client().compact(revision)).await;
+        if let Ok(Ok(())) = timeout(PATIENCE, self.client().compact(revision)).await {
+            self.context.timeline.compacted(revision);
+        }
         self.context.note_compacted(revision);
     }
 

@@ -24,6 +24,7 @@ use crate::support::{
 
 pub const EVALUATION: &str = "a read equals the history at its revision";
 pub const STALE: &str = "a linearizable answer is not older than anything told before it was asked for";
+pub const PAST: &str = "a linearizable read finds nothing that was compacted before it was asked for";
 pub const BACKWARDS: &str = "one connection's revisions never go back";
 pub const REFUSAL: &str = "a refusal says what is so";
 
@@ -31,9 +32,13 @@ pub fn judge(case: &Case, placing: &Placing, counts: &mut Counts) -> Vec<Breach>
     let mut breaches = Vec::new();
     for call in &case.calls {
         let found = match &call.outcome {
-            Some(Ok(answer)) => [evaluation(case, placing, call, answer, counts), stale(placing, call, counts)],
-            Some(Err(failure)) => [refusal(case, placing, call, failure), None],
-            None => [None, None],
+            Some(Ok(answer)) => [
+                evaluation(case, placing, call, answer, counts),
+                stale(placing, call, counts),
+                past(case, placing, call),
+            ],
+            Some(Err(failure)) => [refusal(case, placing, call, failure), None, None],
+            None => [None, None, None],
         };
         breaches.extend(found.into_iter().flatten());
     }
@@ -136,6 +141,15 @@ fn stale(placing: &Placing, call: &Call, counts: &mut Counts) -> Option<Breach> 
     let seen = placing.seen_before(lowest, call.begin);
     let text = format!("answered at revision {revision}, though somebody had been told of {seen} before");
     (lowest == highest && revision < seen).then(|| breach(STALE, call, &text))
+}
+
+fn past(case: &Case, placing: &Placing, call: &Call) -> Option<Breach> {
+    let (Operation::Range(request) | Operation::RangeStream(request)) = &call.operation else { return None };
+    let (lowest, highest) = placing.eras_of(call);
+    let compacted = case.eras.surely_compacted(lowest, call.begin);
+    let found = request.revision > 0 && request.revision < compacted;
+    let text = format!("revision {} was read, though {compacted} had been compacted before", request.revision);
+    (found && is_current(&call.operation) && lowest == highest).then(|| breach(PAST, call, &text))
 }
 
 fn backwards(case: &Case, placing: &Placing) -> Vec<Breach> {

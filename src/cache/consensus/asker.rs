@@ -1,0 +1,204 @@
+//! Who puts the questions: one at a time, to one endpoint after another until one answers.
+//!
+//! A question is a Range at the oldest revision that memory still answers for. So its answer tells two things: how far the
+//! cluster has got, and that nothing of what is in memory has been compacted, be it at etcd itself or through somebody else. If it
+//! has, more questions find out up to where. While nobody asks, one is put now and then, for those who ask nobody: serializable
+//! reads, and watchers that begin in the past.
+
+use std::{collections::VecDeque, pin::pin, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use tokio::time::{Instant, sleep, timeout};
+use tonic::Code;
+use tracing::{debug, info};
+
+use super::{Proof, Shown, Stamp, Waiting};
+use crate::{
+    cache::Prefix,
+    proto::etcdserverpb::{RangeRequest, RangeResponse},
+    status::Status,
+    store::{Position, Revision},
+    upstream::{EndpointId, Upstream},
+};
+
+/// After which a question is put to another endpoint.
+const DEADLINE: Duration = Duration::from_millis(500);
+/// The longest pause while no endpoint answers.
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+/// How often in a reader's patience those who have none left are looked for.
+const LOOKS: u32 = 16;
+/// How long a question may be held back while readers gather, unless a round trip takes longer.
+pub(super) const GATHERING: Duration = Duration::from_millis(1);
+/// How long nobody asks before a question is put for those who do not.
+const SILENCE: Duration = Duration::from_secs(1);
+
+const CONTRADICTION: Status = Status::fixed(Code::Unavailable, "a compaction above all revisions");
+
+pub(super) struct Asker {
+    waiting: Arc<Waiting>,
+    upstream: Upstream,
+    prefixes: Arc<[Prefix]>,
+    patience: Duration,
+    /// When which tickets had been drawn, while no answer came.
+    marks: VecDeque<(Instant, Stamp)>,
+    /// How many readers the last question was put for.
+    last: usize,
+    round_trip: Duration,
+}
+
+impl Asker {
+    pub(super) fn new(waiting: Arc<Waiting>, upstream: Upstream, prefixes: Arc<[Prefix]>, patience: Duration) -> Self {
+        let (marks, last, round_trip) = (VecDeque::new(), 0, Duration::ZERO);
+        Self { waiting, upstream, prefixes, patience, marks, last, round_trip }
+    }
+
+    pub(super) async fn run(mut self) {
+        loop {
+            self.wait().await;
+            self.gather().await;
+            self.last = self.waiting.count();
+            self.put().await;
+        }
+    }
+
+    /// Waits for a reader.
+    async fn wait(&mut self) {
+        let waiting = self.waiting.clone();
+        let mut reader = pin!(waiting.gather(1));
+        loop {
+            let look = async {
+                sleep(SILENCE).await;
+                self.look_back().await;
+            };
+            tokio::select! {
+                biased;
+                () = &mut reader => return,
+                () = look => {}
+            }
+        }
+    }
+
+    /// Puts a question for those who ask nobody.
+    async fn look_back(&mut self) {
+        if self.prefixes.iter().all(|prefix| prefix.oldest().is_none()) {
+            return;
+        }
+        let Some(at) = self.upstream.preferred(&[]) else { return };
+        if let Err(status) = self.look(at).await {
+            debug!(endpoint = self.upstream.name(at), %status, "whether there was a compaction is not known");
+        }
+    }
+
+    /// While readers came in crowds, lets the next crowd gather: until it is as large as the last, or for a round trip. A
+    /// lone reader is not kept waiting.
+    async fn gather(&self) {
+        if self.last <= 1 {
+            return;
+        }
+        let _ = timeout(self.round_trip.max(GATHERING), self.waiting.gather(self.last)).await;
+        self.waiting.readers.lock().awaited = None;
+    }
+
+    /// Puts a question until some endpoint answers it, or nobody waits any more.
+    async fn put(&mut self) {
+        let mut failed = Vec::new();
+        let mut pause = Duration::from_millis(10);
+        self.marks.clear();
+        while self.waiting.count() > 0 {
+            self.look_at_the_clock();
+            let Some(at) = self.upstream.preferred(&failed) else {
+                failed.clear();
+                sleep(pause.min(self.patience / LOOKS)).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+                continue;
+            };
+            match self.look(at).await {
+                Ok(()) => return,
+                Err(status) => {
+                    self.waiting.metrics.questions.with_label_values(&["failed"]).inc();
+                    debug!(endpoint = self.upstream.name(at), %status, "a consensus question was not answered");
+                    failed.push(at);
+                }
+            }
+        }
+    }
+
+    /// Asks how far the cluster has got, and whether it has been compacted above the oldest revision in memory.
+    async fn look(&mut self, at: EndpointId) -> Result<(), Status> {
+        let kept: Vec<Option<Position>> = self.prefixes.iter().map(Prefix::oldest).collect();
+        let oldest = kept.iter().flatten().map(|oldest| oldest.revision).min().unwrap_or_default();
+        match self.ask(at, oldest, Shown::Past).await {
+            Err(status) if status == Status::COMPACTED => {
+                let revision = self.find_compaction(at, oldest).await?;
+                info!(%revision, "the cluster has been compacted");
+                for (prefix, kept) in self.prefixes.iter().zip(kept) {
+                    kept.into_iter().for_each(|kept| prefix.note_compaction(Position { revision, ..kept }));
+                }
+                Ok(())
+            }
+            // Another history has taken the place of the one in memory. Its revision tells readers so.
+            Err(status) if status == Status::FUTURE_REVISION => {
+                self.ask(at, Revision::ZERO, Shown::Past).await.map(drop)
+            }
+            answer => answer.map(drop),
+        }
+    }
+
+    /// Finds the compaction that has taken the revision `taken`: the lowest revision that can still be read. Those who need
+    /// to know of it are to ask again.
+    async fn find_compaction(&mut self, at: EndpointId, mut taken: Revision) -> Result<Revision, Status> {
+        let mut left = self.ask(at, Revision::ZERO, Shown::Present).await?;
+        if left <= taken {
+            return Err(CONTRADICTION);
+        }
+        while taken.next() < left {
+            let middle = Revision(taken.0 + (left.0 - taken.0) / 2);
+            match self.ask(at, middle, Shown::Present).await {
+                Ok(_) => left = middle,
+                Err(status) if status == Status::COMPACTED => taken = middle,
+                Err(status) => return Err(status),
+            }
+        }
+        Ok(left)
+    }
+
+    /// Puts one question, at `revision` or at the present, and tells the readers whom the answer serves. It shows how far the
+    /// cluster has got.
+    async fn ask(&mut self, at: EndpointId, revision: Revision, shown: Shown) -> Result<Revision, Status> {
+        let (sent, began) = (self.waiting.stamp(), Instant::now());
+        let proof = self.watching_the_clock(at, revision).await?;
+        self.round_trip = began.elapsed();
+        self.waiting.metrics.seconds.observe(self.round_trip.as_secs_f64());
+        self.waiting.metrics.questions.with_label_values(&["answered"]).inc();
+        self.waiting.note(sent, proof, shown);
+        Ok(proof.revision)
+    }
+
+    async fn watching_the_clock(&mut self, at: EndpointId, revision: Revision) -> Result<Proof, Status> {
+        let mut question = pin!(question(self.upstream.clone(), at, revision));
+        loop {
+            tokio::select! {
+                answer = &mut question => return answer,
+                () = sleep(self.patience / LOOKS) => self.look_at_the_clock(),
+            }
+        }
+    }
+
+    /// Sends away who has waited for too long.
+    fn look_at_the_clock(&mut self) {
+        self.marks.push_back((Instant::now(), self.waiting.stamp()));
+        let over = self.marks.partition_point(|(drawn, _)| drawn.elapsed() >= self.patience);
+        if let Some((_, mark)) = self.marks.drain(..over).next_back() {
+            self.waiting.send_away(mark);
+        }
+    }
+}
+
+async fn question(upstream: Upstream, at: EndpointId, revision: Revision) -> Result<Proof, Status> {
+    let key = Bytes::from_static(&[0]);
+    let question = RangeRequest { key, limit: 1, count_only: true, revision: revision.0, ..Default::default() };
+    let asked = upstream.unary_numbered(at, "/etcdserverpb.KV/Range", &question, DEADLINE);
+    let (answer, connection): (RangeResponse, _) = asked.await?;
+    let proof = answer.header.as_ref().and_then(|header| Proof::of(header, connection));
+    proof.ok_or_else(|| Status::unavailable("an answer without a cluster or a revision"))
+}
