@@ -30,6 +30,7 @@ pub use prefix::Prefix;
 
 use crate::{
     feed::{Phase, Signals},
+    proto::etcdserverpb::PutRequest,
     signal::Told,
     status::Status,
     store::{KeyRange, Limits, Responder, Revision, View},
@@ -192,11 +193,11 @@ impl Cache {
         }
     }
 
-    /// Notes that a client is told that it has put `key`: this is to be found in the history that the
+    /// Notes that a client is told that `request` was done at `revision`: this is to be found in the history that the
     /// cache goes on with.
-    pub fn note_put(&self, key: &[u8], revision: Revision) {
-        if let Some(prefix) = self.0.prefixes.iter().find(|prefix| prefix.range().contains(key)) {
-            prefix.note_put(key, revision);
+    pub fn note_put(&self, request: &PutRequest, revision: Revision) {
+        if let Some(prefix) = self.0.prefixes.iter().find(|prefix| prefix.range().contains(&request.key)) {
+            prefix.note_put(request, revision);
         }
     }
 

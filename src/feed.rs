@@ -19,6 +19,7 @@ mod follow;
 mod list;
 mod metrics;
 mod prove;
+mod seen;
 mod signals;
 
 use std::{sync::Arc, time::Duration};

@@ -14,7 +14,7 @@ use super::Settings;
 use crate::{
     fanout::Hub,
     feed::{self, Demand, Feed, Floor, Phase, Signals},
-    proto::mvccpb,
+    proto::{etcdserverpb::PutRequest, mvccpb},
     status::Status,
     store::{KeyRange, Position, Revision, Store, View},
     upstream::{AuthState, ConnectionNumber, Upstream},
@@ -50,7 +50,7 @@ impl Prefix {
             cache_bytes: settings.cache_bytes / settings.prefixes.len().max(1),
             stall: settings.view_patience,
         };
-        let floor = Arc::new(Floor::default());
+        let floor = Arc::new(Floor::new(range.clone()));
         let (feed, signals) = Feed::new(upstream.clone(), feed_settings, writer, demands, floor.clone(), metrics);
         let tasks = [
             tokio::spawn(feed.run()).abort_handle(),
@@ -106,11 +106,11 @@ impl Prefix {
         self.floor.note_event(event);
     }
 
-    /// Notes that a client is told that it has put `key`.
-    pub(super) fn note_put(&self, key: &[u8], revision: Revision) {
+    /// Notes that a client is told that `request` was done at `revision`.
+    pub(super) fn note_put(&self, request: &PutRequest, revision: Revision) {
         // What the view knows already needs no other witness.
         if self.store.view().revision() < revision {
-            self.floor.note_put(key, revision);
+            self.floor.note_put(request, revision);
         }
     }
 

@@ -1,5 +1,5 @@
 //! What clients were told of a prefix by others than its view: the highest revision, below which nothing is served, and the
-//! newest event, which is to be found in the history that the view goes on with.
+//! newest events, which are to be found in the history that the view goes on with.
 
 use std::{
     collections::BTreeMap,
@@ -9,7 +9,12 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use crate::{proto::mvccpb, store::Revision, upstream::ConnectionNumber};
+use super::seen::{Known, Newest, Seen, What};
+use crate::{
+    proto::{etcdserverpb::PutRequest, mvccpb},
+    store::{KeyRange, Revision},
+    upstream::ConnectionNumber,
+};
 
 /// Connections whose answers are kept apart; of more than that, the oldest are taken together.
 const REMEMBERED: usize = 256;
@@ -19,8 +24,10 @@ const REMEMBERED: usize = 256;
 pub(super) struct Mark(u64);
 
 /// What clients were told by others. Only a change of history takes back any of it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Floor {
+    /// The keys of the prefix. It also decides over the watchers of keys that no prefix has.
+    range: KeyRange,
     /// The highest of `heard`. Changed under its lock.
     revision: AtomicI64,
     heard: Mutex<Heard>,
@@ -32,7 +39,8 @@ struct Heard {
     /// The highest revision over each connection, and when something was heard over it last. A connection leads to one
     /// server for as long as it lives, and so to one history.
     revisions: BTreeMap<ConnectionNumber, (Revision, Mark)>,
-    event: Option<(Mark, Seen)>,
+    /// Of the prefix's keys, and of others.
+    newest: [Newest; 2],
 }
 
 impl Heard {
@@ -42,24 +50,12 @@ impl Heard {
     }
 }
 
-/// An event that a client knows of.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Seen {
-    pub(super) key: Bytes,
-    pub(super) revision: Revision,
-    pub(super) what: What,
-}
-
-/// What a client knows of an event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum What {
-    /// It was a put; with the create revision and the version, if they were told.
-    Put(Option<(Revision, i64)>),
-    /// It was a deletion.
-    Delete,
-}
-
 impl Floor {
+    /// The floor of the prefix with the keys of `range`.
+    pub fn new(range: KeyRange) -> Self {
+        Self { range, revision: AtomicI64::new(0), heard: Mutex::default() }
+    }
+
     /// The highest revision that a client was told.
     pub fn revision(&self) -> Revision {
         Revision(self.revision.load(Ordering::Acquire))
@@ -86,28 +82,32 @@ impl Floor {
     pub fn note_event(&self, event: &mvccpb::Event) {
         let Some(record) = &event.kv else { return };
         let what = match event.r#type() {
-            mvccpb::event::EventType::Put => What::Put(Some((Revision(record.create_revision), record.version))),
+            mvccpb::event::EventType::Put => What::Put(Known::by_event(record)),
             mvccpb::event::EventType::Delete => What::Delete,
         };
         self.note(&record.key, Revision(record.mod_revision), what);
     }
 
-    /// Notes that a client is told that it has put `key`.
-    pub fn note_put(&self, key: &[u8], revision: Revision) {
-        self.note(key, revision, What::Put(None));
+    /// Notes that a client is told that `request` was done at `revision`.
+    pub fn note_put(&self, request: &PutRequest, revision: Revision) {
+        self.note(&request.key, revision, What::Put(Known::by_request(request)));
     }
 
     fn note(&self, key: &[u8], revision: Revision, what: What) {
+        let seen = Seen { key: Bytes::copy_from_slice(key), revision, what };
         let mut heard = self.heard.lock();
         let mark = heard.mark();
-        if heard.event.as_ref().is_none_or(|(_, seen)| seen.revision < revision) {
-            heard.event = Some((mark, Seen { key: Bytes::copy_from_slice(key), revision, what }));
-        }
+        heard.newest[usize::from(!self.is_within(&seen))].note(mark, &seen);
     }
 
-    /// The newest event that a client knows of.
-    pub(super) fn event(&self) -> Option<Seen> {
-        self.heard.lock().event.as_ref().map(|(_, seen)| seen.clone())
+    /// Whether the event is of one of the prefix's keys.
+    pub(super) fn is_within(&self, seen: &Seen) -> bool {
+        self.range.contains(&seen.key)
+    }
+
+    /// The newest events that clients know of: of the prefix's keys and of others, and the newest puts among them.
+    pub(super) fn events(&self) -> Vec<Seen> {
+        self.heard.lock().newest.iter().flat_map(Newest::events).cloned().collect()
     }
 
     /// Now, for [`Floor::sink`].
@@ -120,7 +120,7 @@ impl Floor {
     pub(super) fn sink(&self, listed: Mark) {
         let mut heard = self.heard.lock();
         heard.revisions.retain(|_, (_, mark)| *mark > listed);
-        heard.event.take_if(|(mark, _)| *mark < listed);
+        heard.newest.iter_mut().for_each(|newest| newest.forget(|mark, _| mark < listed));
         self.lower(&heard);
     }
 
@@ -129,7 +129,8 @@ impl Floor {
     pub(super) fn trim(&self, asked: Mark, present: Revision) {
         let mut heard = self.heard.lock();
         heard.revisions.retain(|_, (revision, mark)| *mark > asked || *revision <= present);
-        heard.event.take_if(|(mark, seen)| *mark < asked && seen.revision > present);
+        let is_over = |mark, seen: &Seen| mark < asked && seen.revision > present;
+        heard.newest.iter_mut().for_each(|newest| newest.forget(is_over));
         self.lower(&heard);
     }
 
@@ -143,13 +144,17 @@ impl Floor {
 mod tests {
     use super::*;
 
+    fn floor() -> Floor {
+        Floor::new(KeyRange::prefix(Bytes::from_static(b"k")))
+    }
+
     fn raise(floor: &Floor, heard: &[(i64, u64)]) {
         heard.iter().for_each(|(revision, connection)| floor.raise(Revision(*revision), ConnectionNumber(*connection)));
     }
 
     #[test]
     fn sinks_to_what_was_heard_of_the_history_that_goes_on() {
-        let floor = Floor::default();
+        let floor = floor();
         raise(&floor, &[(100, 1), (90, 2), (7, 3)]);
         assert_eq!(floor.revision(), Revision(100));
         let listed = floor.mark();
@@ -162,7 +167,7 @@ mod tests {
 
     #[test]
     fn late_word_of_a_history_that_has_ended_is_forgotten() {
-        let floor = Floor::default();
+        let floor = floor();
         raise(&floor, &[(100, 1), (7, 2)]);
         let asked = floor.mark();
         raise(&floor, &[(9, 3)]);
@@ -172,7 +177,7 @@ mod tests {
 
     #[test]
     fn of_many_connections_the_oldest_are_taken_together() {
-        let floor = Floor::default();
+        let floor = floor();
         let listed = floor.mark();
         let heard: Vec<_> = (0..10 * REMEMBERED as u64).map(|number| (5000 - number as i64, number)).collect();
         raise(&floor, &heard);
@@ -183,19 +188,27 @@ mod tests {
 
     #[test]
     fn the_newest_event_is_kept_until_its_history_ends() {
-        let floor = Floor::default();
-        let event = |mod_revision, version| {
-            let record = mvccpb::KeyValue { key: "k".into(), mod_revision, version, ..Default::default() };
-            mvccpb::Event { kv: Some(record), ..Default::default() }
+        let floor = floor();
+        let record = |key: &'static str, mod_revision, version| mvccpb::KeyValue {
+            key: key.into(),
+            mod_revision,
+            version,
+            ..Default::default()
         };
+        let event = |kv, r#type| mvccpb::Event { kv: Some(kv), r#type, ..Default::default() };
         let listed = floor.mark();
-        floor.note_event(&event(7, 2));
-        floor.note_event(&event(5, 1));
-        let what = What::Put(Some((Revision::ZERO, 2)));
-        let seen = Seen { key: "k".into(), revision: Revision(7), what };
+        floor.note_event(&event(record("k", 7, 2), 0));
+        floor.note_event(&event(record("k", 5, 1), 0));
+        let seen = |key: &'static str, revision, what| Seen { key: key.into(), revision: Revision(revision), what };
+        let put = seen("k", 7, What::Put(Known::by_event(&record("k", 7, 2))));
         floor.sink(listed);
-        assert_eq!(floor.event(), Some(seen));
+        assert_eq!(floor.events(), std::slice::from_ref(&put));
+        floor.note_event(&event(record("k", 9, 0), 1));
+        floor.note_event(&event(record("other", 8, 0), 1));
+        assert_eq!(floor.events(), [seen("k", 9, What::Delete), put.clone(), seen("other", 8, What::Delete)]);
+        floor.trim(floor.mark(), Revision(8));
+        assert_eq!(floor.events(), [put, seen("other", 8, What::Delete)]);
         floor.sink(floor.mark());
-        assert_eq!(floor.event(), None);
+        assert_eq!(floor.events(), []);
     }
 }

@@ -10,8 +10,8 @@ use bytes::Bytes;
 use super::{
     DEADLINE, End, Feed, RANGE,
     decode::Page,
-    floor::{Seen, What},
     list::Listed,
+    seen::{Seen, What},
     serializable_question,
 };
 use crate::{
@@ -33,6 +33,8 @@ pub(super) enum Continuity {
     /// It is another one.
     Broken(&'static str),
 }
+
+const COMPACTED: Continuity = Continuity::Doubtful("its revision is compacted");
 
 /// A member that does not answer sooner is no witness; the cluster is asked then.
 const SHORT_DEADLINE: Duration = Duration::from_secs(1);
@@ -64,24 +66,29 @@ impl Feed {
     }
 
     async fn confirm_last(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
-        let ours = self.confirm_state(link, witness).await?;
-        match self.floor.event().filter(|seen| seen.revision > self.writer.position().revision) {
-            Some(seen) if ours == Continuity::Proven => self.confirm_seen(link, witness, &seen).await,
-            _ => Ok(ours),
+        let mut ours = self.confirm_state(link, witness).await?;
+        let is_unknown = |seen: &Seen| seen.revision > self.writer.position().revision || !self.floor.is_within(seen);
+        for seen in self.floor.events().into_iter().filter(is_unknown) {
+            if ours != Continuity::Proven {
+                break;
+            }
+            ours = match self.confirm_seen(link, witness, &seen).await? {
+                // A comparison of the prefix would not tell either.
+                COMPACTED if !self.floor.is_within(&seen) => Continuity::Proven,
+                found => found,
+            };
         }
+        Ok(ours)
     }
 
-    /// Looks for an event that a client knows of, of which the view does not know yet.
+    /// Looks for an event that a client knows of, and the view does not: not yet, or because it is of a key that is not cached.
     async fn confirm_seen(&self, link: &Link, witness: Witness, seen: &Seen) -> Result<Continuity, End> {
         let found = match self.record_at(link, witness, &seen.key, seen.revision).await? {
             Ok(found) => found,
             Err(doubt) => return Ok(doubt),
         };
         let same = match (seen.what, &found) {
-            (What::Put(known), Some(found)) => {
-                let as_told = known.is_none_or(|known| known == (found.create_revision(), found.version()));
-                as_told && found.mod_revision() == seen.revision
-            }
+            (What::Put(known), Some(found)) => found.mod_revision() == seen.revision && known.fits(found),
             // That it is absent proves nothing; it must have been there just before.
             (What::Delete, None) => match self.record_at(link, witness, &seen.key, seen.revision.previous()).await? {
                 Ok(before) => before.is_some(),
@@ -239,7 +246,7 @@ impl Feed {
                     .map_or(0, |field| field.value.int());
                 Ok(Ok((Page::decode(&message)?, count)))
             }
-            Err(status) if status == Status::COMPACTED => Ok(Err(Continuity::Doubtful("its revision is compacted"))),
+            Err(status) if status == Status::COMPACTED => Ok(Err(COMPACTED)),
             Err(status) if status == Status::FUTURE_REVISION && witness == Witness::Member => {
                 Ok(Err(Continuity::Doubtful("the member is behind")))
             }

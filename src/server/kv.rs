@@ -207,7 +207,7 @@ impl Kv {
     }
 
     async fn put(&self, call: Call<'_>) -> Response<Body> {
-        let put = PutRequest::decode(call.message.clone()).map(|request| Write::Put(request.key));
+        let put = PutRequest::decode(call.message.clone()).map(Write::Put);
         self.relay_noting(call, Consensus::Proof, put.unwrap_or(Write::Other)).await
     }
 
@@ -253,7 +253,7 @@ struct Observer {
 
 /// What a relayed call does, as far as its success tells something that its answer does not.
 enum Write {
-    Put(Bytes),
+    Put(PutRequest),
     Compact(Revision),
     Other,
 }
@@ -266,7 +266,7 @@ impl AnswerObserver for Observer {
             self.cache.consensus().note(sent, proof);
         }
         match &self.write {
-            Write::Put(key) => self.cache.note_put(key, Revision(header.revision)),
+            Write::Put(request) => self.cache.note_put(request, Revision(header.revision)),
             Write::Compact(revision) => self.cache.note_compacted(*revision),
             Write::Other => {}
         }

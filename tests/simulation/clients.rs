@@ -62,7 +62,7 @@ pub async fn relay(world: World, mut dice: Dice) {
         let answer = cache.upstream().unary_numbered::<_, PutResponse>(at, path, &request, DEADLINE).await;
         let Ok((PutResponse { header: Some(header), .. }, connection)) = answer else { continue };
         note(&world, sent, &header, connection);
-        cache.note_put(&request.key, Revision(header.revision));
+        cache.note_put(&request, Revision(header.revision));
     }
 }
 
