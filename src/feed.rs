@@ -102,6 +102,7 @@ pub struct Feed {
     phase: Signal<Phase>,
     confirmed: Signal<ConnectionNumber>,
     begun: Signal<ConnectionNumber>,
+    proofs: Signal<u64>,
     /// Since when the view has not been known to be the upstream's present.
     lost: Option<Instant>,
     metrics: Metrics,
@@ -138,7 +139,9 @@ impl Feed {
     ) -> (Self, Signals) {
         let phase = Signal::new(Phase::Cold);
         let (confirmed, begun) = (Signal::new(ConnectionNumber::default()), Signal::new(ConnectionNumber::default()));
-        let signals = Signals { phase: phase.told(), confirmed: confirmed.told(), begun: begun.told() };
+        let proofs = Signal::new(0);
+        let signals =
+            Signals { phase: phase.told(), confirmed: confirmed.told(), begun: begun.told(), proofs: proofs.told() };
         let started = Instant::now();
         let feed = Self {
             upstream,
@@ -149,6 +152,7 @@ impl Feed {
             phase,
             confirmed,
             begun,
+            proofs,
             lost: None,
             metrics,
             started,
@@ -274,6 +278,9 @@ impl Feed {
             self.enter(Phase::Proving);
         }
         let link = self.upstream.connect(at).await?;
+        if self.is_loaded() {
+            self.begin_proof();
+        }
         let rebuilds = self.demand.borrow().rebuilds;
         let witnessed = !self.is_condemned() && self.take_witness(&link).await;
         // Before the question: the cluster must have had this much when it answers.
@@ -295,6 +302,7 @@ impl Feed {
         self.rebuilt = rebuilds;
         self.condemned = false;
         self.note_responder(&header);
+        self.end_proof();
         self.follow(&link).await
     }
 
@@ -306,8 +314,19 @@ impl Feed {
         if witnessed {
             self.confirm(newest);
             self.lose();
+            self.end_proof();
         }
         witnessed
+    }
+
+    /// From now on, what clients are told is part of the proof, or is told after it.
+    fn begin_proof(&self) {
+        self.proofs.set(self.proofs.now() | 1);
+    }
+
+    fn end_proof(&self) {
+        let proofs = self.proofs.now();
+        self.proofs.set(proofs + proofs % 2);
     }
 
     fn note_responder(&mut self, header: &ResponseHeader) {

@@ -3,10 +3,17 @@
 
 mod support;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use bytes::Bytes;
-use millpond::proto::etcdserverpb::RangeRequest;
+use millpond::{
+    proto::{
+        etcdserverpb::{self as pb, RangeRequest},
+        mvccpb::Event,
+    },
+    upstream::grpc::Deframer,
+};
+use prost::Message;
 use support::{
     client::{Client, eventually},
     etcd::Cluster,
@@ -14,9 +21,11 @@ use support::{
     informer::{Informer, list},
     millpond::{Millpond, breathe},
     operation::range,
+    raw::{RawConnection, framed},
     toolchain::Release,
-    watching::{WatchStream, create},
+    watching::{WatchStream, create, revision_of},
 };
+use tokio::time::timeout;
 
 /// A Millpond that knows a history which the cluster is about to lose.
 struct Stage {
@@ -261,5 +270,73 @@ async fn a_restore_after_which_the_same_keys_are_written_at_the_same_revisions()
         open.until("a cancelled watch", |all| all.iter().any(|response| response.canceled)).await;
         assert_eq!(open.events().len(), 2, "nothing of the new history follows on the old one");
         millpond.assert_well();
+    }
+}
+
+/// A client that reads slowly is still to be sent what was lost when the cache has long gone on in the new history, which it shares.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_while_a_client_does_not_read() {
+    let mut cluster = Cluster::single(Release::newest()).await;
+    let proxy = FaultProxy::start(&cluster.endpoint(0)).await;
+    cluster.client(0).put("k/00", "backed up").await.unwrap();
+    let mut millpond = Millpond::start(std::slice::from_ref(&proxy.endpoint), &["--prefixes=k/"]).await;
+    let connection = RawConnection::open(&millpond.endpoint, 16 << 10).await;
+    let (answer, mut outgoing) = connection.open_call("/etcdserverpb.Watch/Watch", &[]).await.unwrap();
+    let create_request = pb::watch_request::RequestUnion::CreateRequest(create("other/", "other0", 2));
+    let request = pb::WatchRequest { request_union: Some(create_request) };
+    outgoing.send_data(framed(&request.encode_to_vec()), false).unwrap();
+    let body = answer.await.unwrap().into_body();
+    // More than has room on the way to the client, and less than has room on the way to Millpond.
+    for number in 0..20 {
+        cluster.client(0).put(format!("other/{number:02}"), vec![b'v'; 64 << 10]).await.unwrap();
+    }
+    let backup = cluster.save_snapshot("backup.db").await;
+    cluster.client(0).put("other/lost", "lost").await.unwrap();
+    breathe(1000).await;
+    proxy.set(Faults { refuse: true, ..Faults::default() });
+    proxy.reset();
+    cluster.restore(&backup, &[]).await;
+    let direct = cluster.client(0);
+    for number in 0..5 {
+        direct.put(format!("other/{number:02}"), "another").await.unwrap();
+    }
+    let last = direct.put("other/last", "another").await.unwrap();
+    proxy.heal();
+    let cached = async || millpond.client().range(range("k/", "k0")).await.ok().filter(|answer| answer.count == 1);
+    eventually("the cache goes on", cached).await;
+    let expected = WatchStream::watching(&direct, create("other/", "other0", 2)).await;
+    let has_last =
+        |all: &[pb::WatchResponse]| all.iter().flat_map(|one| &one.events).any(|event| revision_of(event) == last);
+    expected.until("the last event", has_last).await;
+    let found = timeout(Duration::from_secs(60), events_until(body, last)).await.expect("the events, or an end");
+    if let Some(found) = found {
+        assert_eq!(brief(&found), brief(&expected.events()), "one history and no other");
+    }
+    millpond.assert_well();
+}
+
+/// What tells events apart here.
+fn brief(events: &[Event]) -> Vec<(i64, Bytes, usize)> {
+    let record = |event: &Event| event.kv.clone().unwrap_or_default();
+    events.iter().map(record).map(|kv| (kv.mod_revision, kv.key, kv.value.len())).collect()
+}
+
+/// Reads a watch up to the event of revision `last`. None: it was cancelled, or ended.
+async fn events_until(mut body: h2::RecvStream, last: i64) -> Option<Vec<Event>> {
+    let (mut deframer, mut events) = (Deframer::default(), Vec::new());
+    loop {
+        let data = body.data().await?.ok()?;
+        body.flow_control().release_capacity(data.len()).unwrap();
+        deframer.push(data);
+        while let Some(message) = deframer.pop().unwrap() {
+            let response = pb::WatchResponse::decode(message).unwrap();
+            if response.canceled {
+                return None;
+            }
+            events.extend(response.events);
+        }
+        if events.last().is_some_and(|event| revision_of(event) >= last) {
+            return Some(events);
+        }
     }
 }

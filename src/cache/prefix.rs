@@ -183,6 +183,18 @@ impl Prefix {
         (epoch() == found).then_some(found)
     }
 
+    /// How many proofs that the history goes on have been begun or concluded.
+    pub fn proofs(&self) -> u64 {
+        self.signals.proofs.now()
+    }
+
+    /// Waits until no such proof is under way, and counts them.
+    pub async fn proven(&self) -> u64 {
+        let mut proofs = self.signals.proofs.changes();
+        // The sender lives as long as the feed, which lives as long as `self`.
+        proofs.wait_for(|proofs| proofs % 2 == 0).await.map_or(0, |proofs| *proofs)
+    }
+
     /// Notes that a client is told that the cluster has been compacted at `revision`.
     pub(super) fn note_compacted(&self, revision: Revision) {
         let epoch = self.store.view().position.epoch;

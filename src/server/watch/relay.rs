@@ -74,8 +74,9 @@ pub(super) fn start(shared: &Arc<Shared>, relay: Relay, reports: mpsc::Sender<Re
     let (asked, is_asked) = watch::channel(Revision::ZERO);
     let hub = relay.lane.and_then(|lane| shared.hubs.get(lane).cloned());
     let (shared, next, epoch) = (shared.clone(), relay.from, relay.epoch);
-    let (followed, heard, is_early, is_owed) = (None, Revision::ZERO, false, false);
-    let task = Task { shared, hub, epoch, followed, next, is_early, heard, is_owed, relay, reports, asked: is_asked };
+    let (proofs, followed, heard, is_early, is_owed) = (0, None, Revision::ZERO, false, false);
+    let task =
+        Task { shared, hub, epoch, proofs, followed, next, is_early, heard, is_owed, relay, reports, asked: is_asked };
     Handle { asked, task: tokio::spawn(task.run()).abort_handle() }
 }
 
@@ -85,6 +86,8 @@ struct Task {
     hub: Option<Arc<Hub>>,
     /// The epoch of the history that it relays.
     epoch: u64,
+    /// The prefix's proofs when the upstream watch was opened.
+    proofs: u64,
     /// While that is not known: the server that it has followed is the one that all connections up to this led to.
     followed: Option<ConnectionNumber>,
     relay: Relay,
@@ -224,6 +227,10 @@ impl Task {
             Ok(opened) => opened,
             Err(status) => return End::Failed(status),
         };
+        self.proofs = match self.prefix() {
+            Some(prefix) => prefix.proven().await,
+            None => 0,
+        };
         match self.lineage(receiver.connection()).await {
             Lineage::Same => {}
             // The session learns from its hub that the watcher is to be cancelled.
@@ -335,6 +342,9 @@ impl Task {
     }
 
     async fn take(&mut self, mut response: WatchResponse, connection: ConnectionNumber, trusted: bool) -> Option<End> {
+        if self.is_outlived() {
+            return Some(End::Again);
+        }
         if self.is_early && response.canceled && response.compact_revision == self.next.0 {
             self.is_early = false;
             return Some(End::Again);
@@ -348,6 +358,10 @@ impl Task {
             }
         }
         self.note(&response, connection);
+        // The proof of just now may not know what has just been noted.
+        if self.is_outlived() {
+            return Some(End::Again);
+        }
         let last = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back();
         if let Some(last) = last {
             self.next = self.next.max(Revision(last.mod_revision).next());
@@ -378,6 +392,12 @@ impl Task {
             Ok(room) => room,
         };
         room.map(|room| room.send(report)).map_err(|_| End::Over)
+    }
+
+    /// Whether the prefix has proven meanwhile that its history goes on. This upstream watch may be of one that ended before, and the
+    /// proof has not heard of what it has yet to say.
+    fn is_outlived(&self) -> bool {
+        self.prefix().is_some_and(|prefix| prefix.proofs() != self.proofs)
     }
 
     /// Whether it has been told of less than the stream wants to know.
