@@ -77,6 +77,11 @@ async fn reads_of_the_past_and_watchers_after_them_know_of_every_compaction() {
         compacts.compact(compacted).await.unwrap();
         for client in &clients {
             let told = format!("round {round}, compacted at {compacted}, at {head}");
+            // Of the present, or of the past.
+            if round % 3 == 0 {
+                assert_eq!(client.revision().await.unwrap(), head);
+                assert_eq!(compaction_told(client, compacted - 1).await, Some(compacted), "{told}");
+            }
             for revision in [compacted - 1, compacted, compacted + (head - compacted) / 2, head] {
                 let expected = value_at(&etcd, revision).await;
                 assert_eq!(value_at(client, revision).await, expected, "{told}, read at {revision}");

@@ -8,6 +8,7 @@
 use std::{collections::VecDeque, pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Code;
 use tracing::{debug, info};
@@ -29,6 +30,8 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 const LOOKS: u32 = 16;
 /// How long a question may be held back while readers gather, unless a round trip takes longer.
 pub(super) const GATHERING: Duration = Duration::from_millis(1);
+/// Questions that are put at once to find a compaction: a window of a million revisions takes seven rounds.
+const AT_ONCE: i64 = 8;
 /// How long nobody asks before a question is put for those who do not.
 const SILENCE: Duration = Duration::from_secs(1);
 
@@ -123,62 +126,45 @@ impl Asker {
         }
     }
 
-    /// Asks how far the cluster has got, and whether it has been compacted above the oldest revision in memory.
+    /// Asks how far the cluster has got, and whether it has been compacted above the oldest revision in memory. Nobody is
+    /// answered before it is known up to where: etcd's clients take it that who has read through consensus knows of it.
     async fn look(&mut self, at: EndpointId) -> Result<(), Status> {
-        let kept: Vec<Option<Position>> = self.prefixes.iter().map(Prefix::oldest).collect();
-        let oldest = kept.iter().flatten().map(|oldest| oldest.revision).min().unwrap_or_default();
-        match self.ask(at, oldest, Shown::Past).await {
-            Err(status) if status == Status::COMPACTED => {
-                let revision = self.find_compaction(at, oldest).await?;
-                info!(%revision, "the cluster has been compacted");
-                for (prefix, kept) in self.prefixes.iter().zip(kept) {
-                    kept.into_iter().for_each(|kept| prefix.note_compaction(Position { revision, ..kept }));
+        loop {
+            let kept: Vec<Option<Position>> = self.prefixes.iter().map(Prefix::oldest).collect();
+            let oldest = kept.iter().flatten().map(|oldest| oldest.revision).min().unwrap_or_default();
+            match self.ask(at, oldest).await {
+                Err(status) if status == Status::COMPACTED => {
+                    let finding = find_compaction(self.upstream.clone(), at, oldest);
+                    let revision = self.watching_the_clock(finding).await?;
+                    info!(%revision, "the cluster has been compacted");
+                    for (prefix, kept) in self.prefixes.iter().zip(kept) {
+                        kept.into_iter().for_each(|kept| prefix.note_compaction(Position { revision, ..kept }));
+                    }
                 }
-                Ok(())
+                // Another history has taken the place of the one in memory. Its revision tells readers so.
+                Err(status) if status == Status::FUTURE_REVISION => return self.ask(at, Revision::ZERO).await,
+                answer => return answer,
             }
-            // Another history has taken the place of the one in memory. Its revision tells readers so.
-            Err(status) if status == Status::FUTURE_REVISION => {
-                self.ask(at, Revision::ZERO, Shown::Past).await.map(drop)
-            }
-            answer => answer.map(drop),
         }
     }
 
-    /// Finds the compaction that has taken the revision `taken`: the lowest revision that can still be read. Those who need
-    /// to know of it are to ask again.
-    async fn find_compaction(&mut self, at: EndpointId, mut taken: Revision) -> Result<Revision, Status> {
-        let mut left = self.ask(at, Revision::ZERO, Shown::Present).await?;
-        if left <= taken {
-            return Err(CONTRADICTION);
-        }
-        while taken.next() < left {
-            let middle = Revision(taken.0 + (left.0 - taken.0) / 2);
-            match self.ask(at, middle, Shown::Present).await {
-                Ok(_) => left = middle,
-                Err(status) if status == Status::COMPACTED => taken = middle,
-                Err(status) => return Err(status),
-            }
-        }
-        Ok(left)
-    }
-
-    /// Puts one question, at `revision` or at the present, and tells the readers whom the answer serves. It shows how far the
-    /// cluster has got.
-    async fn ask(&mut self, at: EndpointId, revision: Revision, shown: Shown) -> Result<Revision, Status> {
+    /// Puts one question, at `revision` or at the present, and tells the readers whom the answer serves.
+    async fn ask(&mut self, at: EndpointId, revision: Revision) -> Result<(), Status> {
         let (sent, began) = (self.waiting.stamp(), Instant::now());
-        let proof = self.watching_the_clock(at, revision).await?;
+        let asking = question(self.upstream.clone(), at, revision);
+        let proof = self.watching_the_clock(asking).await?;
         self.round_trip = began.elapsed();
         self.waiting.metrics.seconds.observe(self.round_trip.as_secs_f64());
         self.waiting.metrics.questions.with_label_values(&["answered"]).inc();
-        self.waiting.note(sent, proof, shown);
-        Ok(proof.revision)
+        self.waiting.note(sent, proof, Shown::Past);
+        Ok(())
     }
 
-    async fn watching_the_clock(&mut self, at: EndpointId, revision: Revision) -> Result<Proof, Status> {
-        let mut question = pin!(question(self.upstream.clone(), at, revision));
+    async fn watching_the_clock<T>(&mut self, asking: impl Future<Output = T>) -> T {
+        let mut asking = pin!(asking);
         loop {
             tokio::select! {
-                answer = &mut question => return answer,
+                answer = &mut asking => return answer,
                 () = sleep(self.patience / LOOKS) => self.look_at_the_clock(),
             }
         }
@@ -192,6 +178,27 @@ impl Asker {
             self.waiting.send_away(mark);
         }
     }
+}
+
+/// Finds the compaction that has taken the revision `taken`: the lowest revision that can still be read.
+async fn find_compaction(upstream: Upstream, at: EndpointId, mut taken: Revision) -> Result<Revision, Status> {
+    let mut left = question(upstream.clone(), at, Revision::ZERO).await?.revision;
+    if left <= taken {
+        return Err(CONTRADICTION);
+    }
+    while taken.next() < left {
+        let step = ((left.0 - taken.0) / (AT_ONCE + 1)).max(1);
+        let between = (1..=AT_ONCE).map(|number| Revision(taken.0 + number * step)).take_while(|middle| *middle < left);
+        let asking = between.map(async |middle| (middle, question(upstream.clone(), at, middle).await));
+        for (middle, answer) in join_all(asking).await {
+            match answer {
+                Ok(_) => left = left.min(middle),
+                Err(status) if status == Status::COMPACTED => taken = taken.max(middle),
+                Err(status) => return Err(status),
+            }
+        }
+    }
+    Ok(left)
 }
 
 async fn question(upstream: Upstream, at: EndpointId, revision: Revision) -> Result<Proof, Status> {
