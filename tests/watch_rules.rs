@@ -121,6 +121,23 @@ async fn a_start_below_the_compaction_is_created_and_then_canceled() {
     assert!(again.canceled && again.watch_id == 7 && again.compact_revision == 0, "{again:?}");
 }
 
+/// A quiet prefix was as old as its last event, and so was what its watchers were told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn notifications_of_a_quiet_prefix_keep_up_with_the_cluster() {
+    let cluster = Cluster::single(Release::newest()).await;
+    let mut millpond = Millpond::start(&cluster.endpoints(), &["--prefixes=k/", "--progress-interval=1s"]).await;
+    let stream = WatchStream::open(&millpond.client()).await;
+    stream.create(WatchCreateRequest { progress_notify: true, ..create("k/", "k0", 0) });
+    stream.until_count(1).await;
+    for _ in 0..2 {
+        let present = cluster.client(0).put("other", "v").await.unwrap();
+        let keeps_up = |all: &[WatchResponse]| all.iter().any(|one| !one.created && revision(one) >= present);
+        stream.until("a notification of the present", keeps_up).await;
+    }
+    assert_eq!(stream.events().len(), 0);
+    millpond.assert_well();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_at_the_compaction_is_valid() {
     let revisions = on_both(&twins().await, async |client| {

@@ -3,7 +3,7 @@
 //! A question is a Range at the oldest revision that memory still answers for. So its answer tells two things: how far the
 //! cluster has got, and that nothing of what is in memory has been compacted, be it at etcd itself or through somebody else. If it
 //! has, more questions find out up to where. While nobody asks, one is put now and then, for those who ask nobody: serializable
-//! reads, and watchers that begin in the past.
+//! reads, watchers that begin in the past, and watchers of what is quiet.
 
 use std::{collections::VecDeque, pin::pin, sync::Arc, time::Duration};
 
@@ -16,6 +16,7 @@ use tracing::{debug, info};
 use super::{Proof, Shown, Stamp, Waiting};
 use crate::{
     cache::Prefix,
+    feed::Phase,
     proto::etcdserverpb::{RangeRequest, RangeResponse},
     status::Status,
     store::{Position, Revision},
@@ -32,7 +33,7 @@ const LOOKS: u32 = 16;
 pub(super) const GATHERING: Duration = Duration::from_millis(1);
 /// Questions that are put at once to find a compaction: a window of a million revisions takes seven rounds.
 const AT_ONCE: i64 = 8;
-/// How long nobody asks before a question is put for those who do not.
+/// How long nobody asks before a question is put for those who do not, and how long a quiet view may stay behind.
 const SILENCE: Duration = Duration::from_secs(1);
 
 const CONTRADICTION: Status = Status::fixed(Code::Unavailable, "a compaction above all revisions");
@@ -47,12 +48,14 @@ pub(super) struct Asker {
     /// How many readers the last question was put for.
     last: usize,
     round_trip: Duration,
+    /// When views were brought to the present last.
+    led: Instant,
 }
 
 impl Asker {
     pub(super) fn new(waiting: Arc<Waiting>, upstream: Upstream, prefixes: Arc<[Prefix]>, patience: Duration) -> Self {
         let (marks, last, round_trip) = (VecDeque::new(), 0, Duration::ZERO);
-        Self { waiting, upstream, prefixes, patience, marks, last, round_trip }
+        Self { waiting, upstream, prefixes, patience, marks, last, round_trip, led: Instant::now() }
     }
 
     pub(super) async fn run(mut self) {
@@ -142,14 +145,27 @@ impl Asker {
                     }
                 }
                 // Another history has taken the place of the one in memory. Its revision tells readers so.
-                Err(status) if status == Status::FUTURE_REVISION => return self.ask(at, Revision::ZERO).await,
-                answer => return answer,
+                Err(status) if status == Status::FUTURE_REVISION => {
+                    return self.ask(at, Revision::ZERO).await.map(drop);
+                }
+                answer => return answer.map(|present| self.lead(present)),
             }
         }
     }
 
-    /// Puts one question, at `revision` or at the present, and tells the readers whom the answer serves.
-    async fn ask(&mut self, at: EndpointId, revision: Revision) -> Result<(), Status> {
+    /// Has views brought to `present` now and then. Those of quiet prefixes stay behind otherwise, and so would what their watchers are
+    /// told of progress, and the revision that their feeds go on from when they have lost the upstream.
+    fn lead(&mut self, present: Revision) {
+        if self.led.elapsed() < SILENCE || !self.upstream.gate().progress_is_proof {
+            return;
+        }
+        self.led = Instant::now();
+        let live = self.prefixes.iter().filter(|prefix| prefix.phase() == Phase::Live);
+        live.for_each(|prefix| prefix.want(present));
+    }
+
+    /// Puts one question, at `revision` or at the present, and tells the readers whom the answer serves. Gives the present.
+    async fn ask(&mut self, at: EndpointId, revision: Revision) -> Result<Revision, Status> {
         let (sent, began) = (self.waiting.stamp(), Instant::now());
         let asking = question(self.upstream.clone(), at, revision);
         let proof = self.watching_the_clock(asking).await?;
@@ -157,7 +173,7 @@ impl Asker {
         self.waiting.metrics.seconds.observe(self.round_trip.as_secs_f64());
         self.waiting.metrics.questions.with_label_values(&["answered"]).inc();
         self.waiting.note(sent, proof, Shown::Past);
-        Ok(())
+        Ok(proof.revision)
     }
 
     async fn watching_the_clock<T>(&mut self, asking: impl Future<Output = T>) -> T {
