@@ -84,6 +84,9 @@ pub enum Unserved {
     /// The upstream's progress answers may be wrong.
     #[error("the upstream's version cannot be trusted with consistent reads")]
     Gated,
+    /// Only the upstream remembers the revision.
+    #[error("the revision is older than what is in memory")]
+    TooOld,
     /// The cluster did not answer.
     #[error("{0}")]
     NoConsensus(Status),
@@ -101,6 +104,7 @@ impl Unserved {
             Self::Lost => "upstream_lost",
             Self::Behind => "behind",
             Self::Gated => "version_gate",
+            Self::TooOld => "revision_not_in_memory",
             Self::NoConsensus(_) => "no_consensus",
         }
     }
@@ -215,6 +219,14 @@ impl Cache {
     /// The highest revision that a client may have been told.
     pub fn told(&self) -> Revision {
         self.0.prefixes.iter().map(|prefix| self.present(prefix).1).max().unwrap_or_default()
+    }
+
+    /// Whether `revision` of `range`, which is cached, lies before what is in memory, and is not known to be compacted.
+    pub fn is_before_memory(&self, range: &KeyRange, revision: Revision) -> bool {
+        self.covering(range).is_some_and(|(_, prefix)| {
+            let view = prefix.store().view();
+            view.is_loaded() && (view.compacted..view.window.start().previous()).contains(&revision)
+        })
     }
 
     /// A view of `range` that is not behind anything that we have relayed. It may be older than what the cluster has.

@@ -291,7 +291,10 @@ impl Feed {
             false => Continuity::Broken("the state was found to differ"),
         };
         match continuity {
-            Continuity::Proven => self.retry_index(&link).await?,
+            Continuity::Proven => {
+                self.end_proof();
+                self.retry_index(&link).await?;
+            }
             Continuity::Nothing => self.load(&link, &header).await?,
             Continuity::Doubtful(why) => self.resolve(&link, &header, why).await?,
             Continuity::Broken(why) => {

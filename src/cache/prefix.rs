@@ -28,7 +28,7 @@ pub struct Prefix {
     demand: watch::Sender<Demand>,
     signals: Signals,
     floor: Arc<Floor>,
-    /// The highest compaction that was noted, in whatever history.
+    /// The highest compaction that was noted in the newest history that one was noted in.
     noted_compaction: AtomicI64,
     tasks: [AbortHandle; 3],
 }
@@ -203,8 +203,13 @@ impl Prefix {
 
     /// Notes a compaction. Of another epoch than the view's: meaningless.
     pub(super) fn note_compaction(&self, Position { epoch, revision }: Position) {
-        self.demand.send_if_modified(|demand| move_on(&mut demand.compacted, Position { epoch, revision }));
-        self.noted_compaction.fetch_max(revision.0, Ordering::Release);
+        self.demand.send_if_modified(|demand| {
+            let further = move_on(&mut demand.compacted, Position { epoch, revision });
+            if further {
+                self.noted_compaction.store(revision.0, Ordering::Release);
+            }
+            further
+        });
     }
 
     /// The oldest revision that may be read from memory, and its epoch; none while nothing has been loaded.

@@ -35,6 +35,7 @@ pub(super) enum Continuity {
 }
 
 const COMPACTED: Continuity = Continuity::Doubtful("its revision is compacted");
+const COME_AND_GONE: Continuity = Continuity::Doubtful("a key may have come and gone in one revision");
 
 /// A member that does not answer sooner is no witness; the cluster is asked then.
 const SHORT_DEADLINE: Duration = Duration::from_secs(1);
@@ -66,32 +67,46 @@ impl Feed {
     }
 
     async fn confirm_last(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
-        let mut ours = self.confirm_state(link, witness).await?;
-        let is_unknown = |seen: &Seen| seen.revision > self.writer.position().revision || !self.floor.is_within(seen);
-        for seen in self.floor.events().into_iter().filter(is_unknown) {
-            if ours != Continuity::Proven {
-                break;
-            }
-            ours = match self.confirm_seen(link, witness, &seen).await? {
-                // A comparison of the prefix would not tell either.
-                COMPACTED if !self.floor.is_within(&seen) => Continuity::Proven,
-                found => found,
-            };
+        match self.confirm_state(link, witness).await? {
+            broken @ Continuity::Broken(_) => Ok(broken),
+            Continuity::Proven => self.confirm_events(link, witness).await,
+            doubt => self.doubted(link, witness, doubt).await,
         }
-        Ok(ours)
     }
 
-    /// Looks for an event that a client knows of, and the view does not: not yet, or because it is of a key that is not cached.
-    async fn confirm_seen(&self, link: &Link, witness: Witness, seen: &Seen) -> Result<Continuity, End> {
+    /// What is left of a doubt about the prefix, given what clients know.
+    async fn doubted(&self, link: &Link, witness: Witness, doubt: Continuity) -> Result<Continuity, End> {
+        let confirmed = self.confirm_events(link, witness).await?;
+        Ok(if matches!(confirmed, Continuity::Broken(_)) { confirmed } else { doubt })
+    }
+
+    /// Looks for the events that clients know of, and the view does not: not yet, or because they are of keys that are not cached.
+    async fn confirm_events(&self, link: &Link, witness: Witness) -> Result<Continuity, End> {
+        let is_unknown = |seen: &Seen| seen.revision > self.writer.position().revision || !self.floor.is_within(seen);
+        let mut confirmed = Continuity::Proven;
+        for seen in self.floor.events().into_iter().filter(is_unknown) {
+            match self.confirm_event(link, witness, &seen).await? {
+                Continuity::Proven => {}
+                // A comparison of the prefix would not tell either.
+                COMPACTED | COME_AND_GONE if !self.floor.is_within(&seen) => {}
+                broken @ Continuity::Broken(_) => return Ok(broken),
+                doubt => confirmed = doubt,
+            }
+        }
+        Ok(confirmed)
+    }
+
+    async fn confirm_event(&self, link: &Link, witness: Witness, seen: &Seen) -> Result<Continuity, End> {
         let found = match self.record_at(link, witness, &seen.key, seen.revision).await? {
             Ok(found) => found,
             Err(doubt) => return Ok(doubt),
         };
         let same = match (seen.what, &found) {
             (What::Put(known), Some(found)) => found.mod_revision() == seen.revision && known.fits(found),
-            // That it is absent proves nothing; it must have been there just before.
             (What::Delete, None) => match self.record_at(link, witness, &seen.key, seen.revision.previous()).await? {
-                Ok(before) => before.is_some(),
+                Ok(Some(_)) => true,
+                // That it is absent proves nothing, unless it was there just before. A transaction can create a key and delete it.
+                Ok(None) => return Ok(COME_AND_GONE),
                 Err(doubt) => return Ok(doubt),
             },
             _ => false,
@@ -137,7 +152,7 @@ impl Feed {
             return Ok(Continuity::Broken("the term has fallen, and clients know more than can be compared"));
         }
         if header.raft_term < view.responder.raft_term {
-            return Ok(Continuity::Doubtful("the term has fallen"));
+            return self.doubted(link, Witness::Cluster, Continuity::Doubtful("the term has fallen")).await;
         }
         if witnessed { Ok(Continuity::Proven) } else { self.confirm_last(link, Witness::Cluster).await }
     }

@@ -29,7 +29,7 @@ pub struct Signals {
     /// The connection over which the view's epoch began; older ones may have led elsewhere. Set before the epoch is seen.
     pub begun: Told<ConnectionNumber>,
     /// Counts proofs that the history goes on: odd while one is under way. It rests on what clients had been told when it began, so
-    /// nothing that comes over a connection from before it may be told afterwards.
+    /// watchers are told nothing afterwards that an upstream watch from before it sends.
     pub proofs: Told<u64>,
 }
 

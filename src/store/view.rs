@@ -252,9 +252,12 @@ impl Writer {
         self.next.responder = responder;
     }
 
-    /// Notes a compaction. It shows in views that have got to it: until then nobody reads at revisions that it might have taken but
-    /// who is about to be told of all events up to there.
+    /// Notes a compaction. It shows in views that have got to it: watchers who begin on an older one begin before the compaction, though
+    /// they are about to be told of everything up to it.
     pub fn compacted(&mut self, revision: Revision) {
+        if revision <= self.next.position.revision {
+            self.next.compacted = self.next.compacted.max(revision);
+        }
         self.compacted = self.compacted.max(revision);
     }
 

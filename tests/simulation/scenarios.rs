@@ -239,6 +239,78 @@ fn a_compaction_ahead_of_the_view_shows_when_the_view_gets_there() {
     });
 }
 
+/// It was noted, and shown when somebody next read what was cached.
+#[test]
+fn a_compaction_ahead_of_a_quiet_view_is_known_soon() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        put(&world, &["a/1"; 3]).await;
+        answer(&world, &range).await;
+        put(&world, &["b/1"; 8]).await;
+        world.0.cluster.compact(8);
+        sleep(Duration::from_secs(3)).await;
+        assert_eq!(world.0.cache.serializable(&range).await.map(|view| view.compacted), Ok(Revision(8)));
+        settle(&world);
+    });
+}
+
+/// Notes the last event of `revision` as one that a watcher of what is not cached is sent.
+fn relay_last_event(world: &World, revision: i64) {
+    let event = world.0.cluster.look().history().events(revision).last().cloned();
+    let cache = &world.0.cache;
+    cache.prefixes()[0].note_event(&event.expect("an event of that revision"));
+    cache.note_relayed(Revision(revision), cache.upstream().newest_connection());
+}
+
+/// Of a key that is not cached, a deletion was taken for another history's because the key had not been there before.
+#[test]
+fn a_deletion_that_a_client_knows_of_may_be_of_a_key_that_came_in_the_same_revision() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        put(&world, &["a/1"]).await;
+        answer(&world, &range).await;
+        let key = Bytes::from_static(b"b/1");
+        write(&world, &[Write::Put(key.clone(), "v".into()), Write::Delete(key)]).await;
+        relay_last_event(&world, 3);
+        put(&world, &["a/2"]).await;
+        answer(&world, &range).await;
+        world.0.links[0].reset();
+        sleep(KEEPALIVE).await;
+        answer(&world, &range).await;
+        assert_eq!(world.0.cache.prefixes()[0].store().view().position.epoch, 1);
+        settle(&world);
+    });
+}
+
+/// Where only a comparison of the prefix could tell whether its history goes on, nobody looked for what clients knew of other keys.
+#[test]
+fn what_clients_know_of_other_keys_is_looked_for_in_doubt_as_well() {
+    for (term_held, compacts) in [(true, false), (false, false), (true, true)] {
+        simulated(async move {
+            let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+            let cluster = &world.0.cluster;
+            cluster.elect();
+            answer(&world, &range).await;
+            put(&world, &["a/1", "b/1", "b/2", "b/3", "b/4"]).await;
+            relay_last_event(&world, 6);
+            answer(&world, &range).await;
+            world.kill(0);
+            sleep(KEEPALIVE * 2).await;
+            cluster.restore(5, 0, term_held);
+            cluster.revive(0);
+            put(&world, &["b/5", "b/6"]).await;
+            if compacts {
+                cluster.compact(5);
+            }
+            world.0.links[0].touch();
+            answer(&world, &range).await;
+            let epoch = world.0.cache.prefixes()[0].store().view().position.epoch;
+            assert_eq!(epoch, 2, "term held: {term_held}, compacts: {compacts}");
+            settle(&world);
+        });
+    }
+}
+
 /// A keyspace over the limit is tried again now and then. While its prefix was quiet, each attempt began a new epoch.
 #[test]
 fn a_keyspace_over_the_limit_is_tried_again_in_its_own_history() {

@@ -49,13 +49,13 @@ pub(super) struct Asker {
     last: usize,
     round_trip: Duration,
     /// When views were brought to the present last.
-    led: Instant,
+    led: Option<Instant>,
 }
 
 impl Asker {
     pub(super) fn new(waiting: Arc<Waiting>, upstream: Upstream, prefixes: Arc<[Prefix]>, patience: Duration) -> Self {
         let (marks, last, round_trip) = (VecDeque::new(), 0, Duration::ZERO);
-        Self { waiting, upstream, prefixes, patience, marks, last, round_trip, led: Instant::now() }
+        Self { waiting, upstream, prefixes, patience, marks, last, round_trip, led: None }
     }
 
     pub(super) async fn run(mut self) {
@@ -133,20 +133,23 @@ impl Asker {
     /// answered before it is known up to where: etcd's clients take it that who has read through consensus knows of it.
     async fn look(&mut self, at: EndpointId) -> Result<(), Status> {
         loop {
+            let sent = self.waiting.stamp();
             let kept: Vec<Option<Position>> = self.prefixes.iter().map(Prefix::oldest).collect();
             let oldest = kept.iter().flatten().map(|oldest| oldest.revision).min().unwrap_or_default();
-            match self.ask(at, oldest).await {
+            match self.ask(sent, at, oldest).await {
                 Err(status) if status == Status::COMPACTED => {
                     let finding = find_compaction(self.upstream.clone(), at, oldest);
                     let revision = self.watching_the_clock(finding).await?;
                     info!(%revision, "the cluster has been compacted");
+                    // A view shows a compaction when it has got to it.
+                    self.led = None;
                     for (prefix, kept) in self.prefixes.iter().zip(kept) {
                         kept.into_iter().for_each(|kept| prefix.note_compaction(Position { revision, ..kept }));
                     }
                 }
                 // Another history has taken the place of the one in memory. Its revision tells readers so.
                 Err(status) if status == Status::FUTURE_REVISION => {
-                    return self.ask(at, Revision::ZERO).await.map(drop);
+                    return self.ask(sent, at, Revision::ZERO).await.map(drop);
                 }
                 answer => return answer.map(|present| self.lead(present)),
             }
@@ -156,17 +159,19 @@ impl Asker {
     /// Has views brought to `present` now and then. Those of quiet prefixes stay behind otherwise, and so would what their watchers are
     /// told of progress, and the revision that their feeds go on from when they have lost the upstream.
     fn lead(&mut self, present: Revision) {
-        if self.led.elapsed() < SILENCE || !self.upstream.gate().progress_is_proof {
+        let is_due = self.led.is_none_or(|led| led.elapsed() >= SILENCE);
+        if !is_due || !self.upstream.gate().progress_is_proof {
             return;
         }
-        self.led = Instant::now();
+        self.led = Some(Instant::now());
         let live = self.prefixes.iter().filter(|prefix| prefix.phase() == Phase::Live);
         live.for_each(|prefix| prefix.want(present));
     }
 
-    /// Puts one question, at `revision` or at the present, and tells the readers whom the answer serves. Gives the present.
-    async fn ask(&mut self, at: EndpointId, revision: Revision) -> Result<Revision, Status> {
-        let (sent, began) = (self.waiting.stamp(), Instant::now());
+    /// Puts one question, at `revision` or at the present, and tells the readers whom the answer serves: those who came before
+    /// `sent`. Gives the present.
+    async fn ask(&mut self, sent: Stamp, at: EndpointId, revision: Revision) -> Result<Revision, Status> {
+        let began = Instant::now();
         let asking = question(self.upstream.clone(), at, revision);
         let proof = self.watching_the_clock(asking).await?;
         self.round_trip = began.elapsed();

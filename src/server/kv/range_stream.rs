@@ -57,7 +57,11 @@ impl Kv {
         check(&request)?;
         check_streamable(&request)?;
         let range = range_of(&request);
-        let unserved = match self.view(&range, needs(&request)).await {
+        let view = match self.is_too_old(&range, &request) {
+            false => self.view(&range, needs(&request)).await,
+            true => Err(Unserved::TooOld),
+        };
+        let unserved = match view {
             Ok(view) => match self.evaluate(&view, &range, &request)? {
                 Some(selection) => {
                     // Only 3.7 has chunks, and it leaves out leases with values: so do we, whatever the upstream's version.

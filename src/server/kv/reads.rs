@@ -13,7 +13,7 @@ use crate::{
     server::body::Body,
     status::Status,
     store::{
-        KeyRange, View,
+        KeyRange, Revision, View,
         range::{RangeError, Selection, range_of, select},
     },
     upstream::Version,
@@ -47,7 +47,11 @@ impl Kv {
         let request: RangeRequest = decode(&call.message)?;
         check(&request)?;
         let range = range_of(&request);
-        let unserved = match self.view(&range, needs(&request)).await {
+        let view = match self.is_too_old(&range, &request) {
+            false => self.view(&range, needs(&request)).await,
+            true => Err(Unserved::TooOld),
+        };
+        let unserved = match view {
             Ok(view) => match self.evaluate(&view, &range, &request)? {
                 Some(selection) => {
                     let values = self.values(&request);
@@ -70,6 +74,11 @@ impl Kv {
             }
             false => Box::pin(self.relay(call, Consensus::Proof)).await,
         })
+    }
+
+    /// Whether the request is of a revision that only the upstream remembers. Nobody need be asked for proof then.
+    pub(super) fn is_too_old(&self, range: &KeyRange, request: &RangeRequest) -> bool {
+        request.revision > 0 && self.cache.is_before_memory(range, Revision(request.revision))
     }
 
     /// What the request selects from the view. None: only the upstream can tell, be it because the revision is older than

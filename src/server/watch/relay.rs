@@ -33,7 +33,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_millis(100);
 /// For a client to make room. One that takes longer leaves its place among the relays to others meanwhile.
 const ROOM: Duration = Duration::from_secs(1);
-/// For the first load, which saves a relay the upstream. If it takes longer, nobody's watch is to stand still for it.
+/// For the first load, which saves a relay the upstream, and for a proof that the history goes on. If it takes longer, nobody's watch is
+/// to stand still for it.
 const LOAD: Duration = Duration::from_secs(5);
 /// The epoch of a prefix that has not been loaded yet.
 const NOTHING_LOADED: u64 = 0;
@@ -227,10 +228,8 @@ impl Task {
             Ok(opened) => opened,
             Err(status) => return End::Failed(status),
         };
-        self.proofs = match self.prefix() {
-            Some(prefix) => prefix.proven().await,
-            None => 0,
-        };
+        let Some(proofs) = self.await_proof().await else { return self.report(Report::Lost).await };
+        self.proofs = proofs;
         match self.lineage(receiver.connection()).await {
             Lineage::Same => {}
             // The session learns from its hub that the watcher is to be cancelled.
@@ -243,6 +242,16 @@ impl Task {
         match sender.send(&create).await {
             Ok(()) => self.pass_on(&sender, &mut receiver, opened).await,
             Err(status) => End::Failed(status),
+        }
+    }
+
+    /// Waits until no proof is under way, and counts the prefix's proofs; none: that takes too long. Whoever has relayed nothing yet need
+    /// not wait: a server that is there now is the one whose history is being looked at.
+    async fn await_proof(&self) -> Option<u64> {
+        let Some(prefix) = self.prefix() else { return Some(0) };
+        match self.followed {
+            None => Some(prefix.proofs()),
+            Some(_) => timeout(LOAD, prefix.proven()).await.ok(),
         }
     }
 
@@ -414,7 +423,10 @@ impl Task {
     /// What the client is about to be told has to be found in the history that the cache goes on with.
     fn note(&self, response: &WatchResponse, connection: ConnectionNumber) {
         let cache = &self.shared.cache;
-        if let (Some(prefix), Some(event)) = (self.prefix(), response.events.last()) {
+        let options = &self.relay.options;
+        // A transaction can put a key and delete it. Who is sent one of both does not know what is left.
+        let knows_all = !options.no_put && !options.no_delete;
+        if let (true, Some(prefix), Some(event)) = (knows_all, self.prefix(), response.events.last()) {
             prefix.note_event(event);
         }
         cache.note_relayed(Revision(response.header.as_ref().map_or(0, |header| header.revision)), connection);
