@@ -86,7 +86,7 @@ impl Asker {
 
     /// Puts a question for those who ask nobody.
     async fn look_back(&mut self) {
-        if self.prefixes.iter().all(|prefix| prefix.oldest().is_none()) {
+        if self.prefixes.iter().all(|prefix| prefix.phase() != Phase::Live) {
             return;
         }
         let Some(at) = self.upstream.preferred(&[]) else { return };
