@@ -24,7 +24,7 @@ use arc_swap::Guard;
 use tokio::time::timeout;
 
 pub use check::{CheckError, CheckReport};
-pub use consensus::{Consensus, Proof, Shown, Stamp};
+pub use consensus::{Consensus, Proof, Stamp, Tense};
 pub use metrics::Metrics;
 pub use prefix::Prefix;
 
@@ -266,13 +266,13 @@ impl Cache {
     ///
     /// # Errors
     /// When that cannot be shown; the upstream may answer.
-    pub async fn linearizable(&self, range: &KeyRange, needs: Shown) -> Result<Guard<Arc<View>>, Unserved> {
+    pub async fn linearizable(&self, range: &KeyRange, tense: Tense) -> Result<Guard<Arc<View>>, Unserved> {
         let (_, prefix) = self.covering(range).ok_or(Unserved::NotCached)?;
         let View { position, responder: known, .. } = **self.provable(prefix)?;
         if !self.gate().progress_is_proof {
             return Err(Unserved::Gated);
         }
-        let proof = self.0.consensus.ask(needs).await.ok_or(Unserved::NoConsensus(Status::TIMEOUT))?;
+        let proof = self.0.consensus.ask(tense).await.ok_or(Unserved::NoConsensus(Status::TIMEOUT))?;
         let shown = proof.responder;
         let same = shown.cluster_id == known.cluster_id && shown.raft_term >= known.raft_term;
         if !same || proof.revision < position.revision {

@@ -53,9 +53,9 @@ impl Proof {
     }
 }
 
-/// What a reader needs an answer to have shown.
+/// When a read looks at the keys, and so what a proof has to show for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Shown {
+pub enum Tense {
     /// How far the cluster has got.
     Present,
     /// That, and that we know of all compactions that concern what is in memory.
@@ -75,9 +75,10 @@ struct Waiting {
     metrics: Metrics,
 }
 
+/// One that waits.
 struct Reader {
     arrived: Stamp,
-    needs: Shown,
+    tense: Tense,
     sender: oneshot::Sender<Proof>,
 }
 
@@ -104,19 +105,19 @@ impl Consensus {
 
     /// Notes what the answer to a request that was sent at `sent` has shown. The request went through consensus.
     pub fn note(&self, sent: Stamp, proof: Proof) {
-        self.waiting.note(sent, proof, Shown::Present);
+        self.waiting.note(sent, proof, Tense::Present);
     }
 
     /// Waits for the proof of a request sent after this call. None when patience has run out.
-    pub async fn ask(&self, needs: Shown) -> Option<Proof> {
+    pub async fn ask(&self, tense: Tense) -> Option<Proof> {
         self.waiting.metrics.readers.inc();
-        self.waiting.enter(needs).await.ok()
+        self.waiting.enter(tense).await.ok()
     }
 
     /// As [`Consensus::ask`], for the present, and for as long as it takes.
     pub async fn ask_on(&self) -> Proof {
         loop {
-            if let Some(proof) = self.ask(Shown::Present).await {
+            if let Some(proof) = self.ask(Tense::Present).await {
                 return proof;
             }
         }
@@ -134,12 +135,12 @@ impl Waiting {
         Stamp(self.clock.fetch_add(1, Ordering::SeqCst))
     }
 
-    fn enter(&self, needs: Shown) -> oneshot::Receiver<Proof> {
+    fn enter(&self, tense: Tense) -> oneshot::Receiver<Proof> {
         let (sender, receiver) = oneshot::channel();
         let mut readers = self.readers.lock();
         // Drawn under the lock, so that the queue is in the order of the tickets.
         let arrived = self.stamp();
-        readers.queue.push_back(Reader { arrived, needs, sender });
+        readers.queue.push_back(Reader { arrived, tense, sender });
         let waiting = readers.queue.len();
         let enough = readers.awaited.take_if(|awaited| waiting >= *awaited);
         drop(readers);
@@ -149,10 +150,10 @@ impl Waiting {
         receiver
     }
 
-    fn note(&self, sent: Stamp, proof: Proof, shown: Shown) {
+    fn note(&self, sent: Stamp, proof: Proof, shown: Tense) {
         let mut readers = self.readers.lock();
         let early = readers.early(sent);
-        let (served, left): (Vec<_>, Vec<_>) = readers.queue.drain(..early).partition(|reader| reader.needs <= shown);
+        let (served, left): (Vec<_>, Vec<_>) = readers.queue.drain(..early).partition(|reader| reader.tense <= shown);
         left.into_iter().rev().for_each(|reader| readers.queue.push_front(reader));
         drop(readers);
         for reader in served {
@@ -221,36 +222,36 @@ mod tests {
     #[test]
     fn an_answer_serves_only_those_who_came_before_its_request_was_sent() {
         let waiting = waiting();
-        let mut early = waiting.enter(Shown::Present);
+        let mut early = waiting.enter(Tense::Present);
         let sent = waiting.stamp();
-        let mut late = waiting.enter(Shown::Present);
-        waiting.note(sent, PROOF, Shown::Past);
+        let mut late = waiting.enter(Tense::Present);
+        waiting.note(sent, PROOF, Tense::Past);
         assert_eq!(early.try_recv(), Ok(PROOF));
         assert!(late.try_recv().is_err());
-        waiting.note(waiting.stamp(), PROOF, Shown::Present);
+        waiting.note(waiting.stamp(), PROOF, Tense::Present);
         assert_eq!(late.try_recv(), Ok(PROOF));
     }
 
     #[test]
     fn who_reads_the_past_waits_for_an_answer_that_shows_it() {
         let waiting = waiting();
-        let mut readers = [Shown::Past, Shown::Present, Shown::Past].map(|needs| waiting.enter(needs));
+        let mut readers = [Tense::Past, Tense::Present, Tense::Past].map(|tense| waiting.enter(tense));
         let mut served = |waiting: &Waiting, shown| {
             waiting.note(waiting.stamp(), PROOF, shown);
             readers.each_mut().map(|reader| reader.try_recv().is_ok())
         };
-        assert_eq!(served(&waiting, Shown::Present), [false, true, false]);
+        assert_eq!(served(&waiting, Tense::Present), [false, true, false]);
         assert_eq!(waiting.count(), 2);
-        let mut later = waiting.enter(Shown::Past);
+        let mut later = waiting.enter(Tense::Past);
         waiting.send_away(Stamp(0));
-        assert_eq!(served(&waiting, Shown::Past), [true, false, true]);
+        assert_eq!(served(&waiting, Tense::Past), [true, false, true]);
         assert_eq!((later.try_recv(), waiting.count()), (Ok(PROOF), 0));
     }
 
     #[test]
     fn readers_who_have_gone_are_not_counted() {
         let waiting = waiting();
-        let gone = waiting.enter(Shown::Present);
+        let gone = waiting.enter(Tense::Present);
         assert_eq!(waiting.count(), 1);
         drop(gone);
         assert_eq!(waiting.count(), 0);
@@ -259,12 +260,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_crowd_is_awaited_and_a_busy_asker_is_not_disturbed() {
         let waiting = waiting();
-        let mut readers = vec![waiting.enter(Shown::Present), waiting.enter(Shown::Present)];
+        let mut readers = vec![waiting.enter(Tense::Present), waiting.enter(Tense::Present)];
         let short = timeout(GATHERING, waiting.gather(3)).await;
         assert!(short.is_err());
-        readers.push(waiting.enter(Shown::Present));
+        readers.push(waiting.enter(Tense::Present));
         timeout(GATHERING, waiting.gather(3)).await.unwrap();
-        readers.push(waiting.enter(Shown::Present));
+        readers.push(waiting.enter(Tense::Present));
         assert_eq!(waiting.readers.lock().awaited, None);
         drop(readers);
         assert!(timeout(GATHERING, waiting.gather(1)).await.is_err(), "who has gone is not waited with");
@@ -280,11 +281,11 @@ mod tests {
         let later = async {
             sleep(PATIENCE / 2).await;
             let began = Instant::now();
-            (consensus.ask(Shown::Present).await, began.elapsed())
+            (consensus.ask(Tense::Present).await, began.elapsed())
         };
         let began = Instant::now();
         let ((early, waited), (late, waited_later)) =
-            tokio::join!(async { (consensus.ask(Shown::Present).await, began.elapsed()) }, later);
+            tokio::join!(async { (consensus.ask(Tense::Present).await, began.elapsed()) }, later);
         assert_eq!((early, late), (None, None));
         for waited in [waited, waited_later] {
             assert!((PATIENCE..PATIENCE * 5 / 4).contains(&waited), "{waited:?}");

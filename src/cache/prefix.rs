@@ -130,7 +130,12 @@ impl Prefix {
     /// Lets the feed know that somebody waits for the view to reach `revision`, which the cluster has.
     pub fn want(&self, revision: Revision) {
         let epoch = self.store.view().position.epoch;
-        self.demand.send_if_modified(|demand| move_on(&mut demand.goal, Position { epoch, revision }));
+        self.lead(Position { epoch, revision });
+    }
+
+    /// Lets the feed know how far the cluster has got. Of another epoch than the view's: meaningless.
+    pub(super) fn lead(&self, to: Position) {
+        self.demand.send_if_modified(|demand| move_on(&mut demand.goal, to));
     }
 
     /// Lets the feed know that an answer contradicted the view as it was at `seen`.

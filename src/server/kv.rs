@@ -32,7 +32,7 @@ use super::{
     response,
 };
 use crate::{
-    cache::{Cache, Proof, Shown, Stamp, Unserved},
+    cache::{Cache, Proof, Stamp, Tense, Unserved},
     proto::etcdserverpb::{CompactionRequest, PutRequest, ResponseHeader},
     status::Status,
     store::{KeyRange, Revision, View},
@@ -217,11 +217,15 @@ impl Kv {
         Ok(self.relay_noting(call, Consensus::Proof, compact.unwrap_or(Write::Other)).await)
     }
 
-    /// The view that a read of `range` may be answered from. It `needs` nothing to have been shown if it is serializable.
-    async fn view(&self, range: &KeyRange, needs: Option<Shown>) -> Result<Guard<Arc<View>>, Unserved> {
-        match needs {
-            None => self.cache.serializable(range).await,
-            Some(needs) => Box::pin(self.cache.linearizable(range, needs)).await,
+    /// The view that a read of `range` at `revision` (zero or less: the present) may be answered from.
+    async fn view(&self, range: &KeyRange, revision: i64, serializable: bool) -> Result<Guard<Arc<View>>, Unserved> {
+        let tense = if revision > 0 { Tense::Past } else { Tense::Present };
+        if tense == Tense::Past && self.cache.is_before_memory(range, Revision(revision)) {
+            return Err(Unserved::TooOld);
+        }
+        match serializable {
+            true => self.cache.serializable(range).await,
+            false => Box::pin(self.cache.linearizable(range, tense)).await,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use millpond::{
-    cache::{Proof, Shown, Stamp},
+    cache::{Proof, Stamp, Tense},
     feed::Phase,
     proto::etcdserverpb::{CompactionRequest, CompactionResponse, PutRequest, PutResponse, ResponseHeader},
     store::{Position, Revision},
@@ -97,12 +97,12 @@ pub async fn read(world: World, mut dice: Dice, pause: u64) {
         sleep(dice.pause(pause)).await;
         let before = world.before();
         let range = dice.pick(&world.0.ranges);
-        let needs = dice.pick(&[Shown::Present, Shown::Past]);
-        match world.0.cache.linearizable(&range, needs).await {
+        let tense = dice.pick(&[Tense::Present, Tense::Past]);
+        match world.0.cache.linearizable(&range, tense).await {
             Ok(view) => {
                 world.0.trace.note(format!("linearizable {:?}", view.position));
                 world.judge_linearizable(before, &range, &view);
-                if needs == Shown::Past {
+                if tense == Tense::Past {
                     world.judge_past(before, &view);
                 }
             }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use millpond::{cache::Shown, feed::Phase, store::KeyRange};
+use millpond::{cache::Tense, feed::Phase, store::KeyRange};
 use parking_lot::Mutex;
 use tokio::{
     task::AbortHandle,
@@ -123,7 +123,7 @@ async fn compactions_known(world: &World) {
 pub async fn answer(world: &World, range: &KeyRange) {
     loop {
         let before = world.before();
-        if let Ok(view) = world.0.cache.linearizable(range, Shown::Present).await {
+        if let Ok(view) = world.0.cache.linearizable(range, Tense::Present).await {
             return world.judge_linearizable(before, range, &view);
         }
         sleep(Duration::from_millis(50)).await;

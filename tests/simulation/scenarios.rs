@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use millpond::{
-    cache::Shown,
+    cache::Tense,
     store::{KeyRange, Revision},
 };
 use tokio::time::{Duration, sleep};
@@ -183,7 +183,7 @@ fn what_clients_were_told_of_is_known_to_reads_and_watchers_that_begin_afterward
         compact(2);
         assert_eq!(cache.serializable(&range).await.map(|view| view.compacted), Ok(Revision(2)));
         compact(3);
-        assert_eq!(cache.linearizable(&range, Shown::Present).await.map(|view| view.compacted), Ok(Revision(3)));
+        assert_eq!(cache.linearizable(&range, Tense::Present).await.map(|view| view.compacted), Ok(Revision(3)));
         compact(4);
         cache.begin(prefix, true).await;
         assert_eq!((must_wait(), view().compacted), (false, Revision(4)));
@@ -212,7 +212,7 @@ fn a_compaction_by_others_is_known_to_reads_of_the_past_at_once_and_to_all_soon(
         for compacted in [2, 3, 17, 40].map(Revision) {
             world.0.cluster.compact(compacted.0);
             assert!(view().compacted < compacted);
-            assert_eq!(cache.linearizable(&range, Shown::Past).await.map(|view| view.compacted), Ok(compacted));
+            assert_eq!(cache.linearizable(&range, Tense::Past).await.map(|view| view.compacted), Ok(compacted));
         }
         world.0.cluster.compact(41);
         sleep(Duration::from_secs(2)).await;
@@ -234,7 +234,7 @@ fn a_compaction_ahead_of_the_view_shows_when_the_view_gets_there() {
         assert_eq!((view().revision(), view().compacted), (Revision(4), Revision(0)));
         assert!(cache.serializable(&range).await.is_ok(), "what is not in the view is no matter of its readers");
         put(&world, &["a/4", "a/5"]).await;
-        assert_eq!(cache.linearizable(&range, Shown::Past).await.map(|view| view.compacted), Ok(Revision(6)));
+        assert_eq!(cache.linearizable(&range, Tense::Past).await.map(|view| view.compacted), Ok(Revision(6)));
         settle(&world);
     });
 }

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::Code;
 use tracing::{debug, info};
 
-use super::{Proof, Shown, Stamp, Waiting};
+use super::{Proof, Stamp, Tense, Waiting};
 use crate::{
     cache::Prefix,
     feed::Phase,
@@ -143,29 +143,32 @@ impl Asker {
                     info!(%revision, "the cluster has been compacted");
                     // A view shows a compaction when it has got to it.
                     self.led = None;
-                    for (prefix, kept) in self.prefixes.iter().zip(kept) {
-                        kept.into_iter().for_each(|kept| prefix.note_compaction(Position { revision, ..kept }));
-                    }
+                    self.each_kept(&kept, |prefix, kept| prefix.note_compaction(Position { revision, ..kept }));
                 }
                 // Another history has taken the place of the one in memory. Its revision tells readers so.
                 Err(status) if status == Status::FUTURE_REVISION => {
                     return self.ask(sent, at, Revision::ZERO).await.map(drop);
                 }
-                answer => return answer.map(|present| self.lead(present)),
+                answer => return answer.map(|present| self.lead(&kept, present)),
             }
         }
     }
 
     /// Has views brought to `present` now and then. Those of quiet prefixes stay behind otherwise, and so would what their watchers are
     /// told of progress, and the revision that their feeds go on from when they have lost the upstream.
-    fn lead(&mut self, present: Revision) {
+    fn lead(&mut self, kept: &[Option<Position>], present: Revision) {
         let is_due = self.led.is_none_or(|led| led.elapsed() >= SILENCE);
         if !is_due || !self.upstream.gate().progress_is_proof {
             return;
         }
         self.led = Some(Instant::now());
-        let live = self.prefixes.iter().filter(|prefix| prefix.phase() == Phase::Live);
-        live.for_each(|prefix| prefix.want(present));
+        self.each_kept(kept, |prefix, kept| prefix.lead(Position { revision: present, ..kept }));
+    }
+
+    /// The prefixes in which something was kept when the question was put, with what that was: an answer is of no other history.
+    fn each_kept(&self, kept: &[Option<Position>], tell: impl Fn(&Prefix, Position)) {
+        let known = self.prefixes.iter().zip(kept).filter_map(|(prefix, kept)| kept.map(|kept| (prefix, kept)));
+        known.for_each(|(prefix, kept)| tell(prefix, kept));
     }
 
     /// Puts one question, at `revision` or at the present, and tells the readers whom the answer serves: those who came before
@@ -177,7 +180,7 @@ impl Asker {
         self.round_trip = began.elapsed();
         self.waiting.metrics.seconds.observe(self.round_trip.as_secs_f64());
         self.waiting.metrics.questions.with_label_values(&["answered"]).inc();
-        self.waiting.note(sent, proof, Shown::Past);
+        self.waiting.note(sent, proof, Tense::Past);
         Ok(proof.revision)
     }
 

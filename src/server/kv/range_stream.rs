@@ -16,7 +16,7 @@ use super::{
     answer::{Values, put_record, record_len, wrapped_len},
     decode,
     held::{Held, Holder},
-    reads::{check, needs},
+    reads::check,
     relayed_observer,
 };
 use crate::{
@@ -57,11 +57,7 @@ impl Kv {
         check(&request)?;
         check_streamable(&request)?;
         let range = range_of(&request);
-        let view = match self.is_too_old(&range, &request) {
-            false => self.view(&range, needs(&request)).await,
-            true => Err(Unserved::TooOld),
-        };
-        let unserved = match view {
+        let unserved = match self.view(&range, request.revision, request.serializable).await {
             Ok(view) => match self.evaluate(&view, &range, &request)? {
                 Some(selection) => {
                     // Only 3.7 has chunks, and it leaves out leases with values: so do we, whatever the upstream's version.

@@ -5,7 +5,7 @@ use prost::Message;
 
 use super::{Call, Consensus, Kv, answer, decode};
 use crate::{
-    cache::{Shown, Unserved},
+    cache::Unserved,
     proto::etcdserverpb::{
         RangeRequest,
         range_request::{SortOrder, SortTarget},
@@ -13,7 +13,7 @@ use crate::{
     server::body::Body,
     status::Status,
     store::{
-        KeyRange, Revision, View,
+        KeyRange, View,
         range::{RangeError, Selection, range_of, select},
     },
     upstream::Version,
@@ -36,22 +36,12 @@ pub(super) fn check(request: &RangeRequest) -> Result<(), Status> {
     if known { Ok(()) } else { Err(Status::INVALID_SORT_OPTION) }
 }
 
-/// What has to be shown before `request` is answered from memory; none if it is serializable.
-pub(super) fn needs(request: &RangeRequest) -> Option<Shown> {
-    let needs = if request.revision > 0 { Shown::Past } else { Shown::Present };
-    (!request.serializable).then_some(needs)
-}
-
 impl Kv {
     pub(super) async fn range(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
         let request: RangeRequest = decode(&call.message)?;
         check(&request)?;
         let range = range_of(&request);
-        let view = match self.is_too_old(&range, &request) {
-            false => self.view(&range, needs(&request)).await,
-            true => Err(Unserved::TooOld),
-        };
-        let unserved = match view {
+        let unserved = match self.view(&range, request.revision, request.serializable).await {
             Ok(view) => match self.evaluate(&view, &range, &request)? {
                 Some(selection) => {
                     let values = self.values(&request);
@@ -74,11 +64,6 @@ impl Kv {
             }
             false => Box::pin(self.relay(call, Consensus::Proof)).await,
         })
-    }
-
-    /// Whether the request is of a revision that only the upstream remembers. Nobody need be asked for proof then.
-    pub(super) fn is_too_old(&self, range: &KeyRange, request: &RangeRequest) -> bool {
-        request.revision > 0 && self.cache.is_before_memory(range, Revision(request.revision))
     }
 
     /// What the request selects from the view. None: only the upstream can tell, be it because the revision is older than

@@ -8,7 +8,6 @@ use prost::Message;
 
 use super::{Call, Consensus, Kv, answer, decode, pieces::Section, reads::check};
 use crate::{
-    cache::Shown,
     proto::etcdserverpb::{
         Compare, RangeRequest, RequestOp, TxnRequest,
         compare::{CompareResult, CompareTarget, TargetUnion},
@@ -54,7 +53,7 @@ impl Kv {
         reads: &Reads<'_>,
     ) -> Result<Result<Response<Body>, Status>, &'static str> {
         let range = reads.hull().ok_or("not_cached")?;
-        let view = self.view(&range, reads.needs()).await.map_err(|unserved| unserved.label())?;
+        let view = self.view(&range, 0, reads.serializable).await.map_err(|unserved| unserved.label())?;
         let Some(tree) = &view.tree else { return Err("over_limit") };
         let succeeded = request.compare.iter().all(|compare| holds(tree, compare));
         let branch = if succeeded { &reads.success } else { &reads.failure };
@@ -111,11 +110,6 @@ impl<'a> Reads<'a> {
             && all.clone().all(|read| check(read).is_ok() && read.revision == 0);
         let serializable = all.all(|read| read.serializable);
         sound.then_some(Self { success, failure, compares: &request.compare, serializable })
-    }
-
-    /// What has to be shown before they are answered from memory: none of them is in the past.
-    fn needs(&self) -> Option<Shown> {
-        (!self.serializable).then_some(Shown::Present)
     }
 
     /// The smallest range that covers everything that is looked at; none when nothing is.
