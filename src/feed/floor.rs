@@ -11,7 +11,10 @@ use parking_lot::Mutex;
 
 use super::seen::{Known, Newest, Seen, What};
 use crate::{
-    proto::{etcdserverpb::PutRequest, mvccpb},
+    proto::{
+        etcdserverpb::PutRequest,
+        mvccpb::{self, event::EventType},
+    },
     store::{KeyRange, Revision},
     upstream::ConnectionNumber,
 };
@@ -81,23 +84,28 @@ impl Floor {
     /// Notes an event that a client is sent.
     pub fn note_event(&self, event: &mvccpb::Event) {
         let Some(record) = &event.kv else { return };
-        let what = match event.r#type() {
-            mvccpb::event::EventType::Put => What::Put(Known::by_event(record)),
-            mvccpb::event::EventType::Delete => What::Delete,
-        };
-        self.note(&record.key, Revision(record.mod_revision), what);
+        let revision = Revision(record.mod_revision);
+        match event.r#type() {
+            EventType::Put => self.note(&record.key, revision, true, || What::Put(Known::by_event(record))),
+            EventType::Delete => self.note(&record.key, revision, false, || What::Delete),
+        }
     }
 
     /// Notes that a client is told that `request` was done at `revision`.
     pub fn note_put(&self, request: &PutRequest, revision: Revision) {
-        self.note(&request.key, revision, What::Put(Known::by_request(request)));
+        self.note(&request.key, revision, true, || What::Put(Known::by_request(request)));
     }
 
-    fn note(&self, key: &[u8], revision: Revision, what: What) {
-        let seen = Seen { key: Bytes::copy_from_slice(key), revision, what };
+    /// Of an event that many watchers are sent, `what` it was is looked at once.
+    fn note(&self, key: &[u8], revision: Revision, is_put: bool, what: impl FnOnce() -> What) {
+        let of = usize::from(!self.range.contains(key));
+        if !self.heard.lock().newest[of].is_news(revision, is_put) {
+            return;
+        }
+        let seen = Seen { key: Bytes::copy_from_slice(key), revision, what: what() };
         let mut heard = self.heard.lock();
         let mark = heard.mark();
-        heard.newest[usize::from(!self.is_within(&seen))].note(mark, &seen);
+        heard.newest[of].note(mark, &seen);
     }
 
     /// Whether the event is of one of the prefix's keys.

@@ -79,11 +79,16 @@ pub(super) struct Newest {
 }
 
 impl Newest {
-    /// Notes `seen`, unless it is older than what is known.
+    /// Whether an event of `revision` is newer than what is known.
+    pub(super) fn is_news(&self, revision: Revision, is_put: bool) -> bool {
+        is_newer(&self.event, revision) || is_put && is_newer(&self.put, revision)
+    }
+
+    /// Notes `seen`, as far as it is news.
     pub(super) fn note(&mut self, mark: Mark, seen: &Seen) {
         let is_put = matches!(seen.what, What::Put(_));
         for slot in [Some(&mut self.event), is_put.then_some(&mut self.put)].into_iter().flatten() {
-            if slot.as_ref().is_none_or(|(_, newest)| newest.revision < seen.revision) {
+            if is_newer(slot, seen.revision) {
                 *slot = Some((mark, seen.clone()));
             }
         }
@@ -101,6 +106,10 @@ impl Newest {
         let put = self.put.as_ref().filter(|_| self.put != self.event);
         self.event.iter().chain(put).map(|(_, seen)| seen)
     }
+}
+
+fn is_newer(slot: &Option<(Mark, Seen)>, revision: Revision) -> bool {
+    slot.as_ref().is_none_or(|(_, known)| known.revision < revision)
 }
 
 #[cfg(test)]
