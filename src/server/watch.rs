@@ -1,6 +1,7 @@
 //! The Watch service. A stream is one body without a task of its own: the connection asks it for bytes when it has room,
 //! and it reads requests, takes events from its session and starts relays while it is asked.
 
+mod lineage;
 mod relay;
 mod stream;
 

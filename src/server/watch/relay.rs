@@ -1,8 +1,8 @@
 //! Watchers that the history window cannot serve, relayed from the upstream one by one: those that begin before it, or before
 //! anything is loaded, until they have reached it, and those of ranges that are not cached, for as long as they live.
 //!
-//! A relay may outlive its upstream, so it has to know that what comes next follows on what it has relayed. The prefix tells,
-//! once it is loaded. Until then nobody can, and a relay that loses its upstream ends its client's stream, as etcd's own end would.
+//! A relay may outlive its upstream, and goes on where what comes next follows on what it has relayed ([`Lineage`]). Where nobody
+//! can tell, it ends its client's stream, as etcd's own end would.
 
 use std::{future::pending, pin::pin, sync::Arc, time::Duration};
 
@@ -14,9 +14,11 @@ use tokio::{
     time::{Instant, sleep, sleep_until, timeout},
 };
 
-use super::Shared;
+use super::{
+    Shared,
+    lineage::{Descent, Lineage},
+};
 use crate::{
-    cache::Prefix,
     fanout::{Hub, Relay},
     proto::etcdserverpb::{
         WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse, watch_create_request::FilterType,
@@ -33,11 +35,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_millis(100);
 /// For a client to make room. One that takes longer leaves its place among the relays to others meanwhile.
 const ROOM: Duration = Duration::from_secs(1);
-/// For the first load, which saves a relay the upstream, and for a proof that the history goes on. If it takes longer, nobody's watch is
-/// to stand still for it.
+/// For the first load, which saves a relay the upstream. If it takes longer, nobody's watch is to stand still for it.
 const LOAD: Duration = Duration::from_secs(5);
-/// The epoch of a prefix that has not been loaded yet.
-const NOTHING_LOADED: u64 = 0;
 
 /// What a relay has to say to its stream.
 pub(super) enum Report {
@@ -74,10 +73,10 @@ impl Drop for Handle {
 pub(super) fn start(shared: &Arc<Shared>, relay: Relay, reports: mpsc::Sender<Report>) -> Handle {
     let (asked, is_asked) = watch::channel(Revision::ZERO);
     let hub = relay.lane.and_then(|lane| shared.hubs.get(lane).cloned());
-    let (shared, next, epoch) = (shared.clone(), relay.from, relay.epoch);
-    let (proofs, followed, heard, is_early, is_owed) = (0, None, Revision::ZERO, false, false);
-    let task =
-        Task { shared, hub, epoch, proofs, followed, next, is_early, heard, is_owed, relay, reports, asked: is_asked };
+    let lineage = Lineage::new(shared.cache.clone(), relay.lane, relay.epoch);
+    let (shared, next) = (shared.clone(), relay.from);
+    let (heard, is_early, is_owed) = (Revision::ZERO, false, false);
+    let task = Task { shared, hub, lineage, next, is_early, heard, is_owed, relay, reports, asked: is_asked };
     Handle { asked, task: tokio::spawn(task.run()).abort_handle() }
 }
 
@@ -85,12 +84,8 @@ struct Task {
     shared: Arc<Shared>,
     /// Who can take over.
     hub: Option<Arc<Hub>>,
-    /// The epoch of the history that it relays.
-    epoch: u64,
-    /// The prefix's proofs when the upstream watch was opened.
-    proofs: u64,
-    /// While that is not known: the server that it has followed is the one that all connections up to this led to.
-    followed: Option<ConnectionNumber>,
+    /// The history that it relays.
+    lineage: Lineage,
     relay: Relay,
     /// The first revision that has not been relayed.
     next: Revision,
@@ -103,16 +98,6 @@ struct Task {
     reports: mpsc::Sender<Report>,
     /// Up to where the stream wants to be told of progress, with a signal at every request.
     asked: watch::Receiver<Revision>,
-}
-
-/// What is known of the history that a relay is to go on with.
-enum Lineage {
-    /// It is the one that was relayed before.
-    Same,
-    /// It is another.
-    Another,
-    /// Nobody can tell.
-    Unknown,
 }
 
 /// How one upstream watch ended.
@@ -164,54 +149,17 @@ impl Task {
         }
     }
 
-    /// Whether what comes over `connection` follows on what was relayed before.
-    async fn lineage(&mut self, connection: ConnectionNumber) -> Lineage {
-        if !self.can_resume() {
-            // Its first server is as good as any.
-            return if self.followed.is_none() { Lineage::Same } else { Lineage::Unknown };
-        }
-        if !self.settle().await {
-            return Lineage::Unknown;
-        }
-        let Some(prefix) = self.prefix() else { return Lineage::Same };
-        prefix.confirm(connection).await;
-        let now = self.loaded_epoch();
-        if self.epoch == NOTHING_LOADED {
-            self.epoch = now;
-        }
-        if self.epoch == now { Lineage::Same } else { Lineage::Another }
-    }
-
-    /// Finds out, now that something is loaded, whether that is of the history that was relayed. False: nobody can tell.
-    async fn settle(&mut self) -> bool {
-        let (NOTHING_LOADED, Some(followed), Some(prefix)) = (self.epoch, self.followed, self.prefix()) else {
-            return true;
-        };
-        let Some(epoch) = prefix.epoch_behind(followed).await else { return false };
-        self.epoch = epoch;
-        true
-    }
-
-    /// Whether anything has been loaded that another upstream watch can be held against.
-    fn can_resume(&self) -> bool {
-        self.loaded_epoch() != NOTHING_LOADED
-    }
-
-    fn loaded_epoch(&self) -> u64 {
-        self.prefix().map_or(NOTHING_LOADED, |prefix| prefix.store().view().position.epoch)
-    }
-
     /// Room among the relays of its kind. Those that end by themselves queue for it; the others do not, and neither do those that a
     /// load which takes long would have to end.
     async fn permit(&self) -> Option<OwnedSemaphorePermit> {
         if self.hub.is_some() {
             let mut turn = pin!(self.shared.catch_up.clone().acquire_owned());
-            if !self.can_resume()
+            if !self.lineage.can_resume()
                 && let Ok(permit) = timeout(LOAD, &mut turn).await
             {
                 return permit.ok();
             }
-            if self.can_resume() {
+            if self.lineage.can_resume() {
                 return turn.await.ok();
             }
         }
@@ -228,13 +176,11 @@ impl Task {
             Ok(opened) => opened,
             Err(status) => return End::Failed(status),
         };
-        let Some(proofs) = self.await_proof().await else { return self.report(Report::Lost).await };
-        self.proofs = proofs;
-        match self.lineage(receiver.connection()).await {
-            Lineage::Same => {}
+        match self.lineage.descent(receiver.connection()).await {
+            Descent::Same => {}
             // The session learns from its hub that the watcher is to be cancelled.
-            Lineage::Another => return End::Over,
-            Lineage::Unknown => return self.report(Report::Lost).await,
+            Descent::Another => return End::Over,
+            Descent::Unknown => return self.report(Report::Lost).await,
         }
         // Whoever answers what is sent from now on was there when these had been opened.
         let opened = upstream.newest_connection().max(receiver.connection());
@@ -242,16 +188,6 @@ impl Task {
         match sender.send(&create).await {
             Ok(()) => self.pass_on(&sender, &mut receiver, opened).await,
             Err(status) => End::Failed(status),
-        }
-    }
-
-    /// Waits until no proof is under way, and counts the prefix's proofs; none: that takes too long. Whoever has relayed nothing yet need
-    /// not wait: a server that is there now is the one whose history is being looked at.
-    async fn await_proof(&self) -> Option<u64> {
-        let Some(prefix) = self.prefix() else { return Some(0) };
-        match self.followed {
-            None => Some(prefix.proofs()),
-            Some(_) => timeout(LOAD, prefix.proven()).await.ok(),
         }
     }
 
@@ -269,7 +205,7 @@ impl Task {
     /// Whether the upstream watch has to be opened again because etcd does not answer on this one. Not where nobody could tell then
     /// whether it is of the same history.
     fn is_to_begin_earlier(&self) -> bool {
-        self.is_owed && !self.is_early && self.heard < self.next && self.epoch != NOTHING_LOADED
+        self.is_owed && !self.is_early && self.heard < self.next && self.lineage.is_known()
     }
 
     fn create_request(&self) -> WatchCreateRequest {
@@ -296,7 +232,7 @@ impl Task {
         self.heard = Revision::ZERO;
         let created = receiver.next().await;
         if matches!(created, Some(Ok(_))) {
-            self.followed = Some(opened);
+            self.lineage.follow(opened);
         }
         if let Some(end) = self.take_message(created, receiver.connection(), trusted).await {
             return end;
@@ -351,7 +287,7 @@ impl Task {
     }
 
     async fn take(&mut self, mut response: WatchResponse, connection: ConnectionNumber, trusted: bool) -> Option<End> {
-        if self.is_outlived() {
+        if self.lineage.is_outlived() {
             return Some(End::Again);
         }
         if self.is_early && response.canceled && response.compact_revision == self.next.0 {
@@ -368,7 +304,7 @@ impl Task {
         }
         self.note(&response, connection);
         // The proof of just now may not know what has just been noted.
-        if self.is_outlived() {
+        if self.lineage.is_outlived() {
             return Some(End::Again);
         }
         let last = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back();
@@ -394,19 +330,13 @@ impl Task {
     /// Gives `report` to the stream. There are few relays that end by themselves, so none of them is kept by a client that makes no
     /// room, if it can be taken up again.
     async fn pass(&self, report: Report) -> Result<(), End> {
-        let may_pause = self.hub.is_some() && self.can_resume();
+        let may_pause = self.hub.is_some() && self.lineage.can_resume();
         let room = match timeout(ROOM, self.reports.reserve()).await {
             Err(_) if may_pause => return Err(End::Stalled(report)),
             Err(_) => self.reports.reserve().await,
             Ok(room) => room,
         };
         room.map(|room| room.send(report)).map_err(|_| End::Over)
-    }
-
-    /// Whether the prefix has proven meanwhile that its history goes on. This upstream watch may be of one that ended before, and the
-    /// proof has not heard of what it has yet to say.
-    fn is_outlived(&self) -> bool {
-        self.prefix().is_some_and(|prefix| prefix.proofs() != self.proofs)
     }
 
     /// Whether it has been told of less than the stream wants to know.
@@ -416,7 +346,7 @@ impl Task {
 
     /// Lets the history window take over.
     async fn hand_over(&mut self) -> End {
-        let settled = self.settle().await;
+        let settled = self.lineage.settle().await;
         self.report(if settled { Report::Reached(self.relay.slot, self.relay.serial) } else { Report::Lost }).await
     }
 
@@ -426,15 +356,10 @@ impl Task {
         let options = &self.relay.options;
         // A transaction can put a key and delete it. Who is sent one of both does not know what is left.
         let knows_all = !options.no_put && !options.no_delete;
-        if let (true, Some(prefix), Some(event)) = (knows_all, self.prefix(), response.events.last()) {
+        if let (true, Some(prefix), Some(event)) = (knows_all, self.lineage.prefix(), response.events.last()) {
             prefix.note_event(event);
         }
         cache.note_relayed(Revision(response.header.as_ref().map_or(0, |header| header.revision)), connection);
-    }
-
-    /// The prefix whose history decides over the watcher.
-    fn prefix(&self) -> Option<&Prefix> {
-        self.shared.cache.prefixes().get(self.relay.lane.unwrap_or(0))
     }
 
     /// Whether the history window holds everything that is still to come.
