@@ -3,7 +3,10 @@
 
 mod support;
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use millpond::{
@@ -22,6 +25,7 @@ use support::{
     millpond::{Millpond, breathe},
     operation::range,
     raw::{RawConnection, framed},
+    scene::Scene,
     toolchain::Release,
     watching::{WatchStream, create, revision_of},
 };
@@ -37,6 +41,23 @@ struct Stage {
     /// Up to date, and quiet until the end.
     open: WatchStream,
     backup: PathBuf,
+}
+
+/// Nobody reaches the cluster through the link, and whoever has is cut off.
+fn cut(link: &FaultProxy) {
+    link.set(Faults { refuse: true, ..Faults::default() });
+    link.reset();
+}
+
+/// A Millpond in front of `cluster` that caches `k/` alone.
+async fn caching_one_prefix(cluster: Cluster) -> Scene {
+    Scene::before(cluster, Faults::default(), &["--prefixes=k/"]).await
+}
+
+/// Restores what was in `backup` while nobody can reach the cluster.
+async fn restore(scene: &mut Scene, backup: &Path) {
+    cut(&scene.link);
+    scene.cluster.restore(backup, &[]).await;
 }
 
 impl Stage {
@@ -62,8 +83,7 @@ impl Stage {
         let open = WatchStream::open(&client).await;
         open.create(create("other/", "other0", 0));
         open.until_count(1).await;
-        proxy.set(Faults { refuse: true, ..Faults::default() });
-        proxy.reset();
+        cut(&proxy);
         Self { cluster, proxy, millpond, client, informers, open, backup }
     }
 
@@ -178,12 +198,10 @@ async fn what_is_known_to_be_of_another_history_is_not_served_when_the_upstream_
 /// that, and the new history has events of the prefix there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_that_shares_the_last_event_of_a_quiet_prefix() {
-    let mut cluster = Cluster::single(Release::newest()).await;
-    let proxy = FaultProxy::start(&cluster.endpoint(0)).await;
-    let mut millpond = Millpond::start(std::slice::from_ref(&proxy.endpoint), &["--prefixes=k/"]).await;
-    let client = millpond.client();
+    let mut scene = caching_one_prefix(Cluster::single(Release::newest()).await).await;
+    let client = scene.millpond.client();
     client.put("k/00", "backed up").await.unwrap();
-    let backup = cluster.save_snapshot("backup.db").await;
+    let backup = scene.cluster.save_snapshot("backup.db").await;
     for number in 0..10 {
         client.put(format!("other/{number}"), "lost").await.unwrap();
     }
@@ -192,45 +210,38 @@ async fn a_restore_that_shares_the_last_event_of_a_quiet_prefix() {
     let open = WatchStream::open(&client).await;
     open.create(create("k/", "k0", 0));
     open.until_count(1).await;
-    proxy.set(Faults { refuse: true, ..Faults::default() });
-    proxy.reset();
-    cluster.restore(&backup, &[]).await;
-    let direct = cluster.client(0);
+    restore(&mut scene, &backup).await;
+    let direct = scene.etcd();
     for number in 1..=20 {
         direct.put(format!("k/{number:02}"), "another").await.unwrap();
     }
-    proxy.heal();
+    scene.link.heal();
     open.until("a cancelled watch", |all| all.iter().any(|response| response.canceled)).await;
     let found = client.range(range("k/", "k0")).await.unwrap();
     assert_eq!(found.kvs, direct.range(range("k/", "k0")).await.unwrap().kvs);
-    millpond.assert_well();
+    scene.millpond.assert_well();
 }
 
 /// A watcher of what is not cached has been told of a deletion that the view does not know of. In the new history the key is
 /// absent at that revision as well, but went before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_that_deletes_the_same_key_at_another_revision() {
-    let mut cluster = Cluster::single(Release::newest()).await;
-    let proxy = FaultProxy::start(&cluster.endpoint(0)).await;
+    let cluster = Cluster::single(Release::newest()).await;
     cluster.client(0).put("k/00", "backed up").await.unwrap();
     cluster.client(0).put("other/x", "backed up").await.unwrap();
-    let mut millpond = Millpond::start(std::slice::from_ref(&proxy.endpoint), &["--prefixes=k/"]).await;
-    let backup = cluster.save_snapshot("backup.db").await;
-    let open = WatchStream::open(&millpond.client()).await;
-    open.create(create("other/", "other0", 0));
-    open.until_count(1).await;
-    cluster.client(0).put("other/a", "lost").await.unwrap();
-    cluster.client(0).delete("other/x").await.unwrap();
+    let mut scene = caching_one_prefix(cluster).await;
+    let backup = scene.cluster.save_snapshot("backup.db").await;
+    let open = WatchStream::watching(&scene.millpond.client(), create("other/", "other0", 0)).await;
+    scene.etcd().put("other/a", "lost").await.unwrap();
+    scene.etcd().delete("other/x").await.unwrap();
     open.until("both events", |all| all.iter().map(|one| one.events.len()).sum::<usize>() == 2).await;
-    proxy.set(Faults { refuse: true, ..Faults::default() });
-    proxy.reset();
-    cluster.restore(&backup, &[]).await;
-    cluster.client(0).delete("other/x").await.unwrap();
-    cluster.client(0).put("other/a", "another").await.unwrap();
-    proxy.heal();
+    restore(&mut scene, &backup).await;
+    scene.etcd().delete("other/x").await.unwrap();
+    scene.etcd().put("other/a", "another").await.unwrap();
+    scene.link.heal();
     open.until("a cancelled watch", |all| all.iter().any(|response| response.canceled)).await;
     assert_eq!(open.events().len(), 2, "nothing of the new history follows on the old one");
-    millpond.assert_well();
+    scene.millpond.assert_well();
 }
 
 /// Whoever wrote before the restore goes on after it: the same keys are put and deleted at the same revisions, with the same versions.
@@ -238,18 +249,16 @@ async fn a_restore_that_deletes_the_same_key_at_another_revision() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_after_which_the_same_keys_are_written_at_the_same_revisions() {
     for (deletes, reads) in [(false, false), (true, false), (true, true)] {
-        let mut cluster = Cluster::single(Release::newest()).await;
-        let proxy = FaultProxy::start(&cluster.endpoint(0)).await;
-        let mut millpond = Millpond::start(std::slice::from_ref(&proxy.endpoint), &["--prefixes=k/"]).await;
+        let cluster = Cluster::single(Release::newest()).await;
         for key in ["k/00", "other/a", "other/x"] {
             cluster.client(0).put(key, "backed up").await.unwrap();
         }
-        let read = async || millpond.client().range(range("k/", "k0")).await.unwrap().count;
+        let mut scene = caching_one_prefix(cluster).await;
+        let client = scene.millpond.client();
+        let read = async || client.range(range("k/", "k0")).await.unwrap().count;
         assert_eq!(read().await, 1);
-        let backup = cluster.save_snapshot("backup.db").await;
-        let open = WatchStream::open(&millpond.client()).await;
-        open.create(create("other/", "other0", 0));
-        open.until_count(1).await;
+        let backup = scene.cluster.save_snapshot("backup.db").await;
+        let open = WatchStream::watching(&client, create("other/", "other0", 0)).await;
         let write = async |client: Client, value: &'static str| {
             client.put("other/a", value).await.unwrap();
             match deletes {
@@ -257,30 +266,27 @@ async fn a_restore_after_which_the_same_keys_are_written_at_the_same_revisions()
                 true => client.delete("other/x").await.unwrap(),
             }
         };
-        let lost = write(cluster.client(0), "lost").await;
+        let lost = write(scene.etcd(), "lost").await;
         open.until("both events", |all| all.iter().map(|one| one.events.len()).sum::<usize>() == 2).await;
         if reads {
             assert_eq!(read().await, 1);
         }
-        proxy.set(Faults { refuse: true, ..Faults::default() });
-        proxy.reset();
-        cluster.restore(&backup, &[]).await;
-        assert_eq!(write(cluster.client(0), "other").await, lost);
-        proxy.heal();
+        restore(&mut scene, &backup).await;
+        assert_eq!(write(scene.etcd(), "other").await, lost);
+        scene.link.heal();
         open.until("a cancelled watch", |all| all.iter().any(|response| response.canceled)).await;
         assert_eq!(open.events().len(), 2, "nothing of the new history follows on the old one");
-        millpond.assert_well();
+        scene.millpond.assert_well();
     }
 }
 
 /// A client that reads slowly is still to be sent what was lost when the cache has long gone on in the new history, which it shares.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_while_a_client_does_not_read() {
-    let mut cluster = Cluster::single(Release::newest()).await;
-    let proxy = FaultProxy::start(&cluster.endpoint(0)).await;
+    let cluster = Cluster::single(Release::newest()).await;
     cluster.client(0).put("k/00", "backed up").await.unwrap();
-    let mut millpond = Millpond::start(std::slice::from_ref(&proxy.endpoint), &["--prefixes=k/"]).await;
-    let connection = RawConnection::open(&millpond.endpoint, 16 << 10).await;
+    let mut scene = caching_one_prefix(cluster).await;
+    let connection = RawConnection::open(&scene.millpond.endpoint, 16 << 10).await;
     let (answer, mut outgoing) = connection.open_call("/etcdserverpb.Watch/Watch", &[]).await.unwrap();
     let create_request = pb::watch_request::RequestUnion::CreateRequest(create("other/", "other0", 2));
     let request = pb::WatchRequest { request_union: Some(create_request) };
@@ -288,21 +294,20 @@ async fn a_restore_while_a_client_does_not_read() {
     let body = answer.await.unwrap().into_body();
     // More than has room on the way to the client, and less than has room on the way to Millpond.
     for number in 0..20 {
-        cluster.client(0).put(format!("other/{number:02}"), vec![b'v'; 64 << 10]).await.unwrap();
+        scene.etcd().put(format!("other/{number:02}"), vec![b'v'; 64 << 10]).await.unwrap();
     }
-    let backup = cluster.save_snapshot("backup.db").await;
-    cluster.client(0).put("other/lost", "lost").await.unwrap();
+    let backup = scene.cluster.save_snapshot("backup.db").await;
+    scene.etcd().put("other/lost", "lost").await.unwrap();
     breathe(1000).await;
-    proxy.set(Faults { refuse: true, ..Faults::default() });
-    proxy.reset();
-    cluster.restore(&backup, &[]).await;
-    let direct = cluster.client(0);
+    restore(&mut scene, &backup).await;
+    let direct = scene.etcd();
     for number in 0..5 {
         direct.put(format!("other/{number:02}"), "another").await.unwrap();
     }
     let last = direct.put("other/last", "another").await.unwrap();
-    proxy.heal();
-    let cached = async || millpond.client().range(range("k/", "k0")).await.ok().filter(|answer| answer.count == 1);
+    scene.link.heal();
+    let cached =
+        async || scene.millpond.client().range(range("k/", "k0")).await.ok().filter(|answer| answer.count == 1);
     eventually("the cache goes on", cached).await;
     let expected = WatchStream::watching(&direct, create("other/", "other0", 2)).await;
     let has_last =
@@ -312,7 +317,7 @@ async fn a_restore_while_a_client_does_not_read() {
     if let Some(found) = found {
         assert_eq!(brief(&found), brief(&expected.events()), "one history and no other");
     }
-    millpond.assert_well();
+    scene.millpond.assert_well();
 }
 
 /// What tells events apart here.
