@@ -3,7 +3,7 @@
 //! - [`router`]: which of the following answers a request;
 //! - [`kv`], [`watch`]: what the cache answers, and relays where it cannot;
 //! - [`leader`]: streams that want a leader;
-//! - [`listener`]: accepts connections and serves HTTP/2 and HTTP/1.1 on them;
+//! - [`listener`]: accepts connections and serves HTTP/1.1 on them, `http2` HTTP/2; `keepalive`: clients that have vanished;
 //! - [`body`], [`response`]: what answers are made of;
 //! - [`forward`], [`relay`]: calls that etcd answers;
 //! - `precheck`: what is no gRPC call at all is refused as by etcd;
@@ -17,6 +17,8 @@ pub mod data;
 pub mod forward;
 pub mod health;
 pub mod http;
+mod http2;
+mod keepalive;
 pub mod kv;
 pub mod leader;
 pub mod listener;

@@ -6,7 +6,7 @@
 //! do for now. Large writes pass through without being copied, together with what was gathered before them. No timer is
 //! involved, but for the answers to pings if nothing follows them ([`courtesy`]).
 //!
-//! HTTP/1 connections gather by themselves, so an accepted connection is looked at first ([`Gather::sniffing`]).
+//! HTTP/1 connections gather by themselves, so an accepted connection is looked at first ([`Gather::accept`]).
 
 mod calls;
 mod courtesy;
@@ -20,15 +20,18 @@ use std::{
     io::{self, IoSlice},
     os::fd::AsFd,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Weak},
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use parking_lot::Mutex;
 use rustix::net::sockopt;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
+    time::Instant,
+};
 
 pub use self::outlet::Outlet;
 pub(crate) use self::{
@@ -73,59 +76,80 @@ pub struct Gather<S>(Arc<Mutex<Socket<S>>>);
 
 struct Socket<S> {
     inner: S,
+    /// What was read to learn which protocol this is, for whoever reads first.
+    opening: Bytes,
     pending: BytesMut,
     /// What was gathered last time, in bytes: an idle connection keeps no buffer, but knows how large its next one should be.
     usual: usize,
-    mode: Mode,
+    protocol: Protocol,
+    /// When the peer was heard of last.
+    heard: Instant,
     /// Why what was gathered could not be written, to be told to the connection.
     failure: Option<io::Error>,
 }
 
-enum Mode {
-    /// The first bytes have not all been seen; how many matched [`HTTP2_START`].
-    Sniffing(usize),
-    /// Writes go straight through.
-    Direct,
-    /// Writes are gathered.
-    Gathering,
+/// What a connection speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.1 or before: writes go straight through.
+    Http1,
+    /// HTTP/2: writes are gathered.
+    Http2,
+}
+
+/// Tells when a connection's peer was heard of last.
+pub(crate) struct Ear<S>(Weak<Mutex<Socket<S>>>);
+
+impl<S> Ear<S> {
+    /// When something was read last; none when the connection is gone.
+    pub(crate) fn last_heard(&self) -> Option<Instant> {
+        Some(self.0.upgrade()?.lock().heard)
+    }
 }
 
 impl<S> Gather<S> {
     /// For a connection that is known to speak HTTP/2.
     pub fn new(inner: S) -> Self {
-        Self::in_mode(inner, Mode::Gathering)
+        Self::speaking(Protocol::Http2, inner, Bytes::new())
     }
 
-    /// For an accepted connection: gathers only if the peer opens with the HTTP/2 preface.
-    pub fn sniffing(inner: S) -> Self {
-        Self::in_mode(inner, Mode::Sniffing(0))
-    }
-
-    fn in_mode(inner: S, mode: Mode) -> Self {
-        Self(Arc::new(Mutex::new(Socket { inner, pending: BytesMut::new(), usual: 0, mode, failure: None })))
+    fn speaking(protocol: Protocol, inner: S, opening: Bytes) -> Self {
+        let pending = BytesMut::new();
+        let socket = Socket { inner, opening, pending, usual: 0, protocol, heard: Instant::now(), failure: None };
+        Self(Arc::new(Mutex::new(socket)))
     }
 
     /// Where what is gathered leaves. Somebody has to see to that.
     pub fn outlet(&self) -> Outlet<S> {
         Outlet::new(Arc::downgrade(&self.0))
     }
+
+    /// What knows when the peer was heard of last.
+    pub(crate) fn ear(&self) -> Ear<S> {
+        Ear(Arc::downgrade(&self.0))
+    }
+}
+
+impl<S: AsyncRead + Unpin> Gather<S> {
+    /// For an accepted connection: waits for how the peer begins, and gathers if that is how HTTP/2 begins. None when the peer
+    /// goes before that is known.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub async fn accept(mut inner: S) -> io::Result<Option<(Self, Protocol)>> {
+        let (mut opening, mut seen) = ([0; HTTP2_START.len()], 0);
+        while seen < opening.len() && HTTP2_START.starts_with(&opening[..seen]) {
+            match inner.read(&mut opening[seen..]).await? {
+                0 => return Ok(None),
+                read => seen += read,
+            }
+        }
+        let protocol = if opening == HTTP2_START { Protocol::Http2 } else { Protocol::Http1 };
+        Ok(Some((Self::speaking(protocol, inner, Bytes::copy_from_slice(&opening[..seen])), protocol)))
+    }
 }
 
 impl<S> Socket<S> {
-    fn sniff(&mut self, read: &[u8]) {
-        let Mode::Sniffing(matched) = self.mode else { return };
-        let wanted = HTTP2_START.iter().skip(matched);
-        let agreed = wanted.zip(read).take_while(|(wanted, byte)| wanted == byte).count();
-        let seen = matched + agreed;
-        self.mode = if seen == HTTP2_START.len() {
-            Mode::Gathering
-        } else if agreed == read.len() {
-            Mode::Sniffing(seen)
-        } else {
-            Mode::Direct
-        };
-    }
-
     fn gather(&mut self, slices: &[IoSlice<'_>], length: usize) {
         if self.pending.capacity() == 0 {
             self.pending.reserve(length.max(self.usual).max(FIRST_ALLOCATION));
@@ -188,10 +212,14 @@ impl<S: AsyncRead + Unpin> AsyncRead for Gather<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let mut socket = self.0.lock();
         socket.check()?;
-        let before = buffer.filled().len();
-        let result = Pin::new(&mut socket.inner).poll_read(cx, buffer);
-        socket.sniff(&buffer.filled()[before..]);
-        result
+        if socket.opening.has_remaining() {
+            let length = socket.opening.len().min(buffer.remaining());
+            buffer.put_slice(&socket.opening.split_to(length));
+            return Poll::Ready(Ok(()));
+        }
+        let read = ready!(Pin::new(&mut socket.inner).poll_read(cx, buffer));
+        socket.heard = Instant::now();
+        Poll::Ready(read)
     }
 }
 
@@ -208,7 +236,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
         let mut socket = self.0.lock();
         socket.check()?;
         let length: usize = slices.iter().map(|slice| slice.len()).sum();
-        if length >= LARGE || !matches!(socket.mode, Mode::Gathering) {
+        if length >= LARGE || socket.protocol == Protocol::Http1 {
             return socket.pass_through(cx, slices);
         }
         if socket.pending.len() + length > CAPACITY {

@@ -5,7 +5,7 @@
 //! - `connection`, `pool`: HTTP connections, by class of traffic; `sender`: a connection, or a server in this process;
 //! - `health`, `roster`, `probe`, `version`: which endpoints may be used, which cluster they are, whether authentication is on;
 //! - `call`, `grpc`, `body`: our own calls; `pages`: how much of a list to ask for at a time;
-//! - `forward`, `limits`: clients' calls, moved as they are.
+//! - `forward`, `limits`: clients' calls, moved as they are; `incoming`: what clients send with them.
 //!
 //! A call that may have been applied is never repeated here. A forwarded call moves to another endpoint only while nothing
 //! of it was handed to a live connection.
@@ -23,6 +23,7 @@ mod endpoint;
 mod forward;
 pub mod grpc;
 mod health;
+mod incoming;
 mod limits;
 mod metrics;
 mod pages;
@@ -39,6 +40,7 @@ pub use self::{
     endpoint::{Dial, DialFuture, Endpoint, EndpointId, Io, Serve, ServeFuture},
     forward::{Forwarded, ForwardedBody, Route},
     health::{AuthState, EndpointHealth, Health, Report, Standing},
+    incoming::Incoming,
     limits::ForwardClass,
     pages::{PageSize, Sizing, TooLarge, is_refusal_of_size},
     pool::ConnectionNumber,

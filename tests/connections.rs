@@ -16,8 +16,8 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt, StreamBody};
-use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use millpond::upstream::Incoming;
 use millpond::{
     proto::etcdserverpb::{PutResponse, WatchRequest},
     server::{body::Body, response},
@@ -186,11 +186,11 @@ async fn an_upstream_in_this_process_is_reached_through_a_pipe() {
     let (pipes, mut accept) = mpsc::channel(16);
     tokio::spawn(async move {
         while let Some(pipe) = accept.recv().await {
-            let service = hyper::service::service_fn(|request: Request<Incoming>| async move {
+            let service = hyper::service::service_fn(|request: Request<hyper::body::Incoming>| async move {
                 let probe = probe_answer(request.uri().path());
                 Ok::<_, std::convert::Infallible>(match probe {
                     Some(response) => response,
-                    None => put_ok(request).await,
+                    None => put_ok(request.map(Incoming::Http1)).await,
                 })
             });
             let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());

@@ -12,7 +12,7 @@ use std::{
 use http::{Request, Response};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
-use hyper::body::Incoming;
+use millpond::upstream::Incoming;
 use millpond::{
     cache::{self, Cache},
     proto::etcdserverpb::{

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use http::{HeaderMap, Request};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
-use hyper::body::Incoming;
+use millpond::upstream::Incoming;
 use millpond::{
     proto::etcdserverpb::{PutResponse, WatchRequest},
     server::{

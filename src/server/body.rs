@@ -10,7 +10,6 @@ use ::http::{HeaderMap, HeaderValue, Request};
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
@@ -18,7 +17,10 @@ use super::{data::Data, relay::Relay};
 pub use crate::upstream::BodyError;
 use crate::{
     status::Status,
-    upstream::grpc::{self, Compression, Deframer},
+    upstream::{
+        Incoming,
+        grpc::{self, Compression, Deframer},
+    },
 };
 
 /// The trailers of every success.

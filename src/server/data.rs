@@ -19,6 +19,12 @@ pub enum Data {
     List(Box<List>),
 }
 
+impl Default for Data {
+    fn default() -> Self {
+        Self::Bytes(Bytes::new())
+    }
+}
+
 impl From<Bytes> for Data {
     fn from(bytes: Bytes) -> Self {
         Self::Bytes(bytes)

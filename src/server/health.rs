@@ -5,7 +5,6 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
 use http_body::Frame;
 use http_body_util::StreamBody;
-use hyper::body::Incoming;
 use prost::Message;
 use tokio::sync::watch;
 use tokio_stream::wrappers::WatchStream;
@@ -17,7 +16,10 @@ use super::{
     body::{Body, BodyError, failure_trailers, read_message},
     response,
 };
-use crate::{status::Status, upstream::grpc};
+use crate::{
+    status::Status,
+    upstream::{Incoming, grpc},
+};
 
 /// The path of every method of the service begins so.
 pub const SERVICE: &str = "/grpc.health.v1.Health/";

@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use ::http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header::ALLOW};
-use hyper::body::Incoming;
 use serde_json::json;
 
 use super::{
@@ -17,7 +16,7 @@ use super::{
 };
 use crate::{
     status::Status,
-    upstream::{Forwarded, RequestBody, Route, Upstream},
+    upstream::{Forwarded, Incoming, RequestBody, Route, Upstream},
 };
 
 const JSON: &str = "application/json";

@@ -18,7 +18,6 @@ use std::{
 use ::http::{Request, Response};
 use arc_swap::Guard;
 use bytes::Bytes;
-use hyper::body::Incoming;
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 use prost::Message;
 
@@ -36,7 +35,7 @@ use crate::{
     proto::etcdserverpb::{CompactionRequest, PutRequest, ResponseHeader},
     status::Status,
     store::{KeyRange, Revision, View},
-    upstream::{ConnectionNumber, RequestBody, grpc},
+    upstream::{ConnectionNumber, Incoming, RequestBody, grpc},
 };
 
 /// The path of every method of the service begins so.

@@ -1,13 +1,11 @@
 //! Accepts connections and serves HTTP/2 and HTTP/1.1 on them, as etcd's client port does.
 //!
-//! Streams are not limited in number, as in etcd. A connection's receive window is many stream windows, so that a few
-//! requests that nobody reads do not block the others. h2's guards against reset floods stay on, at numbers that a client
-//! which cancels thousands of calls at once does not reach.
-//!
 //! A stop goes in steps: no more connections; every connection is told to go (GOAWAY), and calls under way go on; after the
 //! grace time the rest is closed.
 
 use std::{
+    convert::Infallible,
+    error::Error,
     future::{Future, poll_fn},
     io,
     net::SocketAddr,
@@ -18,12 +16,10 @@ use std::{
 };
 
 use ::http::{Request, Response};
+use futures_util::TryFutureExt;
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use hyper::{body::Incoming, service::service_fn};
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    server::conn::auto,
-};
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus::{IntCounter, IntGauge, Registry};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::{
@@ -35,19 +31,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     body::{Body, BodyError},
     data::Data,
+    http2,
 };
 use crate::{
-    socket::{Calls, Gather, NewCalls, detect_dead_peer},
-    upstream::EndpointId,
+    socket::{Calls, Gather, Protocol, detect_dead_peer},
+    upstream::{EndpointId, Incoming},
 };
 
-const STREAM_WINDOW: u32 = 256 << 10;
-const CONNECTION_WINDOW: u32 = 64 << 20;
-const MAX_FRAME: u32 = 64 << 10;
-const MAX_HEADERS: u32 = 64 << 10;
-const SEND_BUFFER: usize = 128 << 10;
-/// Streams that may be reset before they were looked at, and resets that we may have to send for protocol errors.
-const RESETS: usize = 10_000;
 /// For the head of an HTTP/1.1 request, once it has begun.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
@@ -73,6 +63,9 @@ impl Default for Settings {
         }
     }
 }
+
+/// A connection that is being served, until it ends.
+type Serving<'a> = Pin<Box<dyn Future<Output = Result<(), Box<dyn Error + Send + Sync>>> + Send + 'a>>;
 
 /// What the listener counts. Cheap to clone.
 #[derive(Clone)]
@@ -231,52 +224,46 @@ impl<H: Handler> Server<H> {
         self.metrics.accepted.inc();
         let _open = Counted::new(&self.metrics.connections);
         let connection = Arc::new(Connection::new(peer, stop));
-        let leave = connection.leave.clone();
-        let service = service_fn(|request| {
-            let (server, connection, request) = (self.clone(), connection.clone(), Box::new(request));
-            async move { Ok::<_, std::convert::Infallible>(server.answer(&connection, request).await) }
-        });
-        let gather = Gather::sniffing(stream);
-        let (mut outlet, mut calls) = (gather.outlet(), Calls::default());
-        let builder = builder(self.settings, calls.executor());
-        let mut serving = pin!(builder.serve_connection(TokioIo::new(gather), service));
-        let served = tokio::select! {
-            served = poll_fn(|cx| calls.poll(cx, &mut outlet, serving.as_mut())) => Some(served),
-            () = leave.cancelled() => {
-                serving.as_mut().graceful_shutdown();
-                self.close.run_until_cancelled(poll_fn(|cx| calls.poll(cx, &mut outlet, serving.as_mut()))).await
-            }
+        let mut calls = Calls::default();
+        let opened = connection.leave.run_until_cancelled(Gather::accept(stream)).await;
+        let Some(Ok(Some((gather, protocol)))) = opened else { return };
+        let (mut outlet, executor, leave) = (gather.outlet(), calls.executor(), connection.leave.clone());
+        let answer = |request| self.clone().answer(connection.clone(), Box::new(request));
+        // In boxes: an idle connection keeps no room for the protocol that it does not speak.
+        let serving: Serving<'_> = match protocol {
+            Protocol::Http1 => Box::pin(serve_http1(gather, leave, answer).err_into()),
+            Protocol::Http2 => Box::pin(http2::serve(gather, self.settings, executor, leave, answer).err_into()),
         };
-        if let Some(Err(error)) = served {
+        let mut serving = pin!(self.close.run_until_cancelled(serving));
+        if let Some(Err(error)) = poll_fn(|cx| calls.poll(cx, &mut outlet, serving.as_mut())).await {
             tracing::debug!(%peer, %error, "connection ended");
         }
     }
 
-    async fn answer(&self, connection: &Arc<Connection>, request: BoxedRequest) -> Response<CountedBody> {
+    async fn answer(self: Arc<Self>, connection: Arc<Connection>, request: BoxedRequest) -> Response<CountedBody> {
         let open = Counted::new(&self.metrics.streams);
-        let response = self.handler.call(connection, request).await;
+        let response = self.handler.call(&connection, request).await;
         response.map(|body| CountedBody { body, _open: open })
     }
 }
 
-fn builder(settings: Settings, executor: NewCalls) -> auto::Builder<NewCalls> {
-    let mut builder = auto::Builder::new(executor);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .auto_date_header(false)
-        .max_concurrent_streams(None)
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_frame_size(MAX_FRAME)
-        .max_header_list_size(MAX_HEADERS)
-        .max_send_buf_size(SEND_BUFFER)
-        .max_pending_accept_reset_streams(RESETS)
-        .max_local_error_reset_streams(RESETS)
-        .keep_alive_interval(settings.keepalive_interval)
-        .keep_alive_timeout(settings.keepalive_timeout);
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).half_close(true);
-    builder
+async fn serve_http1<A, F>(socket: Gather<TcpStream>, leave: CancellationToken, answer: A) -> Result<(), hyper::Error>
+where
+    A: Fn(Request<Incoming>) -> F,
+    F: Future<Output = Response<CountedBody>>,
+{
+    let service = service_fn(|request: Request<_>| {
+        let answered = answer(request.map(Incoming::Http1));
+        async move { Ok::<_, Infallible>(answered.await) }
+    });
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).half_close(true);
+    let mut serving = pin!(builder.serve_connection(TokioIo::new(socket), service));
+    if let Some(served) = leave.run_until_cancelled(serving.as_mut()).await {
+        return served;
+    }
+    serving.as_mut().graceful_shutdown();
+    serving.await
 }
 
 /// Counts as long as it lives.

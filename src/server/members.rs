@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use ::http::{Request, Response};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http_body_util::{BodyExt, Limited};
-use hyper::body::Incoming;
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, encode_key, encode_varint, skip_field};
 use tonic::Code;
 
@@ -16,7 +15,7 @@ use super::{body::Body, forward::forward, listener::Connection, response};
 use crate::{
     status::Status,
     upstream::{
-        Upstream,
+        Incoming, Upstream,
         grpc::{self, Compression, Deframer},
     },
 };

@@ -8,7 +8,6 @@ mod stream;
 use std::sync::Arc;
 
 use ::http::{Request, Response};
-use hyper::body::Incoming;
 use prometheus::{IntCounter, IntGauge, Registry};
 use tokio::{sync::Semaphore, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -18,7 +17,7 @@ use crate::{
     cache::Cache,
     fanout::{Hub, SessionSettings},
     status::Status,
-    upstream::{AuthState, grpc::Compression},
+    upstream::{AuthState, Incoming, grpc::Compression},
 };
 use stream::Stream;
 

@@ -18,18 +18,11 @@ struct Scripted {
     taken: Arc<Mutex<Vec<u8>>>,
     calls: Arc<Mutex<usize>>,
     script: VecDeque<usize>,
-    start: Option<Vec<u8>>,
 }
 
 impl AsyncRead for Scripted {
-    fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.start.take() {
-            Some(bytes) => {
-                buffer.put_slice(&bytes);
-                Poll::Ready(Ok(()))
-            }
-            None => Poll::Pending,
-        }
+    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Poll::Pending
     }
 }
 
@@ -142,32 +135,47 @@ fn what_exceeds_the_buffer_is_written_at_once() {
     assert!(taken.lock().unwrap().len() >= 1000 * 4000 - CAPACITY);
 }
 
-#[test]
-fn http1_is_not_gathered_and_http2_is_even_when_its_preface_dribbles_in() {
-    for (reads, gathers) in [
-        (vec!["PRI * HTTP/2.0\r\n"], true),
-        (vec!["P", "R", "I ", "* HTTP/2.0"], true),
-        (vec!["P", "OST / HTTP/1.1"], false),
-        (vec!["GET / HTTP/1.1"], false),
-        (vec!["PROPFIND / HTTP/1.1"], false),
+#[tokio::test]
+async fn http1_is_not_gathered_and_http2_is_even_when_its_preface_dribbles_in() {
+    for (reads, expected) in [
+        (vec!["PRI * HTTP/2.0\r\n"], Some(Protocol::Http2)),
+        (vec!["P", "R", "I ", "* HTTP/2.0"], Some(Protocol::Http2)),
+        (vec!["P", "OST / HTTP/1.1"], Some(Protocol::Http1)),
+        (vec!["GET / HTTP/1.1"], Some(Protocol::Http1)),
+        (vec!["PROPFIND / HTTP/1.1"], Some(Protocol::Http1)),
+        (vec!["PRI"], None),
+        (vec![], None),
     ] {
-        let gather = Gather::sniffing(Scripted::default());
+        let (near, mut far) = tokio::io::duplex(1024);
+        let accepting = tokio::spawn(Gather::accept(near));
         for read in &reads {
-            gather.0.lock().sniff(read.as_bytes());
+            far.write_all(read.as_bytes()).await.unwrap();
+            tokio::task::yield_now().await;
         }
-        assert_eq!(matches!(gather.0.lock().mode, Mode::Gathering), gathers, "{reads:?}");
+        far.shutdown().await.unwrap();
+        let accepted = accepting.await.unwrap().unwrap();
+        assert_eq!(accepted.as_ref().map(|(_, protocol)| *protocol), expected, "{reads:?}");
+        if let Some((mut gather, _)) = accepted {
+            let mut all = String::new();
+            gather.read_to_string(&mut all).await.unwrap();
+            assert_eq!(all, reads.concat(), "nothing that was looked at is missing");
+        }
     }
 }
 
-#[test]
-fn the_mode_follows_from_what_is_read() {
-    let start = Some(b"PRI * HTTP/2.0".to_vec());
-    let mut gather = Gather::sniffing(Scripted { start, ..Scripted::default() });
-    let mut cx = Context::from_waker(Waker::noop());
-    let mut space = [0; 64];
-    let mut buffer = ReadBuf::new(&mut space);
-    assert!(Pin::new(&mut gather).poll_read(&mut cx, &mut buffer).is_ready());
-    assert!(matches!(gather.0.lock().mode, Mode::Gathering));
+#[tokio::test(start_paused = true)]
+async fn an_ear_knows_when_the_peer_was_heard_of_last() {
+    let (near, mut far) = tokio::io::duplex(1024);
+    let mut gather = Gather::new(near);
+    let (ear, opened) = (gather.ear(), Instant::now());
+    tokio::time::advance(Duration::from_secs(5)).await;
+    gather.write_all(b"what we say does not count").await.unwrap();
+    assert_eq!(ear.last_heard(), Some(opened));
+    far.write_all(b"x").await.unwrap();
+    gather.read_u8().await.unwrap();
+    assert_eq!(ear.last_heard(), Some(opened + Duration::from_secs(5)));
+    drop(gather);
+    assert_eq!(ear.last_heard(), None);
 }
 
 #[tokio::test]

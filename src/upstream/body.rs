@@ -8,8 +8,9 @@ use std::{
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::sync::mpsc;
+
+use super::Incoming;
 
 /// Why a body broke off. Wraps the cause, so that a stream reset is passed on with its reason.
 #[derive(Debug, thiserror::Error)]
@@ -52,10 +53,7 @@ impl Body for RequestBody {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match self.get_mut() {
             RequestBody::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-            RequestBody::Incoming(body) => {
-                let frame = ready!(Pin::new(body).poll_frame(cx));
-                Poll::Ready(frame.map(|frame| frame.map_err(|error| BodyError(error.into()))))
-            }
+            RequestBody::Incoming(body) => Pin::new(body).poll_frame(cx),
             RequestBody::Messages(messages) => {
                 let message = ready!(messages.poll_recv(cx));
                 Poll::Ready(message.map(|message| Ok(Frame::data(message))))

@@ -95,10 +95,16 @@ pub fn from_transport(error: &(dyn Error + 'static)) -> Status {
 
 /// The reason with which the peer reset this one stream; `None` when the whole connection failed.
 pub fn remote_reset(error: &(dyn Error + 'static)) -> Option<h2::Reason> {
+    let error = http2_error(error)?;
+    error.reason().filter(|_| error.is_reset() && error.is_remote())
+}
+
+/// What went wrong with HTTP/2, if that is behind `error`.
+pub fn http2_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a h2::Error> {
     let mut next = Some(error);
     while let Some(error) = next {
         if let Some(error) = error.downcast_ref::<h2::Error>() {
-            return error.reason().filter(|_| error.is_reset() && error.is_remote());
+            return Some(error);
         }
         next = error.source();
     }

@@ -3,8 +3,8 @@
 use std::{future::Future, sync::Arc, time::Duration};
 
 use http::{Request, Response};
-use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use millpond::upstream::Incoming;
 use millpond::{
     proto::etcdserverpb::{PutRequest, PutResponse},
     server::{body::Body, listener, response},

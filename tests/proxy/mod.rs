@@ -11,7 +11,7 @@ use std::{
 };
 
 use http::{Request, Response, Version};
-use hyper::body::Incoming;
+use millpond::upstream::Incoming;
 use millpond::{
     proto::etcdserverpb::ResponseHeader,
     server::{

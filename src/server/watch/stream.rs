@@ -8,7 +8,6 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use http_body::{Body as HttpBody, Frame};
-use hyper::body::Incoming;
 use prost::Message;
 use rand::RngExt;
 use std::sync::Arc;
@@ -35,7 +34,7 @@ use crate::{
     status::Status,
     store::{Responder, Revision},
     upstream::{
-        AuthState,
+        AuthState, Incoming,
         grpc::{self, Compression, Deframer, PREFIX},
     },
 };
