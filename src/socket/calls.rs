@@ -115,8 +115,10 @@ impl Calls {
         // The set comes back as soon as two calls have woken themselves while they were polled, and h2 wakes every call that
         // sends. If the others were left for later, the events of a burst would leave two by two.
         for _ in 0..=self.running.len() {
-            let Some(waker) = self.news.take(cx) else { break };
-            let cx = &mut Context::from_waker(&waker);
+            if self.news.take(cx).is_none() {
+                break;
+            }
+            let cx = &mut Context::from_waker(self.news.often());
             while let Poll::Ready(Some(())) = self.running.poll_next_unpin(cx) {}
             if !has_budget_remaining() {
                 break;

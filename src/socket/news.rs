@@ -1,62 +1,105 @@
 //! Whether what waits for many things has anything to do.
 //!
 //! Going through all of them to find that there is nothing costs as much as doing something. So all are given a waker which
-//! remembers that it was called. A Watch stream waits so, which hyper asks again after every piece and whenever anything about its
-//! call changes, and so do the calls of a connection.
+//! remembers that it was called. A Watch stream waits so, which is asked again after every piece and whenever anything about its
+//! call changes, and so do the calls of a connection. What seldom has news has a waker of its own: a stream that is woken for an
+//! event, as nearly always, need not look at it.
 
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
     task::{Context, Wake, Waker},
 };
 
 use futures_util::task::AtomicWaker;
 
+const OFTEN: u8 = 1;
+const SELDOM: u8 = 2;
+
 /// Whether anything has become known since somebody has looked last.
 pub(crate) struct News {
     shared: Arc<Shared>,
-    waker: Waker,
+    often: Waker,
+    seldom: Waker,
+}
+
+/// Where there is news.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Told {
+    /// Where there seldom is. What is woken by [`News::seldom`] is to be polled now.
+    pub(crate) seldom: bool,
 }
 
 struct Shared {
-    is_there: AtomicBool,
+    known: AtomicU8,
     waiting: AtomicWaker,
 }
 
+/// What wakes for that which seldom has news.
+struct Seldom(Arc<Shared>);
+
 impl Default for News {
-    /// There is news to begin with.
+    /// There is news of everything to begin with.
     fn default() -> Self {
-        let shared = Arc::new(Shared { is_there: AtomicBool::new(true), waiting: AtomicWaker::new() });
-        Self { waker: Waker::from(shared.clone()), shared }
+        let shared = Arc::new(Shared { known: AtomicU8::new(OFTEN | SELDOM), waiting: AtomicWaker::new() });
+        let seldom = Waker::from(Arc::new(Seldom(shared.clone())));
+        Self { often: Waker::from(shared.clone()), seldom, shared }
     }
 }
 
 impl News {
-    /// If there is news: the waker for everything that is waited for, all of which is to be polled now. If not, the task of `cx`
-    /// is woken when there is.
-    pub(crate) fn take(&self, cx: &Context<'_>) -> Option<Waker> {
+    /// Whether there is news: then everything that is waited for by [`often`](Self::often) is to be polled now. If not, the task of
+    /// `cx` is woken when there is.
+    pub(crate) fn take(&self, cx: &Context<'_>) -> Option<Told> {
         self.shared.waiting.register(cx.waker());
-        self.shared.is_there.swap(false, Ordering::AcqRel).then(|| self.waker.clone())
+        let known = self.shared.known.swap(0, Ordering::AcqRel);
+        (known != 0).then_some(Told { seldom: known & SELDOM != 0 })
     }
 
-    /// There is more than was done. Wakes nobody.
+    /// What is to wake for most things.
+    pub(crate) fn often(&self) -> &Waker {
+        &self.often
+    }
+
+    /// What is to wake for things that seldom happen.
+    pub(crate) fn seldom(&self) -> &Waker {
+        &self.seldom
+    }
+
+    /// There is more of everything than was done. Wakes nobody.
     pub(crate) fn keep(&self) {
-        self.shared.is_there.store(true, Ordering::Release);
+        self.shared.known.store(OFTEN | SELDOM, Ordering::Release);
+    }
+}
+
+impl Shared {
+    fn tell(&self, news: u8) {
+        // Who left the news there has woken the task, or goes on by itself.
+        if self.known.fetch_or(news, Ordering::AcqRel) == 0 {
+            self.waiting.wake();
+        }
     }
 }
 
 impl Wake for Shared {
     fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
+        self.tell(OFTEN);
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        // Who left the news there has woken the task, or goes on by itself.
-        if !self.is_there.swap(true, Ordering::AcqRel) {
-            self.waiting.wake();
-        }
+        self.tell(OFTEN);
+    }
+}
+
+impl Wake for Seldom {
+    fn wake(self: Arc<Self>) {
+        self.0.tell(SELDOM);
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.0.tell(SELDOM);
     }
 }
 
@@ -64,29 +107,46 @@ impl Wake for Shared {
 mod tests {
     use super::{super::wakes::Wakes, *};
 
+    const SELDOM: Told = Told { seldom: true };
+    const ONLY_OFTEN: Told = Told { seldom: false };
+
     #[test]
     fn news_is_told_once_and_wakes_whoever_looked_last() {
         let ((first, first_waker), (second, second_waker)) = (Wakes::task(), Wakes::task());
         let look = |news: &News, waker: &Waker| news.take(&Context::from_waker(waker));
         let woken = || (first.count(), second.count());
         let news = News::default();
-        let inner = look(&news, &first_waker).expect("there is news to begin with");
+        assert_eq!(look(&news, &first_waker), Some(SELDOM), "there is news to begin with");
         assert!(look(&news, &first_waker).is_none() && look(&news, &second_waker).is_none());
-        inner.wake_by_ref();
-        inner.wake_by_ref();
+        news.often().wake_by_ref();
+        news.often().wake_by_ref();
         assert_eq!(woken(), (0, 1), "a task that is woken already need not be told again");
-        assert!(look(&news, &first_waker).is_some() && look(&news, &first_waker).is_none());
+        assert_eq!(look(&news, &first_waker), Some(ONLY_OFTEN));
+        assert!(look(&news, &first_waker).is_none());
         news.keep();
         assert_eq!(woken(), (0, 1));
-        assert!(look(&news, &first_waker).is_some());
+        assert_eq!(look(&news, &first_waker), Some(SELDOM));
+    }
+
+    #[test]
+    fn what_seldom_has_news_is_told_apart_and_wakes_as_well() {
+        let (wakes, waker) = Wakes::task();
+        let cx = Context::from_waker(&waker);
+        let news = News::default();
+        news.take(&cx);
+        news.seldom().wake_by_ref();
+        assert_eq!((wakes.count(), news.take(&cx)), (1, Some(SELDOM)));
+        news.often().wake_by_ref();
+        news.seldom().wake_by_ref();
+        assert_eq!((wakes.count(), news.take(&cx), news.take(&cx)), (2, Some(SELDOM), None));
     }
 
     #[test]
     fn news_that_comes_while_the_stream_works_is_not_lost() {
         let (wakes, waker) = Wakes::task();
         let news = News::default();
-        let inner = news.take(&Context::from_waker(&waker)).unwrap();
-        inner.wake_by_ref();
+        news.take(&Context::from_waker(&waker)).unwrap();
+        news.often().wake_by_ref();
         assert_eq!(wakes.count(), 1);
         assert!(news.take(&Context::from_waker(&waker)).is_some());
     }

@@ -30,7 +30,7 @@ use crate::{
         data::Data,
         response::LONGEST,
     },
-    socket::News,
+    socket::{News, Told},
     status::Status,
     store::{Responder, Revision},
     upstream::{
@@ -109,18 +109,15 @@ impl Stream {
     }
 
     /// Does everything that can be done at once. True when there is more to do at once.
-    fn work(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.end.as_mut().poll(cx).is_ready() {
-            let stopping = self.shared.stop.is_cancelled();
-            self.ended = Some(if stopping { Status::STOPPED } else { Status::NO_LEADER });
+    fn work(&mut self, told: Told) -> bool {
+        if told.seldom && self.has_to_end() {
             return false;
         }
         let before = self.session.len();
-        let mut more = self.take_requests(cx);
-        more |= self.take_reports(cx);
-        match self.session.pump(&mut self.out, PIECE, cx.waker()) {
+        let mut more = told.seldom && self.take_in();
+        match self.session.pump(&mut self.out, PIECE, self.news.often()) {
             // Only now is known how far the watchers have got; a quiet one has not been looked at since the last tick.
-            Pumped::Idle => self.take_tick(cx),
+            Pumped::Idle => self.take_tick(),
             Pumped::Busy => more = true,
             Pumped::Ended(status) => self.ended = Some(status),
         }
@@ -132,6 +129,23 @@ impl Stream {
             self.shared.metrics.watchers.add(self.session.len() as i64 - before as i64);
         }
         self.start_relays() || more
+    }
+
+    fn has_to_end(&mut self) -> bool {
+        let ends = self.end.as_mut().poll(&mut Context::from_waker(self.news.seldom())).is_ready();
+        if ends {
+            let stopping = self.shared.stop.is_cancelled();
+            self.ended = Some(if stopping { Status::STOPPED } else { Status::NO_LEADER });
+        }
+        ends
+    }
+
+    /// Takes in requests, and what relays have to tell. True when there may be more of it.
+    fn take_in(&mut self) -> bool {
+        let waker = self.news.seldom().clone();
+        let cx = &mut Context::from_waker(&waker);
+        let more = self.take_requests(cx);
+        self.take_reports(cx) || more
     }
 
     /// Ends the stream before a response that is longer than etcd sends, as etcd does.
@@ -318,7 +332,7 @@ impl Stream {
         self.relays.iter().flat_map(|relays| relays.running.values()).for_each(|handle| handle.ask(known));
     }
 
-    fn take_tick(&mut self, cx: &mut Context<'_>) {
+    fn take_tick(&mut self) {
         let interval = self.shared.settings.progress_interval;
         if self.ticker.is_none() && self.session.wants_ticks() {
             // As in etcd, a little jitter keeps the streams from ticking all at once.
@@ -326,6 +340,7 @@ impl Stream {
             self.ticker = Some(Box::pin(sleep(interval.mul_f64(1.0 + jitter))));
         }
         let Some(ticker) = &mut self.ticker else { return };
+        let cx = &mut Context::from_waker(self.news.often());
         if ticker.as_mut().poll(cx).is_ready() {
             ticker.as_mut().reset(Instant::now() + interval);
             // The new deadline is only seen when it is polled.
@@ -352,8 +367,8 @@ impl HttpBody for Stream {
         if stream.finished {
             return Poll::Ready(None);
         }
-        let Some(waker) = stream.news.take(cx) else { return Poll::Pending };
-        let more = stream.ended.is_none() && stream.work(&mut Context::from_waker(&waker));
+        let Some(told) = stream.news.take(cx) else { return Poll::Pending };
+        let more = stream.ended.is_none() && stream.work(told);
         if more || stream.ended.is_some() {
             stream.news.keep();
         }
