@@ -142,7 +142,7 @@ impl HttpBody for Body {
             Body::Empty => SizeHint::with_exact(0),
             Body::Plain(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Body::Forwarded(relay) => relay.size_hint(),
-            // gRPC does not use content-length, which hyper would make of an exact size.
+            // gRPC does not use content-length.
             Body::Unary(_) | Body::Boxed(_) => SizeHint::default(),
         }
     }

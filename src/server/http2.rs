@@ -16,6 +16,7 @@ use std::{
 };
 
 use ::http::{Request, Response};
+use bytes::Buf;
 use h2::{
     Reason, SendStream,
     server::{Builder, SendResponse},
@@ -70,23 +71,27 @@ where
 {
     let ear = socket.ear();
     // In a box that goes: an idle connection keeps no room for how it began.
-    let mut connection = Box::pin(builder().handshake::<_, Data>(socket)).await?;
+    let handshake = Box::pin(builder().handshake::<_, Data>(socket));
+    let Some(opened) = leave.run_until_cancelled(handshake).await else { return Ok(()) };
+    let mut connection = opened?;
     let mut keepalive = connection.ping_pong().map(|pings| KeepAlive::new(pings, ear, settings));
     let mut leave = Box::pin(leave.cancelled_owned());
     let mut leaves = false;
     poll_fn(|cx| {
-        if keepalive.as_mut().is_some_and(|keepalive| keepalive.poll_silent(cx).is_ready()) {
-            return Poll::Ready(Err(Ended::Silent));
-        }
         if !leaves && leave.as_mut().poll(cx).is_ready() {
             leaves = true;
             connection.graceful_shutdown();
         }
-        while let Some(accepted) = ready!(connection.poll_accept(cx)) {
+        while let Poll::Ready(accepted) = connection.poll_accept(cx) {
+            let Some(accepted) = accepted else { return Poll::Ready(Ok(())) };
             let (request, respond) = accepted?;
             calls.execute(Call::Answering { answer: answer(request.map(Incoming::Http2)), respond });
         }
-        Poll::Ready(Ok(()))
+        // Only now: everything that the client has said was read.
+        match &mut keepalive {
+            Some(keepalive) => keepalive.poll_silent(cx).map(|()| Err(Ended::Silent)),
+            None => Poll::Pending,
+        }
     })
     .await
 }
@@ -162,10 +167,10 @@ impl<B: Body<Data = Data, Error = BodyError> + Unpin> Pipe<B> {
     /// Ready when everything was handed over, or the client wants no more.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), h2::Error>> {
         loop {
-            if self.waiting.is_some() {
-                ready!(self.poll_room(cx))?;
-                self.stream.send_data(self.waiting.take().unwrap_or_default(), self.body.is_end_stream())?;
-                if self.body.is_end_stream() {
+            if let Some(data) = ready!(self.poll_waiting(cx))? {
+                let is_over = self.body.is_end_stream();
+                self.stream.send_data(data, is_over)?;
+                if is_over {
                     return Poll::Ready(Ok(()));
                 }
             }
@@ -174,6 +179,8 @@ impl<B: Body<Data = Data, Error = BodyError> + Unpin> Pipe<B> {
                 return self.stream.poll_reset(cx).map_ok(drop);
             };
             match frame.map(|frame| frame.map(|frame| frame.into_data())) {
+                // Nothing needs no room.
+                Some(Ok(Ok(data))) if !data.has_remaining() => self.stream.send_data(data, false)?,
                 Some(Ok(Ok(data))) => self.waiting = Some(data),
                 Some(Ok(Err(frame))) => {
                     if let Ok(trailers) = frame.into_trailers() {
@@ -190,9 +197,12 @@ impl<B: Body<Data = Data, Error = BodyError> + Unpin> Pipe<B> {
         }
     }
 
-    /// Ready when h2 takes what waits. It takes all of it when it has room for one byte; nothing is reserved before there is
-    /// something to send, since what is reserved is taken from the connection's other streams.
-    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), h2::Error>> {
+    /// What waits, if anything does, once h2 takes it. It takes all of it when it has room for one byte; nothing is reserved before
+    /// there is something to send, since what is reserved is taken from the connection's other streams.
+    fn poll_waiting(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Data>, h2::Error>> {
+        if self.waiting.is_none() {
+            return Poll::Ready(Ok(None));
+        }
         if std::mem::take(&mut self.is_watched) {
             // To reserve room wakes whoever watches the stream, and that is this call.
             let _ = self.stream.poll_reset(&mut Context::from_waker(Waker::noop()));
@@ -205,7 +215,7 @@ impl<B: Body<Data = Data, Error = BodyError> + Unpin> Pipe<B> {
                 None => return Poll::Ready(Err(Reason::CANCEL.into())),
             };
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(self.waiting.take()))
     }
 }
 
@@ -227,10 +237,10 @@ mod tests {
     use h2::{RecvStream, client};
     use http_body::Frame;
     use tokio::{
-        io::DuplexStream,
+        io::{AsyncWriteExt, DuplexStream},
         sync::{mpsc, oneshot},
         task::JoinHandle,
-        time::{sleep, timeout},
+        time::{Instant, sleep, timeout},
     };
 
     use super::*;
@@ -329,6 +339,16 @@ mod tests {
         let mut body = response.into_body();
         assert_eq!(read(&mut body).await.unwrap(), "onetwo");
         assert_eq!(body.trailers().await.unwrap().unwrap()["a"], "b");
+    }
+
+    #[tokio::test]
+    async fn what_is_empty_needs_no_room() {
+        let (near, _) = serving(CancellationToken::new(), |_| {
+            ready(Response::new(Script::of([data(""), Ok(Frame::trailers(HeaderMap::new()))])))
+        });
+        let mut client = client(near, 0).await;
+        let mut body = call(&mut client).0.await.unwrap().into_body();
+        assert!(timeout(PATIENCE, body.trailers()).await.unwrap().unwrap().is_some());
     }
 
     #[tokio::test]
@@ -472,6 +492,16 @@ mod tests {
         timeout(PATIENCE, served).await.unwrap().unwrap().unwrap();
     }
 
+    #[tokio::test]
+    async fn a_client_that_has_not_finished_its_greeting_holds_no_stop_up() {
+        let leave = CancellationToken::new();
+        let (mut near, served) = serving(leave.clone(), |_| pending::<Response<Script>>());
+        near.write_all(b"PRI * HTTP").await.unwrap();
+        sleep(Duration::from_millis(20)).await;
+        leave.cancel();
+        timeout(PATIENCE, served).await.unwrap().unwrap().unwrap();
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_silent_client_is_let_go_and_one_that_answers_pings_is_not() {
         let long = SETTINGS.keepalive_interval * 10;
@@ -482,10 +512,8 @@ mod tests {
         assert!(timeout(long, served).await.is_err());
 
         let (mut near, served) = serving(CancellationToken::new(), never);
-        tokio::io::AsyncWriteExt::write_all(&mut near, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
-            .await
-            .unwrap();
-        let begun = tokio::time::Instant::now();
+        near.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+        let begun = Instant::now();
         let ended = timeout(long, served).await.unwrap().unwrap();
         assert!(matches!(ended, Err(Ended::Silent)), "{ended:?}");
         assert_eq!(begun.elapsed().as_secs(), (SETTINGS.keepalive_interval + SETTINGS.keepalive_timeout).as_secs());

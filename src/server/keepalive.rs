@@ -53,7 +53,8 @@ impl<S> KeepAlive<S> {
     }
 
     fn ping(&mut self) {
-        // The answer to the last one, which was heard, has to be taken first. One that is still under way asks as well.
+        // The answer to the last one has to be taken first. Who never answers one, but is heard of, is asked no second time: its
+        // next silence ends the connection.
         let _ = self.pings.poll_pong(&mut Context::from_waker(Waker::noop()));
         let _ = self.pings.send_ping(Ping::opaque());
     }

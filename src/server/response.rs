@@ -40,7 +40,7 @@ pub fn streaming(body: Body) -> Response<Body> {
     response
 }
 
-/// A gRPC success that is written piece by piece. An error breaks it off: hyper asks for nothing after one.
+/// A gRPC success that is written piece by piece. An error breaks it off: nothing is asked for after one.
 pub fn pieces(pieces: impl Iterator<Item = Result<Data, BodyError>> + Send + 'static) -> Response<Body> {
     let trailers = std::iter::once_with(|| Ok(Frame::trailers(success_trailers())));
     let frames = pieces.map(|piece| piece.map(Frame::data)).chain(trailers);

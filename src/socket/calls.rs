@@ -1,6 +1,6 @@
 //! The calls of one HTTP/2 connection, run in the connection's own task.
 //!
-//! hyper asks an executor to run each call. A task per call would cost more than a read from memory does: its allocation,
+//! A task per call would cost more than a read from memory does: its allocation,
 //! its turn in the scheduler, and often the waking of another thread for it. Here, the calls that one read from the socket
 //! brought are begun together as soon as the connection has nothing more to read; most are over at once, and all their
 //! answers leave in one write. What has to wait (a watch, a relayed call, a read that wants proof) is polled when it is woken,
@@ -33,7 +33,7 @@ use super::{
 
 type CallFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Takes the calls of one connection from hyper.
+/// Takes the calls of one connection.
 #[derive(Clone, Default)]
 pub(crate) struct NewCalls(Arc<Mutex<Vec<CallFuture>>>);
 
@@ -60,7 +60,7 @@ pub(crate) struct Calls {
 }
 
 impl Calls {
-    /// What hyper is to give the connection's calls to.
+    /// Where the connection's calls are to be handed over.
     pub(crate) fn executor(&self) -> NewCalls {
         self.new.clone()
     }

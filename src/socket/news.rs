@@ -70,7 +70,7 @@ impl News {
 
     /// There is more of everything than was done. Wakes nobody.
     pub(crate) fn keep(&self) {
-        self.shared.known.store(OFTEN | SELDOM, Ordering::Release);
+        self.shared.known.fetch_or(OFTEN | SELDOM, Ordering::AcqRel);
     }
 }
 
