@@ -17,7 +17,6 @@ use bytes::Bytes;
 use http::{HeaderMap, Request};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
-use millpond::upstream::Incoming;
 use millpond::{
     proto::etcdserverpb::{PutResponse, WatchRequest},
     server::{
@@ -25,14 +24,16 @@ use millpond::{
         data::Data,
         response,
     },
-    upstream::grpc,
+    upstream::{ForwardClass, Incoming, Route, Settings, Upstream, grpc},
 };
+use prometheus::Registry;
 use proxy::{
-    PATIENCE, Proxy,
+    Answering, PATIENCE, Proxy,
     fake::{AT, FUTURE, PUT, WATCH, client, fake, post, put, put_ok, raw_client},
+    serve,
 };
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     sync::{Notify, mpsc},
     time::timeout,
 };
@@ -152,6 +153,51 @@ async fn a_client_that_cancels_in_the_middle_of_a_stream_cancels_upstream() {
     assert!(drops.try_recv().is_err());
     drop((sender, receiver));
     timeout(PATIENCE, drops.recv()).await.unwrap().unwrap();
+}
+
+/// Whether the answer has begun or not. Nobody drops the call here before it has ended by itself.
+#[tokio::test]
+async fn a_client_that_breaks_its_request_off_is_no_failure_of_the_endpoint() {
+    let (dropped, _drops) = mpsc::channel(16);
+    let upstream = fake(move |request: Request<Incoming>| {
+        let body = Endless(Some(b"\0\0\0\0\x01x"), Dropped(dropped.clone()));
+        async move {
+            if request.uri().path() == FUTURE {
+                std::future::pending::<()>().await;
+            }
+            response::streaming(Body::boxed(body))
+        }
+    })
+    .await;
+    let settings = Settings::new(vec![upstream.address.parse().unwrap()]);
+    let upstream = Upstream::start(settings, &Registry::new()).unwrap();
+    upstream.health().wait_for(|health| health.preferred(&[]).is_some()).await.unwrap();
+    let (told, mut ends) = mpsc::channel(1);
+    let forwarding = Answering(move |request: Request<Incoming>| {
+        let (upstream, told) = (upstream.clone(), told.clone());
+        tokio::spawn(async move {
+            let forwarded = upstream.forward(Route::Preferred, ForwardClass::Stream, request.map(Into::into)).await;
+            let has_failed = match forwarded {
+                Ok(forwarded) => forwarded.response.into_body().collect().await.is_err(),
+                Err(_) => true,
+            };
+            told.send((has_failed, upstream.preferred(&[]).is_some())).await.unwrap();
+        });
+        std::future::pending()
+    });
+    let proxy = serve(Arc::new(forwarding), Default::default()).await;
+    let stream = TcpStream::connect(&proxy.address).await.unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    for path in [FUTURE, WATCH] {
+        let mut sender = sender.clone().ready().await.unwrap();
+        let request = post(&proxy.address, path).body(()).unwrap();
+        let (_answer, mut outgoing) = sender.send_request(request, false).unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        outgoing.send_reset(h2::Reason::CANCEL);
+        let (has_failed, is_well) = timeout(PATIENCE, ends.recv()).await.unwrap().unwrap();
+        assert!(has_failed && is_well, "{path}: failed {has_failed}, the endpoint is well {is_well}");
+    }
 }
 
 #[tokio::test]

@@ -239,7 +239,7 @@ impl Body for ForwardedBody {
         me.call.frames.fetch_add(1, Ordering::AcqRel);
         match &frame {
             Some(Ok(frame)) if impatient => me.count(frame.data_ref().map_or(0, Bytes::len)),
-            Some(Err(error)) if grpc::remote_reset(error).is_none() => me.shared.suspect(me.at),
+            Some(Err(error)) if !grpc::is_of_one_stream(error) => me.shared.suspect(me.at),
             _ => {}
         }
         Poll::Ready(frame)

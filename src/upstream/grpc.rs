@@ -99,6 +99,12 @@ pub fn remote_reset(error: &(dyn Error + 'static)) -> Option<h2::Reason> {
     error.reason().filter(|_| error.is_reset() && error.is_remote())
 }
 
+/// Whether `error` ended one stream and says nothing of its connection: the peer has reset it, or we have, because the request broke
+/// off.
+pub fn is_of_one_stream(error: &(dyn Error + 'static)) -> bool {
+    http2_error(error).is_some_and(|error| error.is_reset() && !error.is_library())
+}
+
 /// What went wrong with HTTP/2, if that is behind `error`.
 pub fn http2_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a h2::Error> {
     let mut next = Some(error);

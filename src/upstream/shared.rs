@@ -180,7 +180,7 @@ impl Shared {
 
     /// The status of a call that a transport error ended. An error of the whole connection makes the endpoint suspect.
     pub(super) fn failed(&self, at: EndpointId, error: &hyper::Error) -> Status {
-        if grpc::remote_reset(error).is_none() && !error.is_canceled() {
+        if !grpc::is_of_one_stream(error) && !error.is_canceled() {
             self.suspect(at);
         }
         grpc::from_transport(error)
