@@ -17,6 +17,12 @@ use super::Incoming;
 #[error("{0}")]
 pub struct BodyError(#[source] pub Box<dyn Error + Send + Sync>);
 
+impl BodyError {
+    pub(super) fn because(cause: impl Error + Send + Sync + 'static) -> Self {
+        Self(Box::new(cause))
+    }
+}
+
 /// The body of a request to etcd.
 pub enum RequestBody {
     /// Everything is at hand; `None` once it was taken.

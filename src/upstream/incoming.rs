@@ -25,16 +25,11 @@ impl Body for Incoming {
     type Error = BodyError;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match self.get_mut() {
-            Self::Http1(body) => {
-                let frame = ready!(Pin::new(body).poll_frame(cx));
-                Poll::Ready(frame.map(|frame| frame.map_err(|error| BodyError(error.into()))))
-            }
-            Self::Http2(stream) => {
-                let frame = ready!(poll_stream(stream, cx));
-                Poll::Ready(frame.map(|frame| frame.map_err(|error| BodyError(error.into()))))
-            }
-        }
+        let frame = match self.get_mut() {
+            Self::Http1(body) => ready!(Pin::new(body).poll_frame(cx)).map(|frame| frame.map_err(BodyError::because)),
+            Self::Http2(stream) => ready!(poll_stream(stream, cx)).map(|frame| frame.map_err(BodyError::because)),
+        };
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {

@@ -107,8 +107,12 @@ impl Body for ResponseBody {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let frame = match self.get_mut() {
-            Self::Incoming(body) => ready!(Pin::new(body).poll_frame(cx)).map(|frame| frame.map_err(broken)),
-            Self::InProcess(body) => ready!(Pin::new(body).poll_frame(cx)).map(|frame| frame.map_err(broken)),
+            Self::Incoming(body) => {
+                ready!(Pin::new(body).poll_frame(cx)).map(|frame| frame.map_err(BodyError::because))
+            }
+            Self::InProcess(body) => {
+                ready!(Pin::new(body).poll_frame(cx)).map(|frame| frame.map_err(BodyError::because))
+            }
         };
         Poll::Ready(frame)
     }
@@ -126,8 +130,4 @@ impl Body for ResponseBody {
             Self::InProcess(body) => body.size_hint(),
         }
     }
-}
-
-fn broken(error: impl std::error::Error + Send + Sync + 'static) -> BodyError {
-    BodyError(Box::new(error))
 }
