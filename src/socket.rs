@@ -36,7 +36,7 @@ use tokio::{
 pub use self::outlet::Outlet;
 pub(crate) use self::{
     calls::{Calls, NewCalls},
-    news::{News, Told},
+    news::{Extent, News},
 };
 
 /// Bytes that are gathered at most before they are written. Go's gRPC takes frames of 16 KiB; of a large answer, copying them

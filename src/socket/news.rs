@@ -25,11 +25,13 @@ pub(crate) struct News {
     seldom: Waker,
 }
 
-/// Where there is news.
+/// What there is news of, and so what is to be polled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Told {
-    /// Where there seldom is. What is woken by [`News::seldom`] is to be polled now.
-    pub(crate) seldom: bool,
+pub(crate) enum Extent {
+    /// Of what often has some: what is woken by [`News::often`].
+    Usual,
+    /// Of anything: what is woken by [`News::seldom`] as well.
+    Everything,
 }
 
 struct Shared {
@@ -50,12 +52,14 @@ impl Default for News {
 }
 
 impl News {
-    /// Whether there is news: then everything that is waited for by [`often`](Self::often) is to be polled now. If not, the task of
-    /// `cx` is woken when there is.
-    pub(crate) fn take(&self, cx: &Context<'_>) -> Option<Told> {
+    /// What there is news of. If of nothing, the task of `cx` is woken when there is.
+    pub(crate) fn take(&self, cx: &Context<'_>) -> Option<Extent> {
         self.shared.waiting.register(cx.waker());
-        let known = self.shared.known.swap(0, Ordering::AcqRel);
-        (known != 0).then_some(Told { seldom: known & SELDOM != 0 })
+        match self.shared.known.swap(0, Ordering::AcqRel) {
+            0 => None,
+            OFTEN => Some(Extent::Usual),
+            _ => Some(Extent::Everything),
+        }
     }
 
     /// What is to wake for most things.
@@ -107,25 +111,22 @@ impl Wake for Seldom {
 mod tests {
     use super::{super::wakes::Wakes, *};
 
-    const SELDOM: Told = Told { seldom: true };
-    const ONLY_OFTEN: Told = Told { seldom: false };
-
     #[test]
     fn news_is_told_once_and_wakes_whoever_looked_last() {
         let ((first, first_waker), (second, second_waker)) = (Wakes::task(), Wakes::task());
         let look = |news: &News, waker: &Waker| news.take(&Context::from_waker(waker));
         let woken = || (first.count(), second.count());
         let news = News::default();
-        assert_eq!(look(&news, &first_waker), Some(SELDOM), "there is news to begin with");
+        assert_eq!(look(&news, &first_waker), Some(Extent::Everything), "there is news to begin with");
         assert!(look(&news, &first_waker).is_none() && look(&news, &second_waker).is_none());
         news.often().wake_by_ref();
         news.often().wake_by_ref();
         assert_eq!(woken(), (0, 1), "a task that is woken already need not be told again");
-        assert_eq!(look(&news, &first_waker), Some(ONLY_OFTEN));
+        assert_eq!(look(&news, &first_waker), Some(Extent::Usual));
         assert!(look(&news, &first_waker).is_none());
         news.keep();
         assert_eq!(woken(), (0, 1));
-        assert_eq!(look(&news, &first_waker), Some(SELDOM));
+        assert_eq!(look(&news, &first_waker), Some(Extent::Everything));
     }
 
     #[test]
@@ -135,10 +136,10 @@ mod tests {
         let news = News::default();
         news.take(&cx);
         news.seldom().wake_by_ref();
-        assert_eq!((wakes.count(), news.take(&cx)), (1, Some(SELDOM)));
+        assert_eq!((wakes.count(), news.take(&cx)), (1, Some(Extent::Everything)));
         news.often().wake_by_ref();
         news.seldom().wake_by_ref();
-        assert_eq!((wakes.count(), news.take(&cx), news.take(&cx)), (2, Some(SELDOM), None));
+        assert_eq!((wakes.count(), news.take(&cx), news.take(&cx)), (2, Some(Extent::Everything), None));
     }
 
     #[test]

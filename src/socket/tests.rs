@@ -155,7 +155,9 @@ async fn http1_is_not_gathered_and_http2_is_even_when_its_preface_dribbles_in() 
         far.shutdown().await.unwrap();
         let accepted = accepting.await.unwrap().unwrap();
         assert_eq!(accepted.as_ref().map(|(_, protocol)| *protocol), expected, "{reads:?}");
-        if let Some((mut gather, _)) = accepted {
+        if let Some((mut gather, protocol)) = accepted {
+            gather.write_all(b"x").await.unwrap();
+            assert_eq!(pending(&gather) > 0, protocol == Protocol::Http2, "{reads:?}");
             let mut all = String::new();
             gather.read_to_string(&mut all).await.unwrap();
             assert_eq!(all, reads.concat(), "nothing that was looked at is missing");

@@ -30,7 +30,7 @@ use crate::{
         data::Data,
         response::LONGEST,
     },
-    socket::{News, Told},
+    socket::{Extent, News},
     status::Status,
     store::{Responder, Revision},
     upstream::{
@@ -109,12 +109,13 @@ impl Stream {
     }
 
     /// Does everything that can be done at once. True when there is more to do at once.
-    fn work(&mut self, told: Told) -> bool {
-        if told.seldom && self.has_to_end() {
+    fn work(&mut self, news: Extent) -> bool {
+        let looks_at_all = news == Extent::Everything;
+        if looks_at_all && self.has_to_end() {
             return false;
         }
         let before = self.session.len();
-        let mut more = told.seldom && self.take_in();
+        let mut more = looks_at_all && self.take_in();
         match self.session.pump(&mut self.out, PIECE, self.news.often()) {
             // Only now is known how far the watchers have got; a quiet one has not been looked at since the last tick.
             Pumped::Idle => self.take_tick(),
@@ -367,8 +368,8 @@ impl HttpBody for Stream {
         if stream.finished {
             return Poll::Ready(None);
         }
-        let Some(told) = stream.news.take(cx) else { return Poll::Pending };
-        let more = stream.ended.is_none() && stream.work(told);
+        let Some(news) = stream.news.take(cx) else { return Poll::Pending };
+        let more = stream.ended.is_none() && stream.work(news);
         if more || stream.ended.is_some() {
             stream.news.keep();
         }
