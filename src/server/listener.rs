@@ -5,7 +5,6 @@
 
 use std::{
     convert::Infallible,
-    error::Error,
     future::{Future, poll_fn},
     io,
     net::SocketAddr,
@@ -16,7 +15,6 @@ use std::{
 };
 
 use ::http::{Request, Response};
-use futures_util::TryFutureExt;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -64,8 +62,28 @@ impl Default for Settings {
     }
 }
 
-/// A connection that is being served, until it ends.
-type Serving<'a> = Pin<Box<dyn Future<Output = Result<(), Box<dyn Error + Send + Sync>>> + Send + 'a>>;
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Ended {
+    #[error(transparent)]
+    Http1(#[from] hyper::Error),
+    #[error(transparent)]
+    Http2(#[from] h2::Error),
+    #[error("the client has not answered a ping")]
+    Silent,
+}
+
+/// A connection that is being served.
+type Serving<'a> = Pin<Box<dyn Future<Output = Result<(), Ended>> + Send + 'a>>;
+
+/// How a connection is sent away.
+#[derive(Clone, Default)]
+pub(super) struct Farewell {
+    /// The client is told to go; calls under way go on.
+    pub(super) leave: CancellationToken,
+    /// Whatever is left is closed. Comes after the other, and is looked at only then: all connections share it.
+    pub(super) close: CancellationToken,
+}
 
 /// What the listener counts. Cheap to clone.
 #[derive(Clone)]
@@ -225,17 +243,23 @@ impl<H: Handler> Server<H> {
         let _open = Counted::new(&self.metrics.connections);
         let connection = Arc::new(Connection::new(peer, stop));
         let mut calls = Calls::default();
-        let opened = connection.leave.run_until_cancelled(Gather::accept(stream)).await;
-        let Some(Ok(Some((gather, protocol)))) = opened else { return };
-        let (mut outlet, executor, leave) = (gather.outlet(), calls.executor(), connection.leave.clone());
+        let (gather, protocol) = match connection.leave.run_until_cancelled(Gather::accept(stream)).await {
+            Some(Ok(Some(opened))) => opened,
+            Some(Ok(None)) | None => return,
+            Some(Err(error)) => {
+                tracing::debug!(%peer, %error, "connection ended before it began");
+                return;
+            }
+        };
+        let (mut outlet, executor) = (gather.outlet(), calls.executor());
+        let farewell = Farewell { leave: connection.leave.clone(), close: self.close.clone() };
         let answer = |request| self.clone().answer(connection.clone(), Box::new(request));
         // In boxes: an idle connection keeps no room for the protocol that it does not speak.
-        let serving: Serving<'_> = match protocol {
-            Protocol::Http1 => Box::pin(serve_http1(gather, leave, answer).err_into()),
-            Protocol::Http2 => Box::pin(http2::serve(gather, self.settings, executor, leave, answer).err_into()),
+        let mut serving: Serving<'_> = match protocol {
+            Protocol::Http1 => Box::pin(serve_http1(gather, farewell, answer)),
+            Protocol::Http2 => Box::pin(http2::serve(gather, self.settings, executor, farewell, answer)),
         };
-        let mut serving = pin!(self.close.run_until_cancelled(serving));
-        if let Some(Err(error)) = poll_fn(|cx| calls.poll(cx, &mut outlet, serving.as_mut())).await {
+        if let Err(error) = poll_fn(|cx| calls.poll(cx, &mut outlet, serving.as_mut())).await {
             tracing::debug!(%peer, %error, "connection ended");
         }
     }
@@ -247,7 +271,7 @@ impl<H: Handler> Server<H> {
     }
 }
 
-async fn serve_http1<A, F>(socket: Gather<TcpStream>, leave: CancellationToken, answer: A) -> Result<(), hyper::Error>
+async fn serve_http1<A, F>(socket: Gather<TcpStream>, farewell: Farewell, answer: A) -> Result<(), Ended>
 where
     A: Fn(Request<Incoming>) -> F,
     F: Future<Output = Response<CountedBody>>,
@@ -259,11 +283,12 @@ where
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).half_close(true);
     let mut serving = pin!(builder.serve_connection(TokioIo::new(socket), service));
-    if let Some(served) = leave.run_until_cancelled(serving.as_mut()).await {
-        return served;
+    let mut served = farewell.leave.run_until_cancelled(serving.as_mut()).await;
+    if served.is_none() {
+        serving.as_mut().graceful_shutdown();
+        served = farewell.close.run_until_cancelled(serving).await;
     }
-    serving.as_mut().graceful_shutdown();
-    serving.await
+    Ok(served.unwrap_or(Ok(()))?)
 }
 
 /// Counts as long as it lives.

@@ -67,7 +67,7 @@ impl Calls {
 
     /// Polls the connection and its calls, and then writes what they have to send. Ready when the connection is; what was left
     /// of its calls is dropped with `self`.
-    pub(crate) fn poll<C: Future, S: AsyncWrite + Unpin>(
+    pub(crate) fn poll<C: Future + ?Sized, S: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
         outlet: &mut Outlet<S>,
