@@ -17,11 +17,10 @@ use http::{Request, Response};
 use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt, StreamBody};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use millpond::upstream::Incoming;
 use millpond::{
     proto::etcdserverpb::{PutResponse, WatchRequest},
     server::{body::Body, response},
-    upstream::{Endpoint, ForwardClass, Route, Settings, Upstream, grpc},
+    upstream::{Endpoint, ForwardClass, Incoming, Route, Settings, Upstream, grpc},
 };
 use prometheus::Registry;
 use proxy::{

@@ -12,7 +12,6 @@ use std::{
 use http::{Request, Response};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
-use millpond::upstream::Incoming;
 use millpond::{
     cache::{self, Cache},
     proto::etcdserverpb::{
@@ -31,7 +30,7 @@ use millpond::{
     status::Status,
     store::{KeyRange, Limits},
     upstream::{
-        Settings, StreamReceiver, Upstream,
+        Incoming, Settings, StreamReceiver, Upstream,
         grpc::{self, Deframer},
     },
 };

@@ -12,7 +12,6 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
-use millpond::upstream::Incoming;
 use millpond::{
     cache::{self, Cache},
     proto::{
@@ -29,7 +28,7 @@ use millpond::{
     },
     status::Status,
     store::{KeyRange, Limits},
-    upstream::{Settings, Upstream, grpc},
+    upstream::{Incoming, Settings, Upstream, grpc},
 };
 use prometheus::Registry;
 use prost::Message;

@@ -11,7 +11,6 @@ use std::{
 };
 
 use http::{Request, Response, Version};
-use millpond::upstream::Incoming;
 use millpond::{
     proto::etcdserverpb::ResponseHeader,
     server::{
@@ -23,7 +22,7 @@ use millpond::{
         members::{MEMBER_LIST, Members},
         relay::AnswerObserver,
     },
-    upstream::{ConnectionNumber, Endpoint, EndpointId, Health, Settings, Upstream},
+    upstream::{ConnectionNumber, Endpoint, EndpointId, Health, Incoming, Settings, Upstream},
 };
 use prometheus::Registry;
 use tokio::{net::TcpListener, sync::watch, time::timeout};
