@@ -2,8 +2,8 @@
 //!
 //! hyper stands between h2 and a service as something general: each piece of an answer passes through its pipe, which reserves
 //! room and so wakes the call that is sending, and asks about resets twice for each piece. For a stream that is sent one event
-//! after the other, that costs more than HTTP/2 itself. So each call is an [`Exchange`] here: it answers, and then hands h2 what
-//! the body gives, as long as h2 has room.
+//! after the other, that costs more than HTTP/2 itself. So each call is an [`Exchange`] here, which answers, and then a [`Pipe`],
+//! which hands h2 what the body gives, as long as h2 has room.
 //!
 //! Streams are not limited in number, as in etcd. A connection's receive window is many stream windows, so that a few
 //! requests that nobody reads do not block the others. h2's guards against reset floods stay on, at numbers that a client
@@ -84,7 +84,7 @@ where
             let Some(accepted) = accepted else { return Poll::Ready(Ok(())) };
             let (request, respond) = accepted?;
             let answer = answer(request.map(Incoming::Http2));
-            calls.execute(Exchange::Answering { answer, respond, is_watched: false });
+            calls.execute(Exchange { answer, respond, calls: calls.clone(), is_watched: false });
         }
         // Only now: everything that the client has said was read.
         match &mut keepalive {
@@ -109,54 +109,47 @@ fn builder() -> Builder {
 }
 
 pin_project! {
-    /// A call, from its request to the end of its answer. Dropped with all that it waits for when the client resets it.
-    #[project = ExchangeProjection]
-    enum Exchange<F, B> {
-        Answering {
-            #[pin]
-            answer: F,
-            respond: SendResponse<Data>,
-            // Whether h2 wakes the call when anything changes.
-            is_watched: bool,
-        },
-        Sending {
-            pipe: Pipe<B>,
-        },
+    /// A call, from its request to the beginning of its answer. Dropped with all that it waits for when the client resets it.
+    struct Exchange<F> {
+        #[pin]
+        answer: F,
+        respond: SendResponse<Data>,
+        calls: NewCalls,
+        // Whether h2 wakes the call when anything changes.
+        is_watched: bool,
     }
 }
 
-impl<F, B> Future for Exchange<F, B>
+impl<F, B> Future for Exchange<F>
 where
     F: Future<Output = Response<B>>,
-    B: Body<Data = Data, Error = BodyError> + Unpin,
+    B: Body<Data = Data, Error = BodyError> + Unpin + Send + 'static,
 {
     type Output = ();
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        if let ExchangeProjection::Answering { answer, respond, is_watched } = self.as_mut().project() {
-            let Poll::Ready(response) = answer.poll(cx) else {
-                *is_watched = true;
-                return respond.poll_reset(cx).map(drop);
-            };
-            let (head, body) = response.into_parts();
-            let is_over = body.is_end_stream();
-            match respond.send_response(Response::from_parts(head, ()), is_over) {
-                Ok(stream) if !is_over => {
-                    let pipe = Pipe { stream, body, waiting: None, is_watched: *is_watched };
-                    self.set(Exchange::Sending { pipe });
-                }
-                // What cannot be sent has been reset by the client.
-                Ok(_) | Err(_) => return Poll::Ready(()),
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let exchange = self.project();
+        let Poll::Ready(response) = exchange.answer.poll(cx) else {
+            *exchange.is_watched = true;
+            return exchange.respond.poll_reset(cx).map(drop);
+        };
+        let (head, body) = response.into_parts();
+        let is_over = body.is_end_stream();
+        // What cannot be sent has been reset by the client.
+        if let Ok(stream) = exchange.respond.send_response(Response::from_parts(head, ()), is_over)
+            && !is_over
+        {
+            let mut pipe = Pipe { stream, body, waiting: None, is_watched: *exchange.is_watched };
+            if Pin::new(&mut pipe).poll(cx).is_pending() {
+                // As a call of its own: it may last, and what the answer took was several times as large.
+                exchange.calls.execute(pipe);
             }
         }
-        match self.project() {
-            ExchangeProjection::Sending { pipe } => pipe.poll(cx).map(drop),
-            ExchangeProjection::Answering { .. } => Poll::Ready(()),
-        }
+        Poll::Ready(())
     }
 }
 
-/// Hands a body over to h2.
+/// The rest of a call: hands the body of its answer over to h2.
 struct Pipe<B> {
     stream: SendStream<Data>,
     body: B,
@@ -166,9 +159,17 @@ struct Pipe<B> {
     is_watched: bool,
 }
 
+impl<B: Body<Data = Data, Error = BodyError> + Unpin> Future for Pipe<B> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.get_mut().poll_sent(cx).map(drop)
+    }
+}
+
 impl<B: Body<Data = Data, Error = BodyError> + Unpin> Pipe<B> {
     /// Ready when everything was handed over, or the client wants no more.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), h2::Error>> {
+    fn poll_sent(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), h2::Error>> {
         loop {
             if let Some(data) = ready!(self.poll_waiting(cx))? {
                 let is_over = self.body.is_end_stream();
