@@ -13,11 +13,11 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use millpond::{
     fanout::{
-        Hub, Session, SessionSettings, Start, WatchOptions,
+        Hub, Out, Session, SessionSettings, Start, WatchOptions,
         encode::put_event,
         ranges::{Placed, RangeIndex},
     },
@@ -202,7 +202,7 @@ fn fan_out(criterion: &mut Criterion) {
     let running = runtime.spawn(hub.clone().run());
     let mut session = Session::new(Arc::from([hub.clone()]), SessionSettings { fragment_bytes: 1 << 20 });
     let options = WatchCreateRequest { key: "/registry/".into(), range_end: "/registry0".into(), ..Default::default() };
-    let mut out = BytesMut::new();
+    let mut out = Out::default();
     for _ in 0..WATCHERS {
         let present = (store.view().responder, store.view().revision());
         let options = WatchOptions::from_request(&options);
@@ -217,7 +217,7 @@ fn fan_out(criterion: &mut Criterion) {
             revision += 1;
             writer.apply(Revision(revision), vec![change(revision as u64 % KEYS, revision)], 0);
             writer.publish(0);
-            out.clear();
+            out.take();
             while out.is_empty() {
                 runtime.block_on(tokio::task::yield_now());
                 session.pump(&mut out, usize::MAX, Waker::noop());

@@ -8,17 +8,20 @@
 //! - [`Hub`]: takes each new entry of a store to the sessions that it concerns.
 //! - [`RangeIndex`](ranges::RangeIndex): which watchers does an event concern?
 //! - [`Session`]: the watchers of one Watch stream. No I/O: it is asked for bytes when the transport has room for them.
+//! - [`Out`]: what a stream is to send, which may be what other streams send too.
 //! - [`encode`]: responses as gRPC frames, made of the bytes of records.
 
 pub mod encode;
 mod hub;
 mod lane;
 mod mailbox;
+mod out;
 pub mod ranges;
 mod session;
 mod watcher;
 
 pub use hub::Hub;
+pub use out::Out;
 pub use session::{Pumped, Relay, Session, SessionSettings, refuse};
 pub use watcher::{Refusal, Start, WatchOptions};
 

@@ -284,11 +284,9 @@ async fn mind(hub: Arc<Hub>, mut phase: watch::Receiver<Phase>, mut auth: watch:
 
 #[cfg(test)]
 mod tests {
-    use bytes::BytesMut;
-
     use super::*;
     use crate::{
-        fanout::{Pumped, Session, SessionSettings},
+        fanout::{Out, Pumped, Session, SessionSettings},
         store::Limits,
     };
 
@@ -302,7 +300,7 @@ mod tests {
             let minding = tokio::spawn(mind(hub.clone(), phases, auths));
             let mut session = Session::new(Arc::new([hub]), SessionSettings { fragment_bytes: 2000 });
             session.attend(Some(0));
-            let mut pump = || session.pump(&mut BytesMut::new(), 1000, std::task::Waker::noop());
+            let mut pump = || session.pump(&mut Out::default(), 1000, std::task::Waker::noop());
             assert_eq!(pump(), Pumped::Idle);
             match by_feed {
                 true => drop(phase.send_replace(Phase::Barred)),

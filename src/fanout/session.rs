@@ -5,15 +5,14 @@
 //! revision lies before the history window asks, through [`Session::take_relays`], to be relayed from the upstream until it
 //! is inside.
 
+mod alike;
 mod deliver;
 mod progress;
 
 use std::{collections::HashMap, sync::Arc, task::Waker};
 
-use bytes::BytesMut;
-
 use super::{
-    Hub, Refusal, Start, WatchOptions,
+    Hub, Out, Refusal, Start, WatchOptions,
     encode::Envelope,
     lane::{Lane, Notice},
     push_snugly,
@@ -118,11 +117,15 @@ impl Session {
         start: Start,
         lane: Option<usize>,
         now: (Responder, Revision),
-        out: &mut BytesMut,
+        out: &mut Out,
     ) {
         match self.admit(id, &options.range) {
             Ok(id) => {
-                Envelope { revision: now.1, watch_id: id, created: true, ..Envelope::default() }.put(out, now.0, &[]);
+                Envelope { revision: now.1, watch_id: id, created: true, ..Envelope::default() }.put(
+                    out.own(),
+                    now.0,
+                    &[],
+                );
                 self.add(id, options, lane, start);
             }
             Err(refusal) => refuse(refusal.to_string(), now, out),
@@ -178,14 +181,14 @@ impl Session {
     }
 
     /// Ends the watcher `id` and answers so; an unknown id gets no answer, as in etcd.
-    pub fn cancel(&mut self, id: i64, now: (Responder, Revision), out: &mut BytesMut) {
+    pub fn cancel(&mut self, id: i64, now: (Responder, Revision), out: &mut Out) {
         let Some(slot) = self.by_id.remove(&id) else { return };
         self.detach(slot);
         let watcher = self.watchers[slot as usize].take();
         self.ticking -= usize::from(watcher.is_some_and(|watcher| watcher.options.progress_notify));
         self.free.push(slot);
         self.behind.retain(|behind| *behind != slot);
-        Envelope { revision: now.1, watch_id: id, canceled: true, ..Envelope::default() }.put(out, now.0, &[]);
+        Envelope { revision: now.1, watch_id: id, canceled: true, ..Envelope::default() }.put(out.own(), now.0, &[]);
     }
 
     /// Takes the watcher out of its group, so that it is told of nothing more.
@@ -199,7 +202,7 @@ impl Session {
     }
 
     /// Cancels the watcher because of a compaction. Its id stays taken until the client cancels it too.
-    fn cancel_compacted(&mut self, slot: u32, compacted: Revision, out: &mut BytesMut) {
+    fn cancel_compacted(&mut self, slot: u32, compacted: Revision, out: &mut Out) {
         self.detach(slot);
         let Some(Some(watcher)) = self.watchers.get_mut(slot as usize) else { return };
         watcher.state = State::Dead;
@@ -207,18 +210,18 @@ impl Session {
         let responder = hub.map_or_else(Responder::default, |hub| hub.store().view().responder);
         let watch_id = watcher.id;
         Envelope { watch_id, canceled: true, compact_revision: compacted.0, ..Envelope::default() }.put(
-            out,
+            out.own(),
             responder,
             &[],
         );
     }
 
     /// Puts out what there is to say, until `out` holds `budget` bytes or more. `waker` is called when there is more.
-    pub fn pump(&mut self, out: &mut BytesMut, budget: usize, waker: &Waker) -> Pumped {
+    pub fn pump(&mut self, out: &mut Out, budget: usize, waker: &Waker) -> Pumped {
         SCRATCH.with_borrow_mut(|scratch| self.pump_with(scratch, out, budget, waker))
     }
 
-    fn pump_with(&mut self, scratch: &mut Scratch, out: &mut BytesMut, budget: usize, waker: &Waker) -> Pumped {
+    fn pump_with(&mut self, scratch: &mut Scratch, out: &mut Out, budget: usize, waker: &Waker) -> Pumped {
         let mut unfinished = false;
         for lane in 0..self.lanes.len() {
             let Some(open) = &mut self.lanes[lane] else { continue };
@@ -259,7 +262,7 @@ impl Session {
     }
 
     /// Another history has begun at `position`: nobody's cursor means anything in it, so everybody is told to list anew.
-    fn replace(&mut self, lane: usize, position: Position, out: &mut BytesMut) {
+    fn replace(&mut self, lane: usize, position: Position, out: &mut Out) {
         for slot in 0..self.watchers.len() as u32 {
             let Some(Some(watcher)) = self.watchers.get(slot as usize) else { continue };
             if watcher.lane.unwrap_or(0) == lane && watcher.state != State::Dead {
@@ -275,10 +278,10 @@ impl Session {
 }
 
 /// Answers a create request that is refused. The stream stays open.
-pub fn refuse(reason: String, now: (Responder, Revision), out: &mut BytesMut) {
+pub fn refuse(reason: String, now: (Responder, Revision), out: &mut Out) {
     let (created, canceled) = (true, true);
     Envelope { revision: now.1, watch_id: -1, created, canceled, cancel_reason: reason, ..Envelope::default() }.put(
-        out,
+        out.own(),
         now.0,
         &[],
     );

@@ -2,9 +2,9 @@
 
 use std::{future::poll_fn, sync::Arc, task::Poll};
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use millpond::{
-    fanout::{Hub, Pumped, Session, SessionSettings, Start, WatchOptions},
+    fanout::{Hub, Out, Pumped, Session, SessionSettings, Start, WatchOptions},
     proto::{
         etcdserverpb::WatchResponse,
         mvccpb::{Event, event::EventType},
@@ -59,7 +59,7 @@ pub async fn watch(world: World, mut dice: Dice, seen: Seen) {
         let watched = Watched { lane, options, generations, epoch: view.position.epoch, seen: first, followed };
         let hubs: Arc<[Arc<Hub>]> = parts.cache.prefixes().iter().map(|prefix| prefix.hub().clone()).collect();
         let mut session = Session::new(hubs, SessionSettings { fragment_bytes: 2 << 20 });
-        let mut out = BytesMut::new();
+        let mut out = Out::default();
         session.create(0, watched.options.clone(), start, Some(lane), now, &mut out);
         let life = dice.pause(8000);
         follow(&world, session, out, watched, &seen, Instant::now() + life, &mut dice).await;
@@ -83,14 +83,15 @@ fn options(range: &KeyRange, dice: &mut Dice) -> WatchOptions {
 async fn follow(
     world: &World,
     mut session: Session,
-    mut out: BytesMut,
+    mut out: Out,
     mut watched: Watched,
     seen: &Seen,
     end: Instant,
     dice: &mut Dice,
 ) {
     loop {
-        while let Some(response) = take(&mut out) {
+        let mut said = out.take();
+        while let Some(response) = take(&mut said) {
             if !watched.judge(world, &response) {
                 return;
             }
@@ -116,7 +117,7 @@ async fn follow(
     }
 }
 
-fn take(out: &mut BytesMut) -> Option<WatchResponse> {
+fn take(out: &mut Bytes) -> Option<WatchResponse> {
     let (length, _) = grpc::split(out)?;
     out.advance(grpc::prefix(0).len());
     Some(WatchResponse::decode(out.split_to(length)).expect("the cache sends what can be decoded"))

@@ -3,11 +3,12 @@
 
 use std::cell::RefCell;
 
-use bytes::{BufMut, BytesMut};
+use bytes::BufMut;
 
-use super::{Relay, Session, State};
+use super::{Relay, Session, State, alike::Alike};
 use crate::{
     fanout::{
+        Out,
         encode::{Envelope, event_len, put_event},
         watcher::Watcher,
     },
@@ -32,6 +33,8 @@ pub(super) struct Scratch {
     bytes: Vec<u8>,
     /// Where the encoding for each variant of the current letter lies.
     spans: [Option<(usize, usize)>; 8],
+    /// The last response that was all that a stream had to say.
+    alike: Option<Alike>,
 }
 
 impl Scratch {
@@ -60,7 +63,7 @@ impl Scratch {
 
 impl Session {
     /// Works the lane's letters off, as far as the budget goes.
-    pub(super) fn deliver(&mut self, lane: usize, scratch: &mut Scratch, out: &mut BytesMut, budget: usize) {
+    pub(super) fn deliver(&mut self, lane: usize, scratch: &mut Scratch, out: &mut Out, budget: usize) {
         let Some(lane) = &mut self.lanes[lane] else { return };
         let responder = lane.hub.store().view().responder;
         while let Some(letter) = lane.letters.get(lane.read) {
@@ -70,6 +73,8 @@ impl Session {
             let entry = &letter.entry;
             scratch.clear();
             let members = lane.group(letter.group).map_or(&[][..], |group| &group.members[..]);
+            // What this says may be all that the stream says now, and then other streams may say the same.
+            let is_alone = members.len() == 1 && lane.letters.len() == 1 && out.is_empty();
             for slot in members {
                 let Some(Some(watcher)) = self.watchers.get_mut(*slot as usize) else { continue };
                 if watcher.next > entry.revision {
@@ -79,12 +84,21 @@ impl Session {
                     return;
                 }
                 watcher.next = entry.revision.next();
+                let known = scratch.alike.as_ref().filter(|_| is_alone);
+                if let Some(shared) = known.and_then(|alike| alike.of(entry, responder, watcher)) {
+                    watcher.quiet = false;
+                    out.put_shared(shared);
+                    continue;
+                }
                 let events = scratch.entry(entry, watcher);
                 if !events.is_empty() {
                     watcher.quiet = false;
                     let wanted = || entry.events.iter().filter(|event| watcher.options.wants(event));
                     let lengths = || wanted().map(|event| event_len(event, watcher.options.prev_kv));
                     respond(watcher, responder, entry.revision, events, lengths, self.settings.fragment_bytes, out);
+                    if is_alone {
+                        scratch.alike = Alike::new(entry, responder, watcher, out);
+                    }
                 }
             }
             lane.read += 1;
@@ -94,7 +108,7 @@ impl Session {
     }
 
     /// Lets the watchers that are behind read on. True when there is more to read at once.
-    pub(super) fn catch_up(&mut self, scratch: &mut Scratch, out: &mut BytesMut, budget: usize) -> bool {
+    pub(super) fn catch_up(&mut self, scratch: &mut Scratch, out: &mut Out, budget: usize) -> bool {
         let mut entries = ENTRIES_PER_PUMP;
         let mut at = 0;
         while let Some(&slot) = self.behind.get(at) {
@@ -111,7 +125,7 @@ impl Session {
     }
 
     /// Reads a stretch of the history for one watcher. True when it is not behind any more.
-    fn read_on(&mut self, slot: u32, entries: &mut usize, scratch: &mut Scratch, out: &mut BytesMut) -> bool {
+    fn read_on(&mut self, slot: u32, entries: &mut usize, scratch: &mut Scratch, out: &mut Out) -> bool {
         let Some(Some(watcher)) = self.watchers.get_mut(slot as usize) else { return true };
         let (State::Behind, Some(at)) = (watcher.state, watcher.lane) else { return true };
         let Some(lane) = &mut self.lanes[at] else { return true };
@@ -172,7 +186,7 @@ impl Session {
     }
 
     /// Passes on what the upstream sent for a relayed watcher: events, progress or a cancellation.
-    pub fn relayed(&mut self, slot: u32, serial: u64, response: WatchResponse, out: &mut BytesMut) {
+    pub fn relayed(&mut self, slot: u32, serial: u64, response: WatchResponse, out: &mut Out) {
         let fragment_bytes = self.settings.fragment_bytes;
         let Some(watcher) = self.relayed_watcher(slot, serial) else { return };
         let header = response.header.unwrap_or_default();
@@ -183,7 +197,7 @@ impl Session {
             let WatchResponse { compact_revision, cancel_reason, .. } = response;
             let canceled = true;
             Envelope { revision, watch_id, canceled, compact_revision, cancel_reason, ..Envelope::default() }.put(
-                out,
+                out.own(),
                 responder,
                 &[],
             );
@@ -220,7 +234,7 @@ fn stretch(
     entries: &mut usize,
     scratch: &mut Scratch,
     fragment_bytes: usize,
-    out: &mut BytesMut,
+    out: &mut Out,
 ) -> bool {
     let Some(window) = view.window.after(watcher.next.previous()) else { return false };
     scratch.clear();
@@ -263,11 +277,11 @@ fn respond<I: Iterator<Item = usize>>(
     encoded: &[u8],
     lengths: impl Fn() -> I,
     fragment_bytes: usize,
-    out: &mut BytesMut,
+    out: &mut Out,
 ) {
     let envelope = Envelope { revision, watch_id: watcher.id, ..Envelope::default() };
     if !watcher.options.fragment || envelope.message_len(responder, encoded.len()) < fragment_bytes {
-        return envelope.put(out, responder, encoded);
+        return envelope.put(out.own(), responder, encoded);
     }
     put_fragments(envelope, responder, encoded, lengths(), fragment_bytes, out);
 }
@@ -280,19 +294,19 @@ fn put_fragments(
     encoded: &[u8],
     lengths: impl Iterator<Item = usize>,
     fragment_bytes: usize,
-    out: &mut BytesMut,
+    out: &mut Out,
 ) {
     envelope.fragment = true;
     let (mut start, mut end) = (0, 0);
     for length in lengths {
         if end > start && envelope.message_len(responder, end - start + length) >= fragment_bytes {
-            envelope.put(out, responder, &encoded[start..end]);
+            envelope.put(out.own(), responder, &encoded[start..end]);
             start = end;
         }
         end += length;
     }
     envelope.fragment = false;
-    envelope.put(out, responder, &encoded[start..]);
+    envelope.put(out.own(), responder, &encoded[start..]);
 }
 
 /// Puts out events that came decoded from the upstream.
@@ -302,7 +316,7 @@ fn put_decoded(
     revision: Revision,
     events: &[mvccpb::Event],
     fragment_bytes: usize,
-    out: &mut BytesMut,
+    out: &mut Out,
 ) {
     let mut encoded = Vec::new();
     let mut lengths = Vec::with_capacity(events.len());
@@ -317,6 +331,6 @@ fn put_decoded(
     if watcher.options.fragment && envelope.message_len(responder, encoded.len()) >= fragment_bytes {
         put_fragments(envelope, responder, &encoded, lengths.into_iter(), fragment_bytes, out);
     } else {
-        envelope.put(out, responder, &encoded);
+        envelope.put(out.own(), responder, &encoded);
     }
 }

@@ -1,10 +1,8 @@
 //! Progress notifications: a revision up to which a watcher, or every watcher of the stream, has been sent everything.
 
-use bytes::BytesMut;
-
 use super::{Session, State};
 use crate::{
-    fanout::{encode::Envelope, watcher::Watcher},
+    fanout::{Out, encode::Envelope, watcher::Watcher},
     store::{Responder, Revision},
 };
 
@@ -75,7 +73,7 @@ impl Session {
 
     /// A tick of the progress timer: tells every watcher that asked for it, and has seen nothing since the last tick, how
     /// far it has got.
-    pub fn tick(&mut self, out: &mut BytesMut) {
+    pub fn tick(&mut self, out: &mut Out) {
         for slot in 0..self.watchers.len() {
             let Some(watcher) = &self.watchers[slot] else { continue };
             if !watcher.options.progress_notify {
@@ -84,7 +82,7 @@ impl Session {
             let due = watcher.quiet.then(|| self.progress_of(watcher)).flatten();
             if let Some((responder, revision)) = due.filter(|(_, revision)| *revision >= watcher.start) {
                 let watch_id = watcher.id;
-                Envelope { revision, watch_id, ..Envelope::default() }.put(out, responder, &[]);
+                Envelope { revision, watch_id, ..Envelope::default() }.put(out.own(), responder, &[]);
             }
             if let Some(watcher) = &mut self.watchers[slot] {
                 watcher.quiet = true;
@@ -109,12 +107,12 @@ impl Session {
     }
 
     /// Answers a request for progress, if it can be answered. False: it can be as soon as the hubs' mail is fetched.
-    pub(super) fn answer_progress(&mut self, out: &mut BytesMut) -> bool {
+    pub(super) fn answer_progress(&mut self, out: &mut Out) -> bool {
         let Some(asked) = self.asked else { return true };
         match self.progress(asked.least) {
             Answer::At(responder, revision) => {
                 self.asked = asked.answered(revision);
-                Envelope { revision, watch_id: -1, ..Envelope::default() }.put(out, responder, &[]);
+                Envelope { revision, watch_id: -1, ..Envelope::default() }.put(out.own(), responder, &[]);
             }
             Answer::Never => self.asked = None,
             // The answer of a relay wakes the stream by itself.

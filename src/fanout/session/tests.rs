@@ -59,17 +59,26 @@ impl Stage {
     }
 
     fn create(&mut self, options: WatchOptions, start: Start) {
-        let mut out = BytesMut::new();
+        let mut out = Out::default();
         let now = (RESPONDER, self.hub.store().view().revision());
         self.session.create(0, options, start, Some(0), now, &mut out);
         self.hear(out);
     }
 
     fn pump(&mut self, budget: usize) -> Pumped {
-        let mut out = BytesMut::new();
+        let mut out = Out::default();
         let pumped = self.session.pump(&mut out, budget, std::task::Waker::noop());
         self.hear(out);
         pumped
+    }
+
+    /// What another stream, whose first watcher has `options` and the id `id`, is sent of what comes next. To be dispatched meanwhile.
+    fn other(&self, id: i64, options: WatchOptions) -> Session {
+        let mut session = Session::new(Arc::new([self.hub.clone()]), SessionSettings { fragment_bytes: 2000 });
+        let now = (RESPONDER, self.hub.store().view().revision());
+        session.create(id, options, Start::After(now.1), Some(0), now, &mut Out::default());
+        while session.pump(&mut Out::default(), 1 << 20, std::task::Waker::noop()) == Pumped::Busy {}
+        session
     }
 
     fn pump_all(&mut self) {
@@ -77,7 +86,8 @@ impl Stage {
         while self.pump(1 << 20) == Pumped::Busy {}
     }
 
-    fn hear(&mut self, mut out: BytesMut) {
+    fn hear(&mut self, mut out: Out) {
+        let mut out = out.take();
         while out.has_remaining() {
             let length = u32::from_be_bytes(out[1..FRAME_HEAD].try_into().unwrap()) as usize;
             out.advance(FRAME_HEAD);
@@ -267,7 +277,7 @@ fn ticks_are_wanted_for_as_long_as_a_watcher_asks_for_them() {
         assert_eq!(stage.session.wants_ticks(), wanted);
     }
     for (id, wanted) in [(1, true), (1, true), (0, true), (2, false)] {
-        stage.session.cancel(id, (RESPONDER, Revision(1)), &mut BytesMut::new());
+        stage.session.cancel(id, (RESPONDER, Revision(1)), &mut Out::default());
         assert_eq!(stage.session.wants_ticks(), wanted);
     }
 }
@@ -297,7 +307,7 @@ fn a_watcher_that_the_window_has_left_behind_asks_for_a_relay() {
         }],
         ..Default::default()
     };
-    let mut out = BytesMut::new();
+    let mut out = Out::default();
     stage.session.relayed(relays[0].slot, relays[0].serial, response, &mut out);
     stage.session.end_relay(relays[0].slot, relays[0].serial);
     stage.hear(out);
@@ -352,7 +362,7 @@ fn a_session_is_remembered_once_however_often_it_wants_to_be_woken() {
 #[test]
 fn ids_are_picked_taken_and_freed_as_in_etcd() {
     let mut stage = Stage::new(u64::MAX);
-    let mut out = BytesMut::new();
+    let mut out = Out::default();
     let now = (RESPONDER, Revision(1));
     let start = Start::After(Revision(1));
     stage.session.create(1, everything(), start, Some(0), now, &mut out);
@@ -398,4 +408,39 @@ fn progress_is_told_once_it_is_not_below_what_was_known_when_it_was_asked_for() 
         stage.pump_all();
         assert_eq!(told(&stage), expected);
     }
+}
+
+#[test]
+fn streams_of_which_each_has_the_same_to_say_send_the_same_bytes() {
+    let mut stage = Stage::new(u64::MAX);
+    stage.dispatch();
+    let only_one = WatchOptions { range: KeyRange::single(Bytes::from_static(&[1])), ..everything() };
+    let streams = [
+        (0, everything()),
+        (0, everything()),
+        (0, only_one),
+        (7, everything()),
+        (0, WatchOptions { prev_kv: true, ..everything() }),
+        (0, everything()),
+    ];
+    let mut streams = streams.map(|(id, options)| stage.other(id, options));
+    let mut heard = |stage: &mut Stage, keys: &[(u8, bool)]| {
+        stage.write(keys);
+        stage.publish();
+        stage.dispatch();
+        streams.each_mut().map(|session| {
+            let mut out = Out::default();
+            session.pump(&mut out, 1 << 20, std::task::Waker::noop());
+            out.take()
+        })
+    };
+    let place = |bytes: &Bytes| bytes.as_ptr();
+    let [first, second, narrow, other_id, previous, _] = heard(&mut stage, &[(1, false)]);
+    assert_eq!((place(&first), place(&first)), (place(&second), place(&narrow)));
+    assert!(first != other_id && !other_id.is_empty() && place(&first) != place(&previous));
+    let [next, again, ..] = heard(&mut stage, &[(1, false)]);
+    assert!(next == again && place(&next) == place(&again) && next != first);
+    // Of two events, one may be somebody's and the other not.
+    let [both, all, one, ..] = heard(&mut stage, &[(1, false), (2, false)]);
+    assert!(both == all && one != both && one.len() > 300);
 }

@@ -6,7 +6,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame};
 use prost::Message;
 use rand::RngExt;
@@ -23,7 +23,7 @@ use super::{
     relay::{self, Report},
 };
 use crate::{
-    fanout::{Pumped, Refusal, Session, Start, WatchOptions, refuse},
+    fanout::{Out, Pumped, Refusal, Session, Start, WatchOptions, refuse},
     proto::etcdserverpb::{WatchCreateRequest, WatchRequest, watch_request::RequestUnion},
     server::{
         body::{BodyError, check_announced, failure_trailers},
@@ -58,7 +58,7 @@ pub(super) struct Stream {
     requests: Option<Incoming>,
     deframer: Deframer,
     session: Session,
-    out: BytesMut,
+    out: Out,
     news: News,
     /// A create request that waits to be told what the present is.
     opening: Option<Box<(WatchCreateRequest, Waiting)>>,
@@ -97,7 +97,7 @@ impl Stream {
             shared,
             requests: Some(requests),
             deframer: Deframer::compressed(compression),
-            out: BytesMut::new(),
+            out: Out::default(),
             news: News::default(),
             opening: None,
             relays: None,
@@ -151,9 +151,9 @@ impl Stream {
 
     /// Ends the stream before a response that is longer than etcd sends, as etcd does.
     fn leave_out_too_long(&mut self) {
-        if let Some((start, length)) = too_long(&self.out, LONGEST) {
+        if let Some((start, length)) = too_long(self.out.bytes(), LONGEST) {
             // Not in place: what is left out is not to stay in memory.
-            self.out = BytesMut::from(&self.out[..start]);
+            self.out.cut(start);
             let text = format!("trying to send message larger than max ({length} vs. {LONGEST})");
             self.ended = Some(Status::new(Code::ResourceExhausted, text));
         }
@@ -355,7 +355,7 @@ impl Stream {
 
     fn piece(&mut self) -> Frame<Data> {
         self.shared.metrics.bytes.inc_by(self.out.len() as u64);
-        Frame::data(std::mem::take(&mut self.out).freeze().into())
+        Frame::data(self.out.take().into())
     }
 }
 

@@ -25,7 +25,7 @@ fn nobody_reads_on_in_a_history_that_it_has_not_been_told_of() {
         let mut stage = Stage::new(u64::MAX);
         stage.dispatch();
         stage.session.attend(lane);
-        let (mut out, now) = (BytesMut::new(), (RESPONDER, Revision(1)));
+        let (mut out, now) = (Out::default(), (RESPONDER, Revision(1)));
         stage.writer.reset(Position { epoch: 2, revision: Revision(1) }, Some(Tree::default()));
         stage.write(&[(1, false)]);
         stage.publish();
@@ -69,7 +69,7 @@ fn progress_of_a_history_is_not_told_to_watchers_of_the_one_before() {
         });
         let told = stage.heard.iter().take_while(|response| !response.canceled).filter(|told| told.watch_id == -1);
         told.for_each(|told| assert_eq!(told.header.as_ref().unwrap().revision, begun.0));
-        stage.session.cancel(id, (RESPONDER, begun), &mut BytesMut::new());
+        stage.session.cancel(id, (RESPONDER, begun), &mut Out::default());
     }
     drop(others);
 }
@@ -78,7 +78,7 @@ fn progress_of_a_history_is_not_told_to_watchers_of_the_one_before() {
 #[test]
 fn another_history_cancels_also_who_watches_what_is_not_cached() {
     let mut stage = Stage::new(u64::MAX);
-    let (mut out, now) = (BytesMut::new(), (RESPONDER, Revision(1)));
+    let (mut out, now) = (Out::default(), (RESPONDER, Revision(1)));
     stage.session.create(0, everything(), Start::After(Revision(1)), None, now, &mut out);
     stage.hear(out);
     stage.pump_all();
