@@ -193,11 +193,11 @@ impl Registry {
         self.position.epoch == reached.epoch && self.position.revision <= reached.revision
     }
 
-    fn deliver(&self, entry: &Arc<Entry>, touched: &mut Vec<Arc<Mailbox>>) {
+    fn deliver<'a>(&'a self, entry: &Arc<Entry>, touched: &mut Vec<&'a Mailbox>) {
         for event in &entry.events {
             self.index.visit(event.record.key(), |subscription| {
                 if subscription.is_new(entry.revision) && subscription.mailbox.deliver(entry, subscription.group) {
-                    touched.push(subscription.mailbox.clone());
+                    touched.push(&subscription.mailbox);
                 }
             });
         }

@@ -1,6 +1,12 @@
 //! The part of a session that hangs on one hub: groups of watchers of the same range, and the mail that comes for them.
 
-use std::{collections::HashMap, sync::Arc, task::Waker};
+use std::{
+    hash::{BuildHasher, RandomState},
+    sync::Arc,
+    task::Waker,
+};
+
+use hashbrown::HashTable;
 
 use super::{
     Hub,
@@ -28,7 +34,9 @@ pub(super) struct Lane {
     session: u64,
     groups: Vec<Option<Group>>,
     free: Vec<u32>,
-    by_range: HashMap<KeyRange, u32>,
+    /// Groups by their ranges, which only the groups themselves hold.
+    by_range: HashTable<u32>,
+    hasher: RandomState,
     pub(super) letters: Vec<Letter>,
     /// How many of the letters have been worked off.
     pub(super) read: usize,
@@ -58,7 +66,8 @@ impl Lane {
             mailbox,
             groups: Vec::new(),
             free: Vec::new(),
-            by_range: HashMap::new(),
+            by_range: HashTable::new(),
+            hasher: RandomState::new(),
             letters: Vec::new(),
             read: 0,
             told: Revision::ZERO,
@@ -119,6 +128,12 @@ impl Lane {
         self.read == self.letters.len() && self.lost.is_none()
     }
 
+    /// How many different ranges there are.
+    #[cfg(test)]
+    pub(super) fn ranges(&self) -> usize {
+        self.by_range.len()
+    }
+
     pub(super) fn group(&self, group: u32) -> Option<&Group> {
         self.groups.get(group as usize)?.as_ref()
     }
@@ -126,7 +141,9 @@ impl Lane {
     /// Lets the watcher in `slot`, who has everything up to `reached`, be told of what follows in `range`. None when the
     /// hub is further already.
     pub(super) fn join(&mut self, range: &KeyRange, slot: u32, reached: Position) -> Option<u32> {
-        if let Some(&group) = self.by_range.get(range) {
+        let hash = self.hasher.hash_one(range);
+        let same = |group: &u32| self.group(*group).is_some_and(|group| group.range == *range);
+        if let Some(&group) = self.by_range.find(hash, same) {
             let members = self.hub.is_at_most(reached).then(|| self.groups[group as usize].as_mut())??;
             members.members.push(slot);
             return Some(group);
@@ -141,7 +158,9 @@ impl Lane {
             Some(group) => self.groups[group as usize] = joined,
             None => push_snugly(&mut self.groups, joined),
         }
-        self.by_range.insert(range.clone(), group);
+        let (groups, hasher) = (&self.groups, &self.hasher);
+        let rehash = |group: &u32| groups[*group as usize].as_ref().map_or(0, |group| hasher.hash_one(&group.range));
+        self.by_range.insert_unique(hash, group, rehash);
         Some(group)
     }
 
@@ -150,7 +169,10 @@ impl Lane {
         found.members.retain(|member| *member != slot);
         if found.members.is_empty() {
             self.hub.leave(&found.range, &found.subscription);
-            self.by_range.remove(&found.range);
+            let hash = self.hasher.hash_one(&found.range);
+            if let Ok(entry) = self.by_range.find_entry(hash, |entry| *entry == group) {
+                entry.remove();
+            }
             self.groups[group as usize] = None;
             self.free.push(group);
         }

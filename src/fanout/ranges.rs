@@ -80,14 +80,14 @@ impl<T: Placed> RangeIndex<T> {
     }
 
     /// Calls `visit` with every member under a range that `key` lies in.
-    pub fn visit(&self, key: &[u8], mut visit: impl FnMut(&T)) {
+    pub fn visit<'a>(&'a self, key: &[u8], mut visit: impl FnMut(&'a T)) {
         if let Some(members) = self.single.get(key) {
             members.iter().for_each(&mut visit);
         }
         self.visit_below(self.root, key, &mut visit);
     }
 
-    fn visit_below(&self, link: Link, key: &[u8], visit: &mut impl FnMut(&T)) {
+    fn visit_below<'a>(&'a self, link: Link, key: &[u8], visit: &mut impl FnMut(&'a T)) {
         let Some(node) = self.node(link) else { return };
         if node.reach.as_ref().is_some_and(|reach| &reach[..] <= key) {
             return;

@@ -444,3 +444,29 @@ fn streams_of_which_each_has_the_same_to_say_send_the_same_bytes() {
     let [both, all, one, ..] = heard(&mut stage, &[(1, false), (2, false)]);
     assert!(both == all && one != both && one.len() > 300);
 }
+
+#[test]
+fn watchers_of_the_same_range_are_found_whichever_come_and_go() {
+    const KEYS: u8 = 100;
+    let mut stage = Stage::new(u64::MAX);
+    let ranges = |stage: &Stage| stage.session.lanes[0].as_ref().unwrap().ranges();
+    let only = |key: u8| WatchOptions { range: KeyRange::single(vec![key].into()), ..everything() };
+    (0..2).for_each(|_| (0..KEYS).for_each(|key| stage.create(only(key), Start::After(Revision(1)))));
+    stage.pump_all();
+    assert_eq!(ranges(&stage), usize::from(KEYS));
+    let gone = |id: i64| id % 3 == 0;
+    let cancel = |stage: &mut Stage, which: &dyn Fn(i64) -> bool| {
+        let ids = (0..2 * i64::from(KEYS)).filter(|id| which(*id));
+        ids.for_each(|id| stage.session.cancel(id, (RESPONDER, Revision(1)), &mut Out::default()));
+    };
+    cancel(&mut stage, &gone);
+    stage.write(&(0..KEYS).map(|key| (key, false)).collect::<Vec<_>>());
+    stage.publish();
+    stage.pump_all();
+    for id in 0..2 * i64::from(KEYS) {
+        let expected = (!gone(id)).then_some((2, (id % i64::from(KEYS)) as u8, true, false));
+        assert_eq!(stage.events(id), Vec::from_iter(expected), "watcher {id}");
+    }
+    cancel(&mut stage, &|id| !gone(id));
+    assert_eq!(ranges(&stage), 0);
+}
