@@ -21,7 +21,7 @@ pub mod wire;
 pub use history::{Entry, Event, EventKind, Limits, Window};
 pub use key::{KeyRange, prefix_end};
 pub use record::{MalformedRecord, Record};
-pub use responder::Responder;
+pub use responder::{HeaderField, Responder};
 pub use revision::Revision;
 pub use tree::{Run, Sums, Tree};
 pub use view::{Change, Position, Store, View, Writer};

@@ -3,7 +3,7 @@
 use bytes::{BufMut, BytesMut};
 
 use crate::store::{
-    Event, EventKind, Responder, Revision,
+    Event, EventKind, HeaderField,
     wire::{bytes_field_len, int_field_len, put_bytes_head, put_int_field},
 };
 
@@ -11,13 +11,11 @@ use crate::store::{
 pub const FRAME_HEAD: usize = 5;
 
 /// The most that stands before a response's reason and events: those, its header and four numbers.
-const LONGEST_HEAD: usize = FRAME_HEAD + Responder::LONGEST_FIELD + 4 * int_field_len(-1);
+const LONGEST_HEAD: usize = FRAME_HEAD + HeaderField::LONGEST + 4 * int_field_len(-1);
 
-/// Everything of a `WatchResponse` but its events.
+/// Everything of a `WatchResponse` but its header, which may be that of many, and its events.
 #[derive(Clone, Debug, Default)]
 pub struct Envelope {
-    /// The header's revision.
-    pub revision: Revision,
     /// The watcher; -1 for all of a stream.
     pub watch_id: i64,
     /// The watcher has been created (or refused, with `canceled`).
@@ -33,29 +31,28 @@ pub struct Envelope {
 }
 
 impl Envelope {
-    fn len(&self, responder: Responder) -> usize {
-        responder.field_len(self.revision)
-            + int_field_len(self.watch_id)
+    fn len(&self) -> usize {
+        int_field_len(self.watch_id)
             + 2 * (usize::from(self.created) + usize::from(self.canceled) + usize::from(self.fragment))
             + int_field_len(self.compact_revision)
             + if self.cancel_reason.is_empty() { 0 } else { bytes_field_len(self.cancel_reason.len()) }
     }
 
-    /// How long the message is with `events` bytes of events.
-    pub fn message_len(&self, responder: Responder, events: usize) -> usize {
-        self.len(responder) + events
+    /// How long the message is under `header` with `events` bytes of events.
+    pub fn message_len(&self, header: &HeaderField, events: usize) -> usize {
+        header.len() + self.len() + events
     }
 
-    /// Appends one gRPC frame: this envelope around events that are encoded already.
-    pub fn put(&self, out: &mut BytesMut, responder: Responder, events: &[u8]) {
-        let length = self.message_len(responder, events.len());
+    /// Appends one gRPC frame: `header`, and this envelope around events that are encoded already.
+    pub fn put(&self, out: &mut BytesMut, header: &HeaderField, events: &[u8]) {
+        let length = self.message_len(header, events.len());
         out.reserve(FRAME_HEAD + length);
         // Byte by byte into what grows would cost more than all of this.
         let mut head = [0; LONGEST_HEAD];
         let mut rest = &mut head[..];
         rest.put_u8(0);
         rest.put_u32(announced(length));
-        responder.put(&mut rest, self.revision);
+        rest.put_slice(header);
         put_int_field(&mut rest, 2, self.watch_id);
         put_int_field(&mut rest, 3, self.created.into());
         put_int_field(&mut rest, 4, self.canceled.into());
@@ -107,7 +104,7 @@ mod tests {
             etcdserverpb::WatchResponse,
             mvccpb::{self, event::EventType},
         },
-        store::Record,
+        store::{Record, Responder, Revision},
     };
     use prost::Message;
 
@@ -130,7 +127,6 @@ mod tests {
         put_event(&mut events, &event, true);
         assert_eq!(events.len(), event_len(&event, true));
         let envelope = Envelope {
-            revision: Revision(9),
             watch_id: -1,
             created: true,
             canceled: true,
@@ -139,8 +135,9 @@ mod tests {
             fragment: true,
         };
         let mut out = BytesMut::new();
-        envelope.put(&mut out, responder, &events);
-        assert_eq!(out.len(), FRAME_HEAD + envelope.message_len(responder, events.len()));
+        let header = responder.field(Revision(9));
+        envelope.put(&mut out, &header, &events);
+        assert_eq!(out.len(), FRAME_HEAD + envelope.message_len(&header, events.len()));
         let decoded = WatchResponse::decode(&out[FRAME_HEAD..]).unwrap();
         assert_eq!(decoded.header, Some(responder.header(Revision(9))));
         assert_eq!((decoded.watch_id, decoded.compact_revision, &decoded.cancel_reason[..]), (-1, 4, "why"));

@@ -121,9 +121,9 @@ impl Session {
     ) {
         match self.admit(id, &options.range) {
             Ok(id) => {
-                Envelope { revision: now.1, watch_id: id, created: true, ..Envelope::default() }.put(
+                Envelope { watch_id: id, created: true, ..Envelope::default() }.put(
                     out.own(),
-                    now.0,
+                    &now.0.field(now.1),
                     &[],
                 );
                 self.add(id, options, lane, start);
@@ -188,7 +188,7 @@ impl Session {
         self.ticking -= usize::from(watcher.is_some_and(|watcher| watcher.options.progress_notify));
         self.free.push(slot);
         self.behind.retain(|behind| *behind != slot);
-        Envelope { revision: now.1, watch_id: id, canceled: true, ..Envelope::default() }.put(out.own(), now.0, &[]);
+        Envelope { watch_id: id, canceled: true, ..Envelope::default() }.put(out.own(), &now.0.field(now.1), &[]);
     }
 
     /// Takes the watcher out of its group, so that it is told of nothing more.
@@ -211,7 +211,7 @@ impl Session {
         let watch_id = watcher.id;
         Envelope { watch_id, canceled: true, compact_revision: compacted.0, ..Envelope::default() }.put(
             out.own(),
-            responder,
+            &responder.field(Revision::ZERO),
             &[],
         );
     }
@@ -280,9 +280,9 @@ impl Session {
 /// Answers a create request that is refused. The stream stays open.
 pub fn refuse(reason: String, now: (Responder, Revision), out: &mut Out) {
     let (created, canceled) = (true, true);
-    Envelope { revision: now.1, watch_id: -1, created, canceled, cancel_reason: reason, ..Envelope::default() }.put(
+    Envelope { watch_id: -1, created, canceled, cancel_reason: reason, ..Envelope::default() }.put(
         out.own(),
-        now.0,
+        &now.0.field(now.1),
         &[],
     );
 }

@@ -1,5 +1,7 @@
 //! The response header: who answers, and at which revision.
 
+use std::ops::Deref;
+
 use bytes::BufMut;
 
 use super::{
@@ -20,9 +22,6 @@ pub struct Responder {
 }
 
 impl Responder {
-    /// The most that [`Responder::put`] appends: four numbers.
-    pub const LONGEST_FIELD: usize = bytes_field_len(4 * int_field_len(-1));
-
     /// A header at `revision`.
     pub fn header(self, revision: Revision) -> ResponseHeader {
         let Self { cluster_id, member_id, raft_term } = self;
@@ -36,23 +35,42 @@ impl Responder {
             + int_field_len(self.raft_term as i64)
     }
 
-    /// How many bytes [`Responder::put`] appends.
-    pub fn field_len(self, revision: Revision) -> usize {
-        bytes_field_len(self.len(revision))
-    }
-
-    /// Appends the header as field 1, its place in every etcd answer.
-    pub fn put(self, out: &mut impl BufMut, revision: Revision) {
-        // Byte by byte into what grows would cost more than all of this.
-        let mut field = [0; Self::LONGEST_FIELD];
-        let mut rest = &mut field[..];
+    /// The header as field 1, its place in every etcd answer.
+    pub fn field(self, revision: Revision) -> HeaderField {
+        let mut bytes = [0; HeaderField::LONGEST];
+        let mut rest = &mut bytes[..];
         put_bytes_head(&mut rest, 1, self.len(revision));
         put_int_field(&mut rest, 1, self.cluster_id as i64);
         put_int_field(&mut rest, 2, self.member_id as i64);
         put_int_field(&mut rest, 3, revision.0);
         put_int_field(&mut rest, 4, self.raft_term as i64);
-        let length = Self::LONGEST_FIELD - rest.len();
-        out.put_slice(&field[..length]);
+        let length = HeaderField::LONGEST - rest.len();
+        HeaderField { bytes, length }
+    }
+
+    /// Appends [`Responder::field`].
+    pub fn put(self, out: &mut impl BufMut, revision: Revision) {
+        out.put_slice(&self.field(revision));
+    }
+}
+
+/// An encoded header.
+#[derive(Clone, Copy, Debug)]
+pub struct HeaderField {
+    bytes: [u8; Self::LONGEST],
+    length: usize,
+}
+
+impl HeaderField {
+    /// The most that there may be: four numbers.
+    pub const LONGEST: usize = bytes_field_len(4 * int_field_len(-1));
+}
+
+impl Deref for HeaderField {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..self.length]
     }
 }
 

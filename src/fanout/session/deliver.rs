@@ -13,7 +13,7 @@ use crate::{
         watcher::Watcher,
     },
     proto::{etcdserverpb::WatchResponse, mvccpb},
-    store::{Entry, Event, Position, Responder, Revision, View},
+    store::{Entry, Event, HeaderField, Position, Responder, Revision, View},
 };
 use prost::Message;
 
@@ -72,6 +72,7 @@ impl Session {
             }
             let entry = &letter.entry;
             scratch.clear();
+            let mut header = None;
             let members = lane.group(letter.group).map_or(&[][..], |group| &group.members[..]);
             // What this says may be all that the stream says now, and then other streams may say the same.
             let is_alone = members.len() == 1 && lane.letters.len() == 1 && out.is_empty();
@@ -95,7 +96,8 @@ impl Session {
                     watcher.quiet = false;
                     let wanted = || entry.events.iter().filter(|event| watcher.options.wants(event));
                     let lengths = || wanted().map(|event| event_len(event, watcher.options.prev_kv));
-                    respond(watcher, responder, entry.revision, events, lengths, self.settings.fragment_bytes, out);
+                    let header = header.get_or_insert_with(|| responder.field(entry.revision));
+                    respond(watcher, header, events, lengths, self.settings.fragment_bytes, out);
                     if is_alone {
                         scratch.alike = Alike::new(entry, responder, watcher, out);
                     }
@@ -196,15 +198,15 @@ impl Session {
             let Watcher { id: watch_id, .. } = *watcher;
             let WatchResponse { compact_revision, cancel_reason, .. } = response;
             let canceled = true;
-            Envelope { revision, watch_id, canceled, compact_revision, cancel_reason, ..Envelope::default() }.put(
+            Envelope { watch_id, canceled, compact_revision, cancel_reason, ..Envelope::default() }.put(
                 out.own(),
-                responder,
+                &responder.field(revision),
                 &[],
             );
         } else if let Some(last) = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back() {
             watcher.next = watcher.next.max(Revision(last.mod_revision).next());
             watcher.quiet = false;
-            put_decoded(watcher, responder, revision, &response.events, fragment_bytes, out);
+            put_decoded(watcher, &responder.field(revision), &response.events, fragment_bytes, out);
         } else {
             watcher.next = watcher.next.max(revision.next());
             watcher.state = State::Relayed { told: Some((responder, revision)) };
@@ -264,7 +266,7 @@ fn stretch(
     if !lengths.is_empty() {
         watcher.quiet = false;
         let lengths = || lengths.iter().copied();
-        respond(watcher, view.responder, view.revision(), &scratch.bytes, lengths, fragment_bytes, out);
+        respond(watcher, &view.responder.field(view.revision()), &scratch.bytes, lengths, fragment_bytes, out);
     }
     true
 }
@@ -272,25 +274,24 @@ fn stretch(
 /// Puts out one response, or its fragments. `lengths` tells where the events in `encoded` end.
 fn respond<I: Iterator<Item = usize>>(
     watcher: &Watcher,
-    responder: Responder,
-    revision: Revision,
+    header: &HeaderField,
     encoded: &[u8],
     lengths: impl Fn() -> I,
     fragment_bytes: usize,
     out: &mut Out,
 ) {
-    let envelope = Envelope { revision, watch_id: watcher.id, ..Envelope::default() };
-    if !watcher.options.fragment || envelope.message_len(responder, encoded.len()) < fragment_bytes {
-        return envelope.put(out.own(), responder, encoded);
+    let envelope = Envelope { watch_id: watcher.id, ..Envelope::default() };
+    if !watcher.options.fragment || envelope.message_len(header, encoded.len()) < fragment_bytes {
+        return envelope.put(out.own(), header, encoded);
     }
-    put_fragments(envelope, responder, encoded, lengths(), fragment_bytes, out);
+    put_fragments(envelope, header, encoded, lengths(), fragment_bytes, out);
 }
 
 /// Cuts a response into fragments of at most `fragment_bytes`, or of one event where that is larger. As in etcd, all but
 /// the last say that more follows.
 fn put_fragments(
     mut envelope: Envelope,
-    responder: Responder,
+    header: &HeaderField,
     encoded: &[u8],
     lengths: impl Iterator<Item = usize>,
     fragment_bytes: usize,
@@ -299,21 +300,20 @@ fn put_fragments(
     envelope.fragment = true;
     let (mut start, mut end) = (0, 0);
     for length in lengths {
-        if end > start && envelope.message_len(responder, end - start + length) >= fragment_bytes {
-            envelope.put(out.own(), responder, &encoded[start..end]);
+        if end > start && envelope.message_len(header, end - start + length) >= fragment_bytes {
+            envelope.put(out.own(), header, &encoded[start..end]);
             start = end;
         }
         end += length;
     }
     envelope.fragment = false;
-    envelope.put(out.own(), responder, &encoded[start..]);
+    envelope.put(out.own(), header, &encoded[start..]);
 }
 
 /// Puts out events that came decoded from the upstream.
 fn put_decoded(
     watcher: &Watcher,
-    responder: Responder,
-    revision: Revision,
+    header: &HeaderField,
     events: &[mvccpb::Event],
     fragment_bytes: usize,
     out: &mut Out,
@@ -327,10 +327,10 @@ fn put_decoded(
         let _ = event.encode_length_delimited(&mut encoded);
         lengths.push(encoded.len() - start);
     }
-    let envelope = Envelope { revision, watch_id: watcher.id, ..Envelope::default() };
-    if watcher.options.fragment && envelope.message_len(responder, encoded.len()) >= fragment_bytes {
-        put_fragments(envelope, responder, &encoded, lengths.into_iter(), fragment_bytes, out);
+    let envelope = Envelope { watch_id: watcher.id, ..Envelope::default() };
+    if watcher.options.fragment && envelope.message_len(header, encoded.len()) >= fragment_bytes {
+        put_fragments(envelope, header, &encoded, lengths.into_iter(), fragment_bytes, out);
     } else {
-        envelope.put(out.own(), responder, &encoded);
+        envelope.put(out.own(), header, &encoded);
     }
 }

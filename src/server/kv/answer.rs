@@ -216,12 +216,12 @@ fn large(
     tail: Bytes,
     limit: u64,
 ) -> Result<Response<Body>, Status> {
-    let header = view.responder.field_len(view.revision());
-    let length = header as u64 + sums.wire + tail.len() as u64;
+    let header = view.responder.field(view.revision());
+    let length = header.len() as u64 + sums.wire + tail.len() as u64;
     check_length(length, limit)?;
-    let mut head = BytesMut::with_capacity(PREFIX + header);
+    let mut head = BytesMut::with_capacity(PREFIX + header.len());
     head.put_slice(&prefix(length as usize));
-    view.responder.put(&mut head, view.revision());
+    head.put_slice(&header);
     let (head, mut rest) = (head.freeze(), Rest::from(records));
     if sums.wire > EAGER {
         let section = Section { head, rest, length: sums.wire, manner: manner(sums), tail };
