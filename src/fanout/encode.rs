@@ -11,7 +11,7 @@ use crate::store::{
 pub const FRAME_HEAD: usize = 5;
 
 /// The most that stands before a response's reason and events: those, its header and four numbers.
-const LONGEST_HEAD: usize = FRAME_HEAD + HeaderField::LONGEST + 4 * int_field_len(-1);
+pub const LONGEST_HEAD: usize = FRAME_HEAD + HeaderField::LONGEST + 4 * int_field_len(-1);
 
 /// Everything of a `WatchResponse` but its header, which may be that of many, and its events.
 #[derive(Clone, Debug, Default)]

@@ -1,7 +1,7 @@
 //! Events on their way out: letters for watchers that keep up, the history for those that are behind, and what the
 //! upstream sends for those that are relayed.
 
-use std::cell::RefCell;
+use std::{cell::RefCell, sync::Arc};
 
 use bytes::BufMut;
 
@@ -9,7 +9,7 @@ use super::{Relay, Session, State, alike::Alike};
 use crate::{
     fanout::{
         Out,
-        encode::{Envelope, event_len, put_event},
+        encode::{Envelope, LONGEST_HEAD, event_len, put_event},
         watcher::Watcher,
     },
     proto::{etcdserverpb::WatchResponse, mvccpb},
@@ -65,17 +65,18 @@ impl Session {
     /// Works the lane's letters off, as far as the budget goes.
     pub(super) fn deliver(&mut self, lane: usize, scratch: &mut Scratch, out: &mut Out, budget: usize) {
         let Some(lane) = &mut self.lanes[lane] else { return };
-        let responder = lane.hub.store().view().responder;
+        let (responder, fragment_bytes) = (lane.hub.store().view().responder, self.settings.fragment_bytes);
         while let Some(letter) = lane.letters.get(lane.read) {
             if out.len() >= budget {
                 return;
             }
             let entry = &letter.entry;
             scratch.clear();
-            let mut header = None;
             let members = lane.group(letter.group).map_or(&[][..], |group| &group.members[..]);
             // What this says may be all that the stream says now, and then other streams may say the same.
             let is_alone = members.len() == 1 && lane.letters.len() == 1 && out.is_empty();
+            let mut delivery =
+                Delivery { entry, responder, header: None, members: members.len(), budget, fragment_bytes };
             for slot in members {
                 let Some(Some(watcher)) = self.watchers.get_mut(*slot as usize) else { continue };
                 if watcher.next > entry.revision {
@@ -85,22 +86,9 @@ impl Session {
                     return;
                 }
                 watcher.next = entry.revision.next();
-                let known = scratch.alike.as_ref().filter(|_| is_alone);
-                if let Some(shared) = known.and_then(|alike| alike.of(entry, responder, watcher)) {
-                    watcher.quiet = false;
-                    out.put_shared(shared);
-                    continue;
-                }
-                let events = scratch.entry(entry, watcher);
-                if !events.is_empty() {
-                    watcher.quiet = false;
-                    let wanted = || entry.events.iter().filter(|event| watcher.options.wants(event));
-                    let lengths = || wanted().map(|event| event_len(event, watcher.options.prev_kv));
-                    let header = header.get_or_insert_with(|| responder.field(entry.revision));
-                    respond(watcher, header, events, lengths, self.settings.fragment_bytes, out);
-                    if is_alone {
-                        scratch.alike = Alike::new(entry, responder, watcher, out);
-                    }
+                match is_alone {
+                    true => delivery.tell_alone(watcher, scratch, out),
+                    false => delivery.tell(watcher, scratch, out),
                 }
             }
             lane.read += 1;
@@ -226,6 +214,57 @@ impl Session {
     /// The first revision that a relayed watcher has not seen.
     pub fn relay_next(&mut self, slot: u32, serial: u64) -> Option<Revision> {
         self.relayed_watcher(slot, serial).map(|watcher| watcher.next)
+    }
+}
+
+/// An entry on its way to the watchers of one group.
+struct Delivery<'a> {
+    entry: &'a Arc<Entry>,
+    responder: Responder,
+    /// The header of all responses, once there is one.
+    header: Option<HeaderField>,
+    members: usize,
+    budget: usize,
+    fragment_bytes: usize,
+}
+
+impl Delivery<'_> {
+    /// Puts out what `watcher` is to see of the entry, if anything.
+    fn tell(&mut self, watcher: &mut Watcher, scratch: &mut Scratch, out: &mut Out) {
+        let events = scratch.entry(self.entry, watcher);
+        if events.is_empty() {
+            return;
+        }
+        watcher.quiet = false;
+        if self.header.is_none() {
+            self.make_room(events.len(), out);
+        }
+        let header = self.header.get_or_insert_with(|| self.responder.field(self.entry.revision));
+        let wanted = || self.entry.events.iter().filter(|event| watcher.options.wants(event));
+        let lengths = || wanted().map(|event| event_len(event, watcher.options.prev_kv));
+        respond(watcher, header, events, lengths, self.fragment_bytes, out);
+    }
+
+    /// The same, where it is all that the stream says.
+    fn tell_alone(&mut self, watcher: &mut Watcher, scratch: &mut Scratch, out: &mut Out) {
+        let known = scratch.alike.as_ref().and_then(|alike| alike.of(self.entry, self.responder, watcher));
+        if let Some(shared) = known {
+            watcher.quiet = false;
+            return out.put_shared(shared);
+        }
+        self.tell(watcher, scratch, out);
+        if !out.is_empty() {
+            scratch.alike = Alike::new(self.entry, self.responder, watcher, out);
+        }
+    }
+
+    /// Makes room for all responses at once, since what grows is copied each time. The last of them may begin just within the
+    /// budget.
+    fn make_room(&self, events: usize, out: &mut Out) {
+        if self.members > 1 {
+            let each = LONGEST_HEAD + events;
+            out.own().reserve((self.members * each).min(self.budget.saturating_add(each)));
+        }
     }
 }
 
