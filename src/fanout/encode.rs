@@ -10,8 +10,8 @@ use crate::store::{
 /// Bytes before every gRPC message: a flag and the message's length.
 pub const FRAME_HEAD: usize = 5;
 
-/// The most that stands before a response's reason and events: those, its header and four numbers.
-pub const LONGEST_HEAD: usize = FRAME_HEAD + HeaderField::LONGEST + 4 * int_field_len(-1);
+/// The most that stands before a response's reason and events: the frame's head, the header and four numbers.
+pub(super) const LONGEST_HEAD: usize = FRAME_HEAD + HeaderField::LONGEST + 4 * int_field_len(-1);
 
 /// Everything of a `WatchResponse` but its header, which may be that of many, and its events.
 #[derive(Clone, Debug, Default)]

@@ -122,7 +122,7 @@ impl Session {
         match self.admit(id, &options.range) {
             Ok(id) => {
                 Envelope { watch_id: id, created: true, ..Envelope::default() }.put(
-                    out.own(),
+                    out.append(),
                     &now.0.field(now.1),
                     &[],
                 );
@@ -188,7 +188,7 @@ impl Session {
         self.ticking -= usize::from(watcher.is_some_and(|watcher| watcher.options.progress_notify));
         self.free.push(slot);
         self.behind.retain(|behind| *behind != slot);
-        Envelope { watch_id: id, canceled: true, ..Envelope::default() }.put(out.own(), &now.0.field(now.1), &[]);
+        Envelope { watch_id: id, canceled: true, ..Envelope::default() }.put(out.append(), &now.0.field(now.1), &[]);
     }
 
     /// Takes the watcher out of its group, so that it is told of nothing more.
@@ -210,7 +210,7 @@ impl Session {
         let responder = hub.map_or_else(Responder::default, |hub| hub.store().view().responder);
         let watch_id = watcher.id;
         Envelope { watch_id, canceled: true, compact_revision: compacted.0, ..Envelope::default() }.put(
-            out.own(),
+            out.append(),
             &responder.field(Revision::ZERO),
             &[],
         );
@@ -281,7 +281,7 @@ impl Session {
 pub fn refuse(reason: String, now: (Responder, Revision), out: &mut Out) {
     let (created, canceled) = (true, true);
     Envelope { watch_id: -1, created, canceled, cancel_reason: reason, ..Envelope::default() }.put(
-        out.own(),
+        out.append(),
         &now.0.field(now.1),
         &[],
     );

@@ -109,7 +109,7 @@ fn builder() -> Builder {
 }
 
 pin_project! {
-    /// A call, from its request to the beginning of its answer. Dropped with all that it waits for when the client resets it.
+    /// A call, from its request to the first wait within its answer. Dropped with all that it waits for when the client resets it.
     struct Exchange<F> {
         #[pin]
         answer: F,

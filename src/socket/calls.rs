@@ -143,7 +143,8 @@ impl Calls {
 impl Drop for Calls {
     fn drop(&mut self) {
         // A call holds its executor, which holds what was not begun.
-        self.new.0.lock().clear();
+        let new = std::mem::take(&mut *self.new.0.lock());
+        drop(new);
     }
 }
 

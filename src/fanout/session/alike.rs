@@ -1,8 +1,8 @@
 //! One response for many streams.
 //!
-//! Most streams have one watcher, under the id that they all begin with. Those of the same range are sent the same bytes to the
-//! last one, so each thread keeps the last response that was all that a stream had to say. The streams that come to the same
-//! entry next hold references to it, and nothing is encoded or copied again before it goes into their sockets.
+//! Most streams have one watcher, and it has the id that all streams begin with. Those of one range are sent the very same bytes for
+//! an event. So each thread keeps the last response that was made of a letter for a lone watcher, until there is another: the
+//! streams that come to the same letter next send references to it, and nothing is encoded again.
 
 use std::{
     ptr,
@@ -16,7 +16,7 @@ use crate::{
     store::{Entry, Responder},
 };
 
-/// A response above this many bytes is kept for nobody.
+/// A response above this many bytes is kept for nobody: each thread that serves connections keeps one.
 const MOST: usize = 2 << 20;
 
 /// A response, and to whom else it may go.
@@ -30,17 +30,16 @@ pub(super) struct Alike {
 }
 
 impl Alike {
-    /// `out` is what `watcher` is sent of `entry`, and is shared if it may be of use to others. It is not where they may have to
-    /// be sent something else though the entry concerns them and they have the same options: where only some of its events
-    /// may be theirs.
+    /// Keeps `out`, which is what `watcher` is sent of `entry`. Only of an entry with one event: of several, only some may lie in
+    /// another's range. One event is never cut into fragments, so it does not matter who asked for those.
     pub(super) fn new(entry: &Arc<Entry>, responder: Responder, watcher: &Watcher, out: &mut Out) -> Option<Self> {
         let (watch_id, variant) = (watcher.id, watcher.options.variant());
-        let keeps = entry.events.len() == 1 && out.len() <= MOST;
-        keeps.then(|| Self { entry: Arc::downgrade(entry), responder, watch_id, variant, response: out.share() })
+        let is_kept = entry.events.len() == 1 && out.len() <= MOST;
+        is_kept.then(|| Self { entry: Arc::downgrade(entry), responder, watch_id, variant, response: out.share() })
     }
 
     /// The response, if it is what `watcher`, whom `entry` concerns, is to be sent of it.
-    pub(super) fn of(&self, entry: &Arc<Entry>, responder: Responder, watcher: &Watcher) -> Option<Bytes> {
+    pub(super) fn response_for(&self, entry: &Arc<Entry>, responder: Responder, watcher: &Watcher) -> Option<Bytes> {
         let is_same = ptr::eq(self.entry.as_ptr(), Arc::as_ptr(entry))
             && self.watch_id == watcher.id
             && self.variant == watcher.options.variant()

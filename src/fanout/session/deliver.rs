@@ -33,7 +33,7 @@ pub(super) struct Scratch {
     bytes: Vec<u8>,
     /// Where the encoding for each variant of the current letter lies.
     spans: [Option<(usize, usize)>; 8],
-    /// The last response that was all that a stream had to say.
+    /// The last response that other streams may have to send as well.
     alike: Option<Alike>,
 }
 
@@ -75,9 +75,8 @@ impl Session {
             let members = lane.group(letter.group).map_or(&[][..], |group| &group.members[..]);
             // What this says may be all that the stream says now, and then other streams may say the same.
             let is_alone = members.len() == 1 && lane.letters.len() == 1 && out.is_empty();
-            let mut delivery =
-                Delivery { entry, responder, header: None, members: members.len(), budget, fragment_bytes };
-            for slot in members {
+            let mut delivery = Delivery { entry, responder, header: None, budget, fragment_bytes };
+            for (at, slot) in members.iter().enumerate() {
                 let Some(Some(watcher)) = self.watchers.get_mut(*slot as usize) else { continue };
                 if watcher.next > entry.revision {
                     continue;
@@ -88,7 +87,7 @@ impl Session {
                 watcher.next = entry.revision.next();
                 match is_alone {
                     true => delivery.tell_alone(watcher, scratch, out),
-                    false => delivery.tell(watcher, scratch, out),
+                    false => delivery.tell(watcher, members.len() - at, scratch, out),
                 }
             }
             lane.read += 1;
@@ -187,7 +186,7 @@ impl Session {
             let WatchResponse { compact_revision, cancel_reason, .. } = response;
             let canceled = true;
             Envelope { watch_id, canceled, compact_revision, cancel_reason, ..Envelope::default() }.put(
-                out.own(),
+                out.append(),
                 &responder.field(revision),
                 &[],
             );
@@ -223,21 +222,20 @@ struct Delivery<'a> {
     responder: Responder,
     /// The header of all responses, once there is one.
     header: Option<HeaderField>,
-    members: usize,
     budget: usize,
     fragment_bytes: usize,
 }
 
 impl Delivery<'_> {
-    /// Puts out what `watcher` is to see of the entry, if anything.
-    fn tell(&mut self, watcher: &mut Watcher, scratch: &mut Scratch, out: &mut Out) {
+    /// Puts out what `watcher` is to see of the entry, if anything. With it, `left` watchers may have yet to be told.
+    fn tell(&mut self, watcher: &mut Watcher, left: usize, scratch: &mut Scratch, out: &mut Out) {
         let events = scratch.entry(self.entry, watcher);
         if events.is_empty() {
             return;
         }
         watcher.quiet = false;
-        if self.header.is_none() {
-            self.make_room(events.len(), out);
+        if self.header.is_none() && left > 1 {
+            out.make_room(left, LONGEST_HEAD + events.len(), self.budget);
         }
         let header = self.header.get_or_insert_with(|| self.responder.field(self.entry.revision));
         let wanted = || self.entry.events.iter().filter(|event| watcher.options.wants(event));
@@ -247,23 +245,14 @@ impl Delivery<'_> {
 
     /// The same, where it is all that the stream says.
     fn tell_alone(&mut self, watcher: &mut Watcher, scratch: &mut Scratch, out: &mut Out) {
-        let known = scratch.alike.as_ref().and_then(|alike| alike.of(self.entry, self.responder, watcher));
+        let known = scratch.alike.as_ref().and_then(|alike| alike.response_for(self.entry, self.responder, watcher));
         if let Some(shared) = known {
             watcher.quiet = false;
             return out.put_shared(shared);
         }
-        self.tell(watcher, scratch, out);
+        self.tell(watcher, 1, scratch, out);
         if !out.is_empty() {
             scratch.alike = Alike::new(self.entry, self.responder, watcher, out);
-        }
-    }
-
-    /// Makes room for all responses at once, since what grows is copied each time. The last of them may begin just within the
-    /// budget.
-    fn make_room(&self, events: usize, out: &mut Out) {
-        if self.members > 1 {
-            let each = LONGEST_HEAD + events;
-            out.own().reserve((self.members * each).min(self.budget.saturating_add(each)));
         }
     }
 }
@@ -321,7 +310,7 @@ fn respond<I: Iterator<Item = usize>>(
 ) {
     let envelope = Envelope { watch_id: watcher.id, ..Envelope::default() };
     if !watcher.options.fragment || envelope.message_len(header, encoded.len()) < fragment_bytes {
-        return envelope.put(out.own(), header, encoded);
+        return envelope.put(out.append(), header, encoded);
     }
     put_fragments(envelope, header, encoded, lengths(), fragment_bytes, out);
 }
@@ -340,13 +329,13 @@ fn put_fragments(
     let (mut start, mut end) = (0, 0);
     for length in lengths {
         if end > start && envelope.message_len(header, end - start + length) >= fragment_bytes {
-            envelope.put(out.own(), header, &encoded[start..end]);
+            envelope.put(out.append(), header, &encoded[start..end]);
             start = end;
         }
         end += length;
     }
     envelope.fragment = false;
-    envelope.put(out.own(), header, &encoded[start..]);
+    envelope.put(out.append(), header, &encoded[start..]);
 }
 
 /// Puts out events that came decoded from the upstream.
@@ -370,6 +359,6 @@ fn put_decoded(
     if watcher.options.fragment && envelope.message_len(header, encoded.len()) >= fragment_bytes {
         put_fragments(envelope, header, &encoded, lengths.into_iter(), fragment_bytes, out);
     } else {
-        envelope.put(out.own(), header, &encoded);
+        envelope.put(out.append(), header, &encoded);
     }
 }

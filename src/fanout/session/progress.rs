@@ -82,7 +82,7 @@ impl Session {
             let due = watcher.quiet.then(|| self.progress_of(watcher)).flatten();
             if let Some((responder, revision)) = due.filter(|(_, revision)| *revision >= watcher.start) {
                 let watch_id = watcher.id;
-                Envelope { watch_id, ..Envelope::default() }.put(out.own(), &responder.field(revision), &[]);
+                Envelope { watch_id, ..Envelope::default() }.put(out.append(), &responder.field(revision), &[]);
             }
             if let Some(watcher) = &mut self.watchers[slot] {
                 watcher.quiet = true;
@@ -112,7 +112,7 @@ impl Session {
         match self.progress(asked.least) {
             Answer::At(responder, revision) => {
                 self.asked = asked.answered(revision);
-                Envelope { watch_id: -1, ..Envelope::default() }.put(out.own(), &responder.field(revision), &[]);
+                Envelope { watch_id: -1, ..Envelope::default() }.put(out.append(), &responder.field(revision), &[]);
             }
             Answer::Never => self.asked = None,
             // The answer of a relay wakes the stream by itself.

@@ -72,9 +72,9 @@ impl Stage {
         pumped
     }
 
-    /// What another stream, whose first watcher has `options` and the id `id`, is sent of what comes next. To be dispatched meanwhile.
+    /// Another stream, with one watcher, which has everything so far.
     fn other(&self, id: i64, options: WatchOptions) -> Session {
-        let mut session = Session::new(Arc::new([self.hub.clone()]), SessionSettings { fragment_bytes: 2000 });
+        let mut session = Session::new(Arc::new([self.hub.clone()]), SessionSettings { fragment_bytes: 200 });
         let now = (RESPONDER, self.hub.store().view().revision());
         session.create(id, options, Start::After(now.1), Some(0), now, &mut Out::default());
         while session.pump(&mut Out::default(), 1 << 20, std::task::Waker::noop()) == Pumped::Busy {}
@@ -410,17 +410,25 @@ fn progress_is_told_once_it_is_not_below_what_was_known_when_it_was_asked_for() 
     }
 }
 
+fn pumped(session: &mut Session) -> Bytes {
+    let mut out = Out::default();
+    session.pump(&mut out, 1 << 20, std::task::Waker::noop());
+    out.take()
+}
+
 #[test]
 fn streams_of_which_each_has_the_same_to_say_send_the_same_bytes() {
     let mut stage = Stage::new(u64::MAX);
     stage.dispatch();
-    let only_one = WatchOptions { range: KeyRange::single(Bytes::from_static(&[1])), ..everything() };
+    let previous = WatchOptions { prev_kv: true, ..everything() };
     let streams = [
         (0, everything()),
-        (0, everything()),
-        (0, only_one),
+        (0, WatchOptions { range: KeyRange::single(Bytes::from_static(&[1])), ..everything() }),
+        (0, WatchOptions { fragment: true, ..everything() }),
+        (0, previous.clone()),
+        (0, previous),
+        (0, WatchOptions { no_put: true, ..everything() }),
         (7, everything()),
-        (0, WatchOptions { prev_kv: true, ..everything() }),
         (0, everything()),
     ];
     let mut streams = streams.map(|(id, options)| stage.other(id, options));
@@ -428,45 +436,74 @@ fn streams_of_which_each_has_the_same_to_say_send_the_same_bytes() {
         stage.write(keys);
         stage.publish();
         stage.dispatch();
-        streams.each_mut().map(|session| {
-            let mut out = Out::default();
-            session.pump(&mut out, 1 << 20, std::task::Waker::noop());
-            out.take()
-        })
+        streams.each_mut().map(pumped)
     };
     let place = |bytes: &Bytes| bytes.as_ptr();
-    let [first, second, narrow, other_id, previous, _] = heard(&mut stage, &[(1, false)]);
-    assert_eq!((place(&first), place(&first)), (place(&second), place(&narrow)));
-    assert!(first != other_id && !other_id.is_empty() && place(&first) != place(&previous));
-    let [next, again, ..] = heard(&mut stage, &[(1, false)]);
-    assert!(next == again && place(&next) == place(&again) && next != first);
+    heard(&mut stage, &[(1, false)]);
+    let [first, narrow, fragments, previous, previous_too, no_put, other_id, last] = heard(&mut stage, &[(1, false)]);
+    assert_eq!([place(&narrow), place(&fragments)], [place(&first); 2]);
+    assert_eq!(place(&previous_too), place(&previous));
+    assert!(no_put.is_empty() && previous.len() > first.len() + 300);
+    assert!(other_id != first && other_id.len() > first.len());
+    assert!(last == first && place(&last) != place(&first), "what is shared is what each would have said by itself");
     // Of two events, one may be somebody's and the other not.
-    let [both, all, one, ..] = heard(&mut stage, &[(1, false), (2, false)]);
-    assert!(both == all && one != both && one.len() > 300);
+    let [both, one, ..] = heard(&mut stage, &[(1, false), (2, false)]);
+    assert!(one != both && one.len() > 300 && both.len() > one.len() + 300);
+}
+
+#[test]
+fn what_another_member_of_the_cluster_would_say_is_not_shared() {
+    let mut stage = Stage::new(u64::MAX);
+    stage.dispatch();
+    let mut streams = [0, 0].map(|id| stage.other(id, everything()));
+    stage.write(&[(1, false)]);
+    stage.publish();
+    stage.dispatch();
+    let first = pumped(&mut streams[0]);
+    stage.writer.set_responder(Responder { member_id: 9, ..RESPONDER });
+    stage.publish();
+    stage.hear({
+        let mut out = Out::default();
+        streams[1].pump(&mut out, 1 << 20, std::task::Waker::noop());
+        assert_ne!(out.bytes(), &first[..]);
+        out
+    });
+    let response = stage.heard.pop().unwrap();
+    assert_eq!((response.header.unwrap().member_id, response.events.len()), (9, 1));
 }
 
 #[test]
 fn watchers_of_the_same_range_are_found_whichever_come_and_go() {
-    const KEYS: u8 = 100;
+    const KEYS: i64 = 100;
     let mut stage = Stage::new(u64::MAX);
-    let ranges = |stage: &Stage| stage.session.lanes[0].as_ref().unwrap().ranges();
-    let only = |key: u8| WatchOptions { range: KeyRange::single(vec![key].into()), ..everything() };
-    (0..2).for_each(|_| (0..KEYS).for_each(|key| stage.create(only(key), Start::After(Revision(1)))));
-    stage.pump_all();
-    assert_eq!(ranges(&stage), usize::from(KEYS));
-    let gone = |id: i64| id % 3 == 0;
-    let cancel = |stage: &mut Stage, which: &dyn Fn(i64) -> bool| {
-        let ids = (0..2 * i64::from(KEYS)).filter(|id| which(*id));
+    let ranges = |stage: &Stage| stage.session.lanes[0].as_ref().unwrap().ranges() as i64;
+    let only = |key: i64| WatchOptions { range: KeyRange::single(vec![key as u8].into()), ..everything() };
+    let create = |stage: &mut Stage, keys: &mut dyn Iterator<Item = i64>| {
+        keys.for_each(|key| stage.create(only(key), Start::After(stage.hub.store().view().revision())));
+        stage.pump_all();
+    };
+    let cancel = |stage: &mut Stage, ids: &mut dyn Iterator<Item = i64>| {
         ids.for_each(|id| stage.session.cancel(id, (RESPONDER, Revision(1)), &mut Out::default()));
     };
-    cancel(&mut stage, &gone);
-    stage.write(&(0..KEYS).map(|key| (key, false)).collect::<Vec<_>>());
+    let gone = |id: i64| id % KEYS % 3 == 0;
+    create(&mut stage, &mut (0..2 * KEYS).map(|id| id % KEYS));
+    assert_eq!(ranges(&stage), KEYS);
+    cancel(&mut stage, &mut (0..2 * KEYS).filter(|id| gone(*id)));
+    assert_eq!(ranges(&stage), (0..KEYS).filter(|key| !gone(*key)).count() as i64);
+    // In the places of those that went, and beyond.
+    create(&mut stage, &mut (KEYS..2 * KEYS).chain((0..KEYS).filter(|key| gone(*key))));
+    assert_eq!(ranges(&stage), 2 * KEYS);
+    stage.write(&(0..2 * KEYS).map(|key| (key as u8, false)).collect::<Vec<_>>());
     stage.publish();
     stage.pump_all();
-    for id in 0..2 * i64::from(KEYS) {
-        let expected = (!gone(id)).then_some((2, (id % i64::from(KEYS)) as u8, true, false));
-        assert_eq!(stage.events(id), Vec::from_iter(expected), "watcher {id}");
+    let told = |stage: &Stage, key: i64| {
+        let ids = (0..4 * KEYS).filter(|id| stage.events(*id).iter().any(|event| i64::from(event.1) == key));
+        ids.count()
+    };
+    for key in 0..2 * KEYS {
+        assert_eq!(told(&stage, key), if key < KEYS && !gone(key) { 2 } else { 1 }, "key {key}");
     }
-    cancel(&mut stage, &|id| !gone(id));
+    assert!((0..4 * KEYS).all(|id| stage.events(id).len() <= 1));
+    cancel(&mut stage, &mut (0..4 * KEYS));
     assert_eq!(ranges(&stage), 0);
 }
