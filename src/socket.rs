@@ -35,7 +35,7 @@ use tokio::{
 
 pub use self::outlet::Outlet;
 pub(crate) use self::{
-    calls::{Calls, NewCalls},
+    calls::{Call, Calls, NewCalls},
     news::{Extent, News},
 };
 

@@ -17,12 +17,12 @@ use std::{
 
 use ::http::{Request, Response};
 use bytes::Buf;
+use futures_util::FutureExt;
 use h2::{
     Reason, SendStream,
     server::{Builder, SendResponse},
 };
 use http_body::Body;
-use hyper::rt::Executor;
 use pin_project_lite::pin_project;
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -33,7 +33,7 @@ use super::{
     listener::{Ended, Farewell, Settings},
 };
 use crate::{
-    socket::{Gather, NewCalls},
+    socket::{Call, Gather, NewCalls},
     upstream::{Incoming, grpc},
 };
 
@@ -84,7 +84,7 @@ where
             let Some(accepted) = accepted else { return Poll::Ready(Ok(())) };
             let (request, respond) = accepted?;
             let answer = answer(request.map(Incoming::Http2));
-            calls.execute(Exchange { answer, respond, calls: calls.clone(), is_watched: false });
+            calls.add(Call::new(Exchange { answer, respond, is_watched: false }));
         }
         // Only now: everything that the client has said was read.
         match &mut keepalive {
@@ -114,7 +114,6 @@ pin_project! {
         #[pin]
         answer: F,
         respond: SendResponse<Data>,
-        calls: NewCalls,
         // Whether h2 wakes the call when anything changes.
         is_watched: bool,
     }
@@ -125,27 +124,27 @@ where
     F: Future<Output = Response<B>>,
     B: Body<Data = Data, Error = BodyError> + Unpin + Send + 'static,
 {
-    type Output = ();
+    type Output = Option<Call>;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let exchange = self.project();
         let Poll::Ready(response) = exchange.answer.poll(cx) else {
             *exchange.is_watched = true;
-            return exchange.respond.poll_reset(cx).map(drop);
+            return exchange.respond.poll_reset(cx).map(|_| None);
         };
         let (head, body) = response.into_parts();
         let is_over = body.is_end_stream();
-        // What cannot be sent has been reset by the client.
-        if let Ok(stream) = exchange.respond.send_response(Response::from_parts(head, ()), is_over)
-            && !is_over
-        {
-            let mut pipe = Pipe { stream, body, waiting: None, is_watched: *exchange.is_watched };
-            if Pin::new(&mut pipe).poll(cx).is_pending() {
-                // As a call of its own: it may last, and what the answer took was several times as large.
-                exchange.calls.execute(pipe);
-            }
+        let Ok(stream) = exchange.respond.send_response(Response::from_parts(head, ()), is_over) else {
+            // The client has reset what cannot be sent.
+            return Poll::Ready(None);
+        };
+        if is_over {
+            return Poll::Ready(None);
         }
-        Poll::Ready(())
+        let mut pipe = Pipe { stream, body, waiting: None, is_watched: *exchange.is_watched };
+        let is_sent = pipe.poll_unpin(cx).is_ready();
+        // What is left may last, and the future of the answer is several times as large.
+        Poll::Ready((!is_sent).then(|| Call::new(pipe.map(|()| None))))
     }
 }
 

@@ -18,7 +18,7 @@ use std::{
     panic::AssertUnwindSafe,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Waker, ready},
 };
 
 use futures_util::{FutureExt, StreamExt, stream::FuturesUnordered};
@@ -31,21 +31,51 @@ use super::{
     turn::{Next, Turn},
 };
 
-type CallFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
+/// A call under way.
+pub(crate) struct Call(Pin<Box<dyn Future<Output = Option<Call>> + Send>>);
+
+impl Call {
+    /// A call that ends with nothing, or with what is left of it. That takes its place, in room of its own size, and has to have
+    /// been polled with the same waker just before, and to wait.
+    pub(crate) fn new(call: impl Future<Output = Option<Self>> + Send + 'static) -> Self {
+        // A panic, should there be one, ends nothing but its call, as if that had a task of its own.
+        let isolated = AssertUnwindSafe(call).catch_unwind();
+        Self(Box::pin(isolated.map(|outcome| {
+            outcome.unwrap_or_else(|_| {
+                tracing::error!("a call panicked");
+                None
+            })
+        })))
+    }
+}
+
+impl Future for Call {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        match ready!(self.0.as_mut().poll(cx)) {
+            Some(left) => {
+                *self = left;
+                Poll::Pending
+            }
+            None => Poll::Ready(()),
+        }
+    }
+}
 
 /// Takes the calls of one connection.
 #[derive(Clone, Default)]
-pub(crate) struct NewCalls(Arc<Mutex<Vec<CallFuture>>>);
+pub(crate) struct NewCalls(Arc<Mutex<Vec<Call>>>);
+
+impl NewCalls {
+    pub(crate) fn add(&self, call: Call) {
+        self.0.lock().push(call);
+    }
+}
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for NewCalls {
     fn execute(&self, call: F) {
-        // A panic, should there be one, ends nothing but its call, as if that had a task of its own.
-        let isolated = AssertUnwindSafe(call).catch_unwind();
-        self.0.lock().push(Box::pin(isolated.map(|outcome| {
-            if outcome.is_err() {
-                tracing::error!("a call panicked");
-            }
-        })));
+        self.add(Call::new(call.map(|()| None)));
     }
 }
 
@@ -53,7 +83,7 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for NewCalls {
 #[derive(Default)]
 pub(crate) struct Calls {
     new: NewCalls,
-    running: FuturesUnordered<CallFuture>,
+    running: FuturesUnordered<Call>,
     /// Whether one of them was woken.
     news: News,
     turn: Turn,
@@ -132,8 +162,8 @@ impl Calls {
 
     /// Runs a call to its first wait. One that has to wait is polled again at once, with the others that run, so nobody has to
     /// be woken for the first time.
-    fn begin(&mut self, mut call: CallFuture) {
-        if call.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
+    fn begin(&mut self, mut call: Call) {
+        if call.poll_unpin(&mut Context::from_waker(Waker::noop())).is_pending() {
             self.running.push(call);
             self.news.keep();
         }
@@ -159,6 +189,8 @@ mod tests {
     use tokio::sync::oneshot;
 
     use super::{super::Gather, *};
+
+    type CallFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 
     /// A connection that hands over `calls`, then waits for `end`.
     async fn connection(executor: NewCalls, calls: Vec<CallFuture>, end: oneshot::Receiver<()>) {
@@ -248,6 +280,41 @@ mod tests {
         });
         calls.run(Gather::new(tokio::io::empty()).outlet()).await;
         assert_eq!(over.load(Ordering::Relaxed), 1);
+    }
+
+    /// A call of which something is left takes its waker along: nobody polls what is left before it is woken.
+    #[tokio::test]
+    async fn what_is_left_of_a_call_goes_on_in_its_place() {
+        for is_late in [false, true] {
+            let ((go, mut gone), (end, ended)) = (oneshot::channel::<()>(), oneshot::channel());
+            let polls = Arc::new(AtomicUsize::new(0));
+            let (calls, counted) = (Calls::default(), polls.clone());
+            let executor = calls.executor();
+            let left = poll_fn(move |cx| {
+                counted.fetch_add(1, Ordering::Relaxed);
+                gone.poll_unpin(cx).map(drop)
+            });
+            let mut left = Some(Box::pin(left.map(move |()| end.send(()).unwrap())));
+            executor.add(Call::new(async move {
+                if is_late {
+                    tokio::task::yield_now().await;
+                }
+                poll_fn(move |cx| {
+                    let waits = left.as_mut().is_some_and(|left| left.poll_unpin(cx).is_pending());
+                    assert!(waits);
+                    Poll::Ready(left.take().map(|left| Call::new(left.map(|()| None))))
+                })
+                .await
+            }));
+            let running = tokio::spawn(calls.run(Gather::new(tokio::io::empty()).outlet()));
+            tokio::task::yield_now().await;
+            tokio::task::yield_now().await;
+            // One that is left at once is polled again with the others that run.
+            assert_eq!(polls.load(Ordering::Relaxed), if is_late { 1 } else { 2 });
+            go.send(()).unwrap();
+            ended.await.unwrap();
+            running.await.unwrap();
+        }
     }
 
     #[tokio::test]
