@@ -9,7 +9,7 @@
 //! - [`show`]: the effective settings as TOML that can be fed back.
 //! - [`units`], [`values`]: sizes, durations, addresses as text.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZero, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -116,6 +116,10 @@ pub struct Config {
     #[serde(with = "values::word", skip_serializing_if = "Option::is_none")]
     pub auto_compaction_retention: Option<String>,
 
+    /// Threads that serve, when it was given.
+    #[serde(with = "values::threads", skip_serializing_if = "Option::is_none")]
+    pub worker_threads: Option<usize>,
+
     /// A level, or directives as in `RUST_LOG`.
     #[serde(with = "values::log_level")]
     pub log_level: String,
@@ -152,6 +156,7 @@ impl Default for Config {
             quota_backend_bytes: None,
             auto_compaction_mode: None,
             auto_compaction_retention: None,
+            worker_threads: None,
             log_level: "info".to_owned(),
             log_format: LogFormat::Text,
         }
@@ -172,6 +177,13 @@ impl Config {
     /// The embedded store's quota in bytes; etcd's default of 2 GiB unless another was given.
     pub fn quota_bytes(&self) -> u64 {
         self.quota_backend_bytes.filter(|&bytes| bytes > 0).unwrap_or(2 << 30)
+    }
+
+    /// How many threads serve: half of the cores that the process may use, unless a number was given. The kernel needs much of the
+    /// rest for what is sent and received, and each further thread is woken, often in vain, for what one could do.
+    pub fn worker_threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
+        self.worker_threads.unwrap_or_else(|| (cores() / 2).max(1))
     }
 
     /// The embedded store's automatic compaction, with the meanings of etcd's flags. None: off.

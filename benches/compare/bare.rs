@@ -18,6 +18,7 @@ use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use millpond::{
     cli::bench::{messages::framed, writer::PUT},
+    config::Config,
     proto::{
         etcdserverpb::{PutRequest, PutResponse, WatchResponse},
         mvccpb::{Event, KeyValue},
@@ -52,7 +53,8 @@ pub fn serve(arguments: &[String]) -> Outcome<()> {
     let answer = Bytes::from(std::fs::read(Path::new(answer))?);
     let port: u16 = port.parse()?;
     let bare = Arc::new(Bare { answer, events: broadcast::channel(BACKLOG).0 });
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
+    let workers = Config::default().worker_threads();
+    tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?.block_on(async {
         let listener = TcpListener::bind(("127.0.0.1", port)).await?;
         loop {
             let (socket, _) = listener.accept().await?;

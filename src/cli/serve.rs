@@ -77,7 +77,9 @@ pub enum ServeError {
 /// Serves until a signal asks to stop, and then for at most the grace time.
 pub fn run(config: Config) -> Result<(), ServeError> {
     let telemetry = Telemetry::start(&config)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let workers = config.worker_threads();
+    tracing::info!(workers, "threads that serve");
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
     let grace = config.shutdown_grace;
     let outcome = runtime.block_on(async {
         let shutdown = signals::listen()?;

@@ -18,6 +18,8 @@ pub enum Group {
     Cache,
     /// The store when there is no etcd.
     EmbeddedStore,
+    /// The process itself.
+    Process,
     /// Log lines.
     Logs,
 }
@@ -30,6 +32,7 @@ impl Group {
             Self::Clients => "Clients",
             Self::Cache => "Cache",
             Self::EmbeddedStore => "Embedded store (without --endpoints)",
+            Self::Process => "Process",
             Self::Logs => "Logs",
         }
     }
@@ -84,7 +87,7 @@ const fn many(setting: Setting) -> Setting {
     Setting { repeatable: true, ..setting }
 }
 
-use Group::{Cache, Clients, EmbeddedStore, Logs, Upstream};
+use Group::{Cache, Clients, EmbeddedStore, Logs, Process, Upstream};
 
 /// All settings, in the order of the help.
 pub static SETTINGS: &[Setting] = &[
@@ -174,6 +177,15 @@ pub static SETTINGS: &[Setting] = &[
         ),
         "0",
     ),
+    unset(
+        one(
+            "worker-threads",
+            "COUNT",
+            Process,
+            "Threads that serve; fewer cost less CPU time for the same work, more carry a higher load",
+        ),
+        "half of the cores, at least 1",
+    ),
     one(
         "log-level",
         "LEVEL",
@@ -224,6 +236,7 @@ mod tests {
             quota_backend_bytes: Some(1),
             auto_compaction_mode: Some("revision".into()),
             auto_compaction_retention: Some("1".into()),
+            worker_threads: Some(1),
             ..Config::default()
         };
         let fields = serde_json::to_value(full).unwrap();

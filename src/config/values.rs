@@ -131,6 +131,10 @@ optional!(
     /// A client URL that may be unset.
     url: String, parse_url, Clone::clone);
 
+optional!(
+    /// A number of threads that may be unset, at least one.
+    threads: usize, parse_threads, usize::to_string);
+
 /// A count of things, at least one.
 pub mod count {
     use super::*;
@@ -140,10 +144,7 @@ pub mod count {
 
     #[allow(missing_docs)]
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
-        read(from, |text| match text.parse() {
-            Ok(count @ 1..=MOST) => Ok(count),
-            _ => Err(format!("{text:?} is not a whole number of at least 1")),
-        })
+        read(from, |text| parse_count(text, MOST))
     }
 
     #[allow(missing_docs)]
@@ -195,6 +196,20 @@ pub mod prefixes {
         prefixes.retain(|prefix| !prefix.is_empty());
         prefixes
     }
+}
+
+fn parse_count(text: &str, most: usize) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err(format!("{text:?} is not a whole number of at least 1")),
+        Ok(count) if count > most => Err(format!("{text:?} is more than {most}")),
+        Ok(count) => Ok(count),
+    }
+}
+
+fn parse_threads(text: &str) -> Result<usize, String> {
+    /// More than any machine has cores.
+    const MOST: usize = 1024;
+    parse_count(text, MOST)
 }
 
 fn above_zero(bytes: u64) -> Result<u64, String> {

@@ -94,6 +94,14 @@ pub fn select(view: &View, range: &KeyRange, request: &RangeRequest) -> Result<S
     Ok(select_in(tree, range.clone(), request))
 }
 
+/// At most how many records [`select`] looks at one by one: none where counts in the tree tell what it takes.
+pub fn walked(view: &View, range: &KeyRange, request: &RangeRequest) -> u64 {
+    if range.is_single() || request.count_only || in_key_order(request) && !has_filters(request) {
+        return 0;
+    }
+    view.tree.as_ref().map_or(0, |tree| tree.sums_in(range).keys)
+}
+
 /// The tree at `revision`, where zero and less mean the view's own.
 fn tree_for(view: &View, revision: Revision) -> Result<Cow<'_, Tree>, RangeError> {
     if revision > view.revision() {

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     server::{
+        aside,
         body::Body,
         data::List,
         response::{self, check_length},
@@ -132,15 +133,15 @@ fn without_values(
     values: Values,
     limit: u64,
 ) -> Result<Response<Body>, Status> {
-    let tail = tail(&selection);
-    let expected = (selection.records.len() as usize).saturating_mul(WITHOUT_VALUE);
+    let (tail, keys) = (tail(&selection), selection.records.len());
+    let expected = (keys as usize).saturating_mul(WITHOUT_VALUE);
     let mut out = begun(view, expected.min(EAGER_WALK));
     let mut rest = Rest::from(selection.records);
     let last = rest.hand_out(|record| {
         put_record(&mut out, record, values);
         out.len() < EAGER_WALK
     });
-    let left = if last { 0 } else { length_of(&rest, values) };
+    let left = if last { 0 } else { length_of(&rest, keys, values) };
     let length = (out.len() - PREFIX) as u64 + left + tail.len() as u64;
     check_length(length, limit)?;
     out[..PREFIX].copy_from_slice(&prefix(length as usize));
@@ -152,10 +153,10 @@ fn without_values(
     Ok(response::pieces(Pieces::new(holder, [section])))
 }
 
-/// How many bytes the records of a rest take in an answer, by a walk over them.
-fn length_of(rest: &Rest, values: Values) -> u64 {
+/// How many bytes the records of a rest, at most `keys`, take in an answer, by a walk over them.
+fn length_of(rest: &Rest, keys: u64, values: Values) -> u64 {
     let mut length = 0;
-    rest.for_each(|record| length += record_len(record, values) as u64);
+    aside::walk(keys, || rest.for_each(|record| length += record_len(record, values) as u64));
     length
 }
 
@@ -171,10 +172,11 @@ pub(super) fn opening(view: &View, succeeded: bool) -> Section {
 pub(super) fn nested_range(view: &View, selection: Selection, values: Values) -> Section {
     let tail = tail(&selection);
     let sums = (values == Values::Sent).then(|| selection.records.sums());
+    let keys = selection.records.len();
     let rest = Rest::from(selection.records);
     let (length, manner) = match sums {
         Some(sums) => (sums.wire, manner(sums)),
-        None => (length_of(&rest, values), Manner::Copied(values)),
+        None => (length_of(&rest, keys, values), Manner::Copied(values)),
     };
     let header = int_field_len(view.revision().0);
     let answer = bytes_field_len(header) + length as usize + tail.len();

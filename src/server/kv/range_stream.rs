@@ -23,6 +23,7 @@ use crate::{
     cache::Unserved,
     proto::etcdserverpb::{RangeRequest, RangeResponse, RangeStreamResponse},
     server::{
+        aside,
         body::{Body, BodyError, failure_trailers, success_trailers},
         data::Data,
         forward::forward,
@@ -85,7 +86,7 @@ impl Kv {
             return Ok(());
         }
         let mut length = 0;
-        records.for_each(|record| length += record_len(record, values) as u64);
+        aside::walk(records.len(), || records.for_each(|record| length += record_len(record, values) as u64));
         check_length(length, limit)
     }
 

@@ -10,11 +10,11 @@ use crate::{
         RangeRequest,
         range_request::{SortOrder, SortTarget},
     },
-    server::body::Body,
+    server::{aside, body::Body},
     status::Status,
     store::{
         KeyRange, View,
-        range::{RangeError, Selection, range_of, select},
+        range::{RangeError, Selection, range_of, select, walked},
     },
     upstream::Version,
 };
@@ -74,7 +74,7 @@ impl Kv {
         range: &KeyRange,
         request: &RangeRequest,
     ) -> Result<Option<Selection>, Status> {
-        match select(view, range, request) {
+        match aside::walk(walked(view, range, request), || select(view, range, request)) {
             Ok(selection) => Ok(Some(selection)),
             Err(RangeError::Compacted) => Err(Status::COMPACTED),
             Err(RangeError::Future | RangeError::NotInMemory) => Ok(None),
