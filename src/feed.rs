@@ -33,6 +33,7 @@ use tonic::Code;
 use tracing::{info, warn};
 
 use crate::{
+    aside,
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
     signal::Signal,
     status::Status,
@@ -404,8 +405,15 @@ impl Feed {
         let Listed { revision, tree } = listed;
         self.metrics.lists.inc();
         self.note_size(tree.as_ref());
-        self.writer.reset(Position { epoch, revision }, tree);
-        self.note_responder(header);
+        aside::walk(self.exchanged(tree.as_ref()), || {
+            self.writer.reset(Position { epoch, revision }, tree);
+            self.note_responder(header);
+        });
+    }
+
+    /// How many records an index for that of the current view comes and goes with.
+    fn exchanged(&self, tree: Option<&Tree>) -> u64 {
+        tree.map_or(0, Tree::len) + self.writer.store().view().tree.as_ref().map_or(0, Tree::len)
     }
 
     /// Tries again to build an index that was too large, for the revision at which the history stands.
@@ -421,8 +429,10 @@ impl Feed {
     /// Takes a new index for the revision at which the history stands.
     fn index(&mut self, tree: Option<Tree>) {
         self.note_size(tree.as_ref());
-        self.writer.set_tree(tree);
-        self.publish();
+        aside::walk(self.exchanged(tree.as_ref()), || {
+            self.writer.set_tree(tree);
+            self.publish();
+        });
     }
 
     fn is_term_held(&self, header: &ResponseHeader) -> bool {

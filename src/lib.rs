@@ -13,8 +13,10 @@
 //! - [`signal`]: values that every call looks at.
 //! - [`socket`]: gathers the small writes of HTTP/2 connections.
 //! - [`sql`]: an etcd v3 server over SQL.
+//! - `aside`: long work, and how nobody waits for it.
 //! - [`cli`], [`config`], [`telemetry`]: commands, settings, logs and metrics.
 
+mod aside;
 pub mod cache;
 pub mod cli;
 pub mod config;

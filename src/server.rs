@@ -6,14 +6,12 @@
 //! - [`listener`]: accepts connections and serves HTTP/1.1 on them, `http2` HTTP/2; `keepalive`: clients that have vanished;
 //! - [`body`], [`response`]: what answers are made of;
 //! - [`forward`], [`relay`]: calls that etcd answers;
-//! - `aside`: long work within a call;
 //! - `precheck`: what is no gRPC call at all is refused as by etcd;
 //! - [`members`]: MemberList, so that clients stay behind the proxy;
 //! - [`health`], [`http`]: `grpc.health.v1`, and what etcd serves over HTTP/1.1 on its client port;
 //! - [`admin`]: the operators' port.
 
 pub mod admin;
-mod aside;
 pub mod body;
 pub mod data;
 pub mod forward;

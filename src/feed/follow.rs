@@ -15,6 +15,7 @@ use super::{
     DEADLINE, Demand, End, Feed, Phase, RANGE, decode::Response, floor::Mark, list::examine, serializable_question,
 };
 use crate::{
+    aside,
     proto::etcdserverpb::{WatchCreateRequest, WatchProgressRequest, WatchRequest, watch_request::RequestUnion},
     status::Status,
     store::{Change, KeyRange, Position, Revision},
@@ -184,16 +185,14 @@ impl Feed {
             while let Some(change) = changes.next_if(|change| change.record.mod_revision() == revision) {
                 whole.push(change);
             }
-            self.writer.apply(revision, whole, now);
+            aside::walk(whole.len() as u64, || self.writer.apply(revision, whole, now));
         }
     }
 
     /// Drops the index when it has grown over the limit; the next watch asks for previous versions instead.
     fn watch_size(&mut self) -> Result<(), End> {
         if self.writer.has_index() && self.writer.index_bytes() > self.settings.cache_bytes {
-            self.writer.set_tree(None);
-            self.note_size(None);
-            self.publish();
+            self.index(None);
             return Err(End::Again("the index has grown over the cache limit"));
         }
         Ok(())

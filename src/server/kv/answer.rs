@@ -11,8 +11,8 @@ use super::{
     pieces::{Manner, Pieces, Section},
 };
 use crate::{
+    aside,
     server::{
-        aside,
         body::Body,
         data::List,
         response::{self, check_length},

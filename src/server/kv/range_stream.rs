@@ -20,10 +20,10 @@ use super::{
     relayed_observer,
 };
 use crate::{
+    aside,
     cache::Unserved,
     proto::etcdserverpb::{RangeRequest, RangeResponse, RangeStreamResponse},
     server::{
-        aside,
         body::{Body, BodyError, failure_trailers, success_trailers},
         data::Data,
         forward::forward,

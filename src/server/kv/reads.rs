@@ -5,12 +5,13 @@ use prost::Message;
 
 use super::{Call, Consensus, Kv, answer, decode};
 use crate::{
+    aside,
     cache::Unserved,
     proto::etcdserverpb::{
         RangeRequest,
         range_request::{SortOrder, SortTarget},
     },
-    server::{aside, body::Body},
+    server::body::Body,
     status::Status,
     store::{
         KeyRange, View,

@@ -1,7 +1,7 @@
-//! Long work within a call: what walks over many records lets other calls go on meanwhile.
+//! Long work within a task: what walks over many records lets other tasks go on meanwhile.
 //!
-//! Nearly everything that is answered from memory takes microseconds, and a few threads do it all. A sort or a filter looks at
-//! every record of its range, and a million of them would keep the thread's other connections, and the feed, waiting.
+//! Nearly everything that is done in memory takes microseconds, and a few threads do it all. But a sort or a filter looks at every
+//! record of its range, and one revision may delete a whole keyspace: a million records would keep all else on the thread waiting.
 
 use tokio::{
     runtime::{Handle, RuntimeFlavor},
@@ -13,7 +13,7 @@ const SHORT: u64 = 16 << 10;
 
 /// Does `work`, which walks over that many records. If they are many, another thread takes over what this one had yet to do;
 /// a runtime that has but one thread has no other, and waits.
-pub(super) fn walk<T>(records: u64, work: impl FnOnce() -> T) -> T {
+pub(crate) fn walk<T>(records: u64, work: impl FnOnce() -> T) -> T {
     let has_others =
         || Handle::try_current().is_ok_and(|runtime| runtime.runtime_flavor() == RuntimeFlavor::MultiThread);
     if records > SHORT && has_others() { block_in_place(work) } else { work() }
