@@ -317,6 +317,15 @@ mod tests {
     }
 
     #[test]
+    fn threads_are_at_least_one_and_not_absurdly_many() {
+        assert_eq!((parse_threads("1"), parse_threads("1024")), (Ok(1), Ok(1024)));
+        for text in ["", "0", "-1", "1025", "two"] {
+            assert!(parse_threads(text).is_err(), "{text}");
+        }
+        assert!(crate::config::Config::default().worker_threads() >= 1);
+    }
+
+    #[test]
     fn log_levels_are_levels_or_directives() {
         for text in ["info", "DEBUG", "warn,millpond::feed=trace", "millpond[watch]=debug"] {
             assert!(parse_log_level(text).is_ok(), "{text}");

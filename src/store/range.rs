@@ -96,10 +96,11 @@ pub fn select(view: &View, range: &KeyRange, request: &RangeRequest) -> Result<S
 
 /// At most how many records [`select`] looks at one by one: none where counts in the tree tell what it takes.
 pub fn walked(view: &View, range: &KeyRange, request: &RangeRequest) -> u64 {
-    if range.is_single() || request.count_only || in_key_order(request) && !has_filters(request) {
+    if range.is_single() || request.count_only || is_run(request) {
         return 0;
     }
-    view.tree.as_ref().map_or(0, |tree| tree.sums_in(range).keys)
+    let keys = view.tree.as_ref().map_or(0, |tree| tree.sums_in(range).keys);
+    keys.min(most_fetched(request) as u64)
 }
 
 /// The tree at `revision`, where zero and less mean the view's own.
@@ -127,17 +128,11 @@ fn select_in(tree: Cow<'_, Tree>, range: KeyRange, request: &RangeRequest) -> Se
         return Selection { count: sums.keys, more: false, records: Records::NONE };
     }
     let limit = u64::try_from(request.limit).unwrap_or(0);
-    if in_key_order(request) && !has_filters(request) {
+    if is_run(request) {
         return select_run(tree.into_owned(), range, sums, limit);
     }
-    let fetched = if is_default_order(request) && !has_filters(request) && limit > 0 {
-        // As etcd does it: without an explicit order the limit comes before the sort.
-        usize::try_from(limit.saturating_add(1)).unwrap_or(usize::MAX)
-    } else {
-        usize::MAX
-    };
     let mut records: Vec<_> =
-        tree.range(&range).take(fetched).filter(|record| passes(record, request)).cloned().collect();
+        tree.range(&range).take(most_fetched(request)).filter(|record| passes(record, request)).cloned().collect();
     sort(&mut records, request);
     let more = limit > 0 && records.len() as u64 > limit;
     if more {
@@ -155,6 +150,20 @@ fn select_run(tree: Tree, mut range: KeyRange, sums: Sums, limit: u64) -> Select
     range.end = first_left_out.map(Into::into).or(range.end);
     let sums = tree.sums_in(&range);
     Selection { count, more: true, records: Records::Run(tree, range.start, sums) }
+}
+
+/// Whether a run of the tree is what is asked for.
+fn is_run(request: &RangeRequest) -> bool {
+    in_key_order(request) && !has_filters(request)
+}
+
+/// How many records are fetched at most before they are sorted. As etcd does it: without an explicit order the limit comes first.
+fn most_fetched(request: &RangeRequest) -> usize {
+    if is_default_order(request) && !has_filters(request) && request.limit > 0 {
+        usize::try_from(request.limit.saturating_add(1)).unwrap_or(usize::MAX)
+    } else {
+        usize::MAX
+    }
 }
 
 fn in_key_order(request: &RangeRequest) -> bool {

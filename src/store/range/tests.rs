@@ -209,3 +209,26 @@ proptest! {
         prop_assert!(state.keys().eq(model.states.last().unwrap().keys()));
     }
 }
+
+#[test]
+fn only_what_has_to_be_looked_at_one_by_one_counts_as_walked() {
+    let mut model = Model::new(Limits { bytes: 1 << 20, age: u64::MAX });
+    model.run((0..30).map(|key| (key, Some(1))).collect());
+    model.writer.publish(0);
+    let view = model.writer.store().view_owned();
+    let all = RangeRequest { key: b"k".to_vec().into(), range_end: b"l".to_vec().into(), ..Default::default() };
+    let by_version = RangeRequest { sort_target: SortTarget::Version.into(), ..all.clone() };
+    let descending = RangeRequest { sort_order: SortOrder::Descend.into(), ..all.clone() };
+    let filtered = RangeRequest { min_mod_revision: 1, limit: 4, ..all.clone() };
+    for (request, walks) in [
+        (RangeRequest { count_only: true, ..by_version.clone() }, 0),
+        (RangeRequest { range_end: Bytes::new(), ..by_version.clone() }, 0),
+        (all, 0),
+        (RangeRequest { limit: 4, ..by_version.clone() }, 5),
+        (by_version, 30),
+        (RangeRequest { limit: 4, ..descending }, 30),
+        (filtered, 30),
+    ] {
+        assert_eq!(walked(&view, &range_of(&request), &request), walks, "{request:?}");
+    }
+}
