@@ -16,6 +16,7 @@
 mod decode;
 mod floor;
 mod follow;
+mod index;
 mod list;
 mod metrics;
 mod prove;
@@ -37,10 +38,11 @@ use crate::{
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
     signal::Signal,
     status::Status,
-    store::{KeyRange, Position, Revision, Tree, Writer},
+    store::{KeyRange, Position, Revision, Writer},
     upstream::{AuthState, ConnectionNumber, EndpointId, Link, PageSize, Upstream},
 };
 pub use floor::Floor;
+use floor::Mark;
 use list::{Listed, PAGES, examine};
 pub use metrics::Metrics;
 use prove::Continuity;
@@ -104,6 +106,8 @@ pub struct Feed {
     confirmed: Signal<ConnectionNumber>,
     begun: Signal<ConnectionNumber>,
     proofs: Signal<u64>,
+    /// When the last proof was begun, in the order of what clients are told by others.
+    proof: Mark,
     /// Since when the view has not been known to be the upstream's present.
     lost: Option<Instant>,
     metrics: Metrics,
@@ -154,6 +158,7 @@ impl Feed {
             confirmed,
             begun,
             proofs,
+            proof: Mark::default(),
             lost: None,
             metrics,
             started,
@@ -324,8 +329,9 @@ impl Feed {
     }
 
     /// From now on, what clients are told is part of the proof, or is told after it.
-    fn begin_proof(&self) {
+    fn begin_proof(&mut self) {
         self.proofs.set(self.proofs.now() | 1);
+        self.proof = self.floor.mark();
     }
 
     fn end_proof(&self) {
@@ -348,7 +354,7 @@ impl Feed {
     async fn load(&mut self, link: &Link, header: &ResponseHeader) -> Result<(), End> {
         let mark = self.floor.mark();
         let listed = self.list(link, Revision::ZERO).await?;
-        self.floor.sink(mark);
+        self.floor.sink(self.proof, mark);
         self.begun.set(link.number());
         self.adopt(listed, self.writer.position().epoch + 1, header);
         Ok(())
@@ -393,7 +399,7 @@ impl Feed {
             Some(why) => warn!(endpoint, revision, doubt, why, "listed anew: the upstream may have another history"),
         }
         if disagreement.is_some() {
-            self.floor.sink(mark);
+            self.floor.sink(self.proof, mark);
             self.begun.set(link.number());
         }
         let epoch = self.writer.position().epoch + u64::from(disagreement.is_some());
@@ -411,45 +417,7 @@ impl Feed {
         });
     }
 
-    /// How many records an index for that of the current view comes and goes with.
-    fn exchanged(&self, tree: Option<&Tree>) -> u64 {
-        tree.map_or(0, Tree::len) + self.writer.store().view().tree.as_ref().map_or(0, Tree::len)
-    }
-
-    /// Tries again to build an index that was too large, for the revision at which the history stands.
-    async fn retry_index(&mut self, link: &Link) -> Result<(), End> {
-        if self.retry_index.is_none_or(|(when, _)| Instant::now() < when) {
-            return Ok(());
-        }
-        let listed = self.list(link, self.writer.position().revision).await?;
-        self.index(listed.tree);
-        Ok(())
-    }
-
-    /// Takes a new index for the revision at which the history stands.
-    fn index(&mut self, tree: Option<Tree>) {
-        self.note_size(tree.as_ref());
-        aside::walk(self.exchanged(tree.as_ref()), || {
-            self.writer.set_tree(tree);
-            self.publish();
-        });
-    }
-
     fn is_term_held(&self, header: &ResponseHeader) -> bool {
         header.raft_term >= self.writer.store().view().responder.raft_term
-    }
-
-    /// Keeps the account of an index that is too large to be kept.
-    fn note_size(&mut self, tree: Option<&Tree>) {
-        self.retry_index = match (tree, self.retry_index) {
-            (Some(_), _) => None,
-            (None, Some((_, wait))) => Some((Instant::now() + wait * 2, (wait * 2).min(Duration::from_secs(1800)))),
-            (None, None) => Some((Instant::now() + Duration::from_secs(60), Duration::from_secs(60))),
-        };
-        self.metrics.over_limit.set(tree.is_none().into());
-        if tree.is_none() {
-            let limit = self.settings.cache_bytes;
-            warn!(limit, "the keyspace is larger than the cache limit: reads are forwarded, watches go on");
-        }
     }
 }

@@ -101,9 +101,9 @@ impl Prefix {
         self.floor.revision()
     }
 
-    /// Notes an event that a watcher is sent from elsewhere.
-    pub fn note_event(&self, event: &mvccpb::Event) {
-        self.floor.note_event(event);
+    /// Notes the events that a watcher is sent from elsewhere.
+    pub fn note_events(&self, events: &[mvccpb::Event]) {
+        self.floor.note_events(events);
     }
 
     /// Notes that a client is told that `request` was done at `revision`.

@@ -81,13 +81,16 @@ impl Floor {
         self.revision.fetch_max(revision.0, Ordering::AcqRel);
     }
 
-    /// Notes an event that a client is sent.
-    pub fn note_event(&self, event: &mvccpb::Event) {
-        let Some(record) = &event.kv else { return };
-        let revision = Revision(record.mod_revision);
-        match event.r#type() {
-            EventType::Put => self.note(&record.key, revision, true, || What::Put(Known::by_event(record))),
-            EventType::Delete => self.note(&record.key, revision, false, || What::Delete),
+    /// Notes the events that a client is sent, in their order: the newest, and the newest put, because deletions look alike.
+    pub fn note_events(&self, events: &[mvccpb::Event]) {
+        let newest_put = (0..events.len()).rev().find(|place| is_left(events, *place)).map(|place| &events[place]);
+        for event in newest_put.into_iter().chain(events.last()) {
+            let Some(record) = &event.kv else { continue };
+            let revision = Revision(record.mod_revision);
+            match event.r#type() {
+                EventType::Put => self.note(&record.key, revision, true, || What::Put(Known::by_event(record))),
+                EventType::Delete => self.note(&record.key, revision, false, || What::Delete),
+            }
         }
     }
 
@@ -124,11 +127,12 @@ impl Floor {
     }
 
     /// The history is another, and was listed since `listed`. Connections that have been silent since then led to the old
-    /// one, or told nothing that the list does not have.
-    pub(super) fn sink(&self, listed: Mark) {
+    /// one, or told nothing that the list does not have. Of events the list has only those of the prefix's keys, so what was
+    /// noted since `begun`, when the new history was already being looked at, is kept.
+    pub(super) fn sink(&self, begun: Mark, listed: Mark) {
         let mut heard = self.heard.lock();
         heard.revisions.retain(|_, (_, mark)| *mark > listed);
-        heard.newest.iter_mut().for_each(|newest| newest.forget(|mark, _| mark < listed));
+        heard.newest.iter_mut().for_each(|newest| newest.forget(|mark, _| mark < begun));
         self.lower(&heard);
     }
 
@@ -148,6 +152,15 @@ impl Floor {
     }
 }
 
+/// Whether the event at `place` is a put whose own transaction has left it.
+fn is_left(events: &[mvccpb::Event], place: usize) -> bool {
+    let Some(record) = events[place].kv.as_ref().filter(|_| events[place].r#type() == EventType::Put) else {
+        return false;
+    };
+    let later = events[place + 1..].iter().filter_map(|event| event.kv.as_ref());
+    later.take_while(|later| later.mod_revision == record.mod_revision).all(|later| later.key != record.key)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,6 +173,23 @@ mod tests {
         heard.iter().for_each(|(revision, connection)| floor.raise(Revision(*revision), ConnectionNumber(*connection)));
     }
 
+    /// The history has ended, just now.
+    fn sink(floor: &Floor) {
+        let now = floor.mark();
+        floor.sink(now, now);
+    }
+
+    fn event(key: &'static str, mod_revision: i64, version: i64) -> mvccpb::Event {
+        let kv = mvccpb::KeyValue { key: key.into(), mod_revision, version, ..Default::default() };
+        mvccpb::Event { r#type: (version == 0).into(), kv: Some(kv), ..Default::default() }
+    }
+
+    fn seen(key: &'static str, revision: i64, version: i64) -> Seen {
+        let put = || What::Put(Known::by_event(event(key, revision, version).kv.as_ref().unwrap()));
+        let what = if version == 0 { What::Delete } else { put() };
+        Seen { key: key.into(), revision: Revision(revision), what }
+    }
+
     #[test]
     fn sinks_to_what_was_heard_of_the_history_that_goes_on() {
         let floor = floor();
@@ -167,9 +197,9 @@ mod tests {
         assert_eq!(floor.revision(), Revision(100));
         let listed = floor.mark();
         raise(&floor, &[(5, 4), (6, 3)]);
-        floor.sink(listed);
+        floor.sink(listed, listed);
         assert_eq!(floor.revision(), Revision(7), "connection 3 leads to the new history, and had told of 7");
-        floor.sink(floor.mark());
+        sink(&floor);
         assert_eq!(floor.revision(), Revision::ZERO);
     }
 
@@ -190,33 +220,48 @@ mod tests {
         let heard: Vec<_> = (0..10 * REMEMBERED as u64).map(|number| (5000 - number as i64, number)).collect();
         raise(&floor, &heard);
         assert_eq!(floor.heard.lock().revisions.len(), REMEMBERED);
-        floor.sink(listed);
+        floor.sink(listed, listed);
         assert_eq!(floor.revision(), Revision(5000));
     }
 
     #[test]
     fn the_newest_event_is_kept_until_its_history_ends() {
         let floor = floor();
-        let record = |key: &'static str, mod_revision, version| mvccpb::KeyValue {
-            key: key.into(),
-            mod_revision,
-            version,
-            ..Default::default()
-        };
-        let event = |kv, r#type| mvccpb::Event { kv: Some(kv), r#type, ..Default::default() };
         let listed = floor.mark();
-        floor.note_event(&event(record("k", 7, 2), 0));
-        floor.note_event(&event(record("k", 5, 1), 0));
-        let seen = |key: &'static str, revision, what| Seen { key: key.into(), revision: Revision(revision), what };
-        let put = seen("k", 7, What::Put(Known::by_event(&record("k", 7, 2))));
-        floor.sink(listed);
-        assert_eq!(floor.events(), std::slice::from_ref(&put));
-        floor.note_event(&event(record("k", 9, 0), 1));
-        floor.note_event(&event(record("other", 8, 0), 1));
-        assert_eq!(floor.events(), [seen("k", 9, What::Delete), put.clone(), seen("other", 8, What::Delete)]);
+        floor.note_events(&[event("k", 7, 2)]);
+        floor.note_events(&[event("k", 5, 1)]);
+        floor.sink(listed, listed);
+        assert_eq!(floor.events(), [seen("k", 7, 2)]);
+        floor.note_events(&[event("k", 9, 0)]);
+        floor.note_events(&[event("other", 8, 0)]);
+        assert_eq!(floor.events(), [seen("k", 9, 0), seen("k", 7, 2), seen("other", 8, 0)]);
         floor.trim(floor.mark(), Revision(8));
-        assert_eq!(floor.events(), [put, seen("other", 8, What::Delete)]);
-        floor.sink(floor.mark());
+        assert_eq!(floor.events(), [seen("k", 7, 2), seen("other", 8, 0)]);
+        sink(&floor);
         assert_eq!(floor.events(), []);
+    }
+
+    #[test]
+    fn of_many_events_the_newest_put_is_kept_as_well() {
+        let floor = floor();
+        floor.note_events(&[event("a", 5, 1), event("b", 6, 1), event("a", 7, 0), event("c", 7, 0)]);
+        assert_eq!(floor.events(), [seen("c", 7, 0), seen("b", 6, 1)]);
+        floor.note_events(&[event("a", 8, 1), event("b", 9, 1), event("c", 9, 0), event("b", 9, 0)]);
+        assert_eq!(floor.events(), [seen("b", 9, 0), seen("a", 8, 1)], "9 has not left what it put");
+        floor.note_events(&[]);
+    }
+
+    /// The list of a prefix has nothing of other keys.
+    #[test]
+    fn what_was_noted_while_the_new_history_was_looked_at_outlives_the_list() {
+        let floor = floor();
+        floor.note_events(&[event("other", 9, 1)]);
+        let begun = floor.mark();
+        floor.sink(begun, floor.mark());
+        floor.note_events(&[event("other", 5, 1)]);
+        floor.sink(begun, floor.mark());
+        assert_eq!(floor.events(), [seen("other", 5, 1)]);
+        floor.sink(Mark::default(), floor.mark());
+        assert_eq!(floor.events(), [seen("other", 5, 1)]);
     }
 }

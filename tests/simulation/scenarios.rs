@@ -258,8 +258,26 @@ fn a_compaction_ahead_of_a_quiet_view_is_known_soon() {
 fn relay_last_event(world: &World, revision: i64) {
     let event = world.0.cluster.look().history().events(revision).last().cloned();
     let cache = &world.0.cache;
-    cache.prefixes()[0].note_event(&event.expect("an event of that revision"));
+    cache.prefixes()[0].note_events(&[event.expect("an event of that revision")]);
     cache.note_relayed(Revision(revision), cache.upstream().newest_connection());
+}
+
+/// The first list of the prefix made the cache forget what a client had been told of other keys before.
+#[test]
+fn what_a_client_was_told_before_the_first_list_is_looked_for_too() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        put(&world, &["a/1", "b/1"]).await;
+        assert!(!world.0.cache.prefixes()[0].store().view().is_loaded());
+        relay_last_event(&world, 3);
+        answer(&world, &range).await;
+        restore(&world, 2, false).await;
+        put(&world, &["b/1"]).await;
+        world.0.links[0].touch();
+        answer(&world, &range).await;
+        assert_eq!(world.0.cache.prefixes()[0].store().view().position.epoch, 2);
+        settle(&world);
+    });
 }
 
 /// Of a key that is not cached, a deletion was taken for another history's because the key had not been there before.

@@ -356,8 +356,8 @@ impl Task {
         let options = &self.relay.options;
         // A transaction can put a key and delete it. Who is sent one of both does not know what is left.
         let knows_all = !options.no_put && !options.no_delete;
-        if let (true, Some(prefix), Some(event)) = (knows_all, self.lineage.prefix(), response.events.last()) {
-            prefix.note_event(event);
+        if let (true, Some(prefix)) = (knows_all, self.lineage.prefix()) {
+            prefix.note_events(&response.events);
         }
         cache.note_relayed(Revision(response.header.as_ref().map_or(0, |header| header.revision)), connection);
     }
