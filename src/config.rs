@@ -180,7 +180,7 @@ impl Config {
     }
 
     /// How many threads serve: half of the cores that the process may use, unless a number was given. Measured on two cores, one
-    /// thread does writes, deliveries and consistent reads for less CPU time than two, and lists for several connections for more.
+    /// thread does writes, deliveries and consistent reads for less CPU time than two, and pages for several connections for more.
     pub fn worker_threads(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, NonZero::get);
         self.worker_threads.unwrap_or_else(|| (cores() / 2).max(1))

@@ -40,8 +40,8 @@ pub(crate) use self::{
 };
 
 /// Bytes that are gathered at most before they are written. Go's gRPC takes frames of 16 KiB; of a large answer, copying them
-/// together costs less than a system call for each.
-const CAPACITY: usize = 256 * 1024;
+/// together costs less than a system call for each, after which the receiver may have to be woken.
+const CAPACITY: usize = 1024 * 1024;
 /// A write of this many bytes or more is worth a system call of its own rather than a copy.
 const LARGE: usize = 32 * 1024;
 /// The first allocation; most lonely responses fit.
