@@ -30,7 +30,7 @@ use parking_lot::Mutex;
 use rustix::net::sockopt;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
-    time::Instant,
+    time::{Instant, timeout},
 };
 
 pub use self::outlet::Outlet;
@@ -50,6 +50,10 @@ const FIRST_ALLOCATION: usize = 2 * 1024;
 const HTTP2_START: [u8; 4] = *b"PRI ";
 /// Slices of one vectored write: what was gathered, the head of a frame, and as many of its payload as h2 offers at a time.
 const SLICES: usize = 18;
+
+/// For a peer to begin to speak, and for the rest of how it begins: a connection that says nothing would be kept for ever. The
+/// limit of Go's gRPC server.
+pub(crate) const GREETING: Duration = Duration::from_secs(120);
 
 /// How long a TCP connection is silent before the kernel asks whether the peer lives, and between questions: Go's defaults.
 const KEEPALIVE: Duration = Duration::from_secs(15);
@@ -135,8 +139,13 @@ impl<S: AsyncRead + Unpin> Gather<S> {
     /// goes before that is known.
     ///
     /// # Errors
-    /// Those of the socket.
-    pub async fn accept(mut inner: S) -> io::Result<Option<(Self, Protocol)>> {
+    /// Those of the socket; `TimedOut` when the peer has not begun within two minutes.
+    pub async fn accept(inner: S) -> io::Result<Option<(Self, Protocol)>> {
+        let silent = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer does not begin to speak");
+        timeout(GREETING, Self::recognise(inner)).await.map_err(silent)?
+    }
+
+    async fn recognise(mut inner: S) -> io::Result<Option<(Self, Protocol)>> {
         let (mut opening, mut seen) = ([0; HTTP2_START.len()], 0);
         while seen < opening.len() && HTTP2_START.starts_with(&opening[..seen]) {
             match inner.read(&mut opening[seen..]).await? {

@@ -24,7 +24,10 @@ use h2::{
 };
 use http_body::Body;
 use pin_project_lite::pin_project;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::timeout,
+};
 
 use super::{
     body::BodyError,
@@ -33,7 +36,7 @@ use super::{
     listener::{Ended, Farewell, Settings},
 };
 use crate::{
-    socket::{Call, Gather, NewCalls},
+    socket::{Call, GREETING, Gather, NewCalls},
     upstream::{Incoming, grpc},
 };
 
@@ -49,7 +52,7 @@ const RESETS: usize = 10_000;
 /// Serves a connection: each of its requests becomes a call among `calls`, answered by `answer`.
 ///
 /// # Errors
-/// When the client breaks the rules of HTTP/2, when the socket fails, or when the client is silent for too long.
+/// When the client breaks the rules of HTTP/2, when the socket fails, or when the client is silent for too long, or from the start.
 pub(super) async fn serve<S, A, F, B>(
     socket: Gather<S>,
     settings: Settings,
@@ -65,9 +68,9 @@ where
 {
     let ear = socket.ear();
     // In a box that goes: an idle connection keeps no room for how it began.
-    let handshake = Box::pin(builder().handshake::<_, Data>(socket));
+    let handshake = Box::pin(timeout(GREETING, builder().handshake::<_, Data>(socket)));
     let Some(opened) = farewell.leave.run_until_cancelled(handshake).await else { return Ok(()) };
-    let mut connection = opened?;
+    let mut connection = opened.map_err(|_| Ended::Silent)??;
     let mut keepalive = connection.ping_pong().map(|pings| KeepAlive::new(pings, ear, settings));
     let mut word = Box::pin(farewell.leave.cancelled_owned());
     let mut leaves = false;

@@ -69,7 +69,7 @@ pub(super) enum Ended {
     Http1(#[from] hyper::Error),
     #[error(transparent)]
     Http2(#[from] h2::Error),
-    #[error("the client has not answered a ping")]
+    #[error("the client is silent")]
     Silent,
 }
 

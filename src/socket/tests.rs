@@ -165,6 +165,19 @@ async fn http1_is_not_gathered_and_http2_is_even_when_its_preface_dribbles_in() 
     }
 }
 
+/// A connection whose peer said nothing was kept for ever.
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_does_not_begin_is_let_go() {
+    for said in ["", "PR"] {
+        let (near, mut far) = tokio::io::duplex(1024);
+        far.write_all(said.as_bytes()).await.unwrap();
+        let begun = Instant::now();
+        let accepted = Gather::accept(near).await;
+        assert_eq!(accepted.err().map(|error| error.kind()), Some(io::ErrorKind::TimedOut));
+        assert_eq!(begun.elapsed().as_secs(), GREETING.as_secs());
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_ear_knows_when_the_peer_was_heard_of_last() {
     let (near, mut far) = tokio::io::duplex(1024);

@@ -310,6 +310,14 @@ async fn a_client_that_has_not_finished_its_greeting_holds_no_stop_up() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_client_that_does_not_finish_its_greeting_is_let_go() {
+    let (mut near, served) = serving(Farewell::default(), |_| pending::<Response<Script>>());
+    near.write_all(b"PRI * HTTP").await.unwrap();
+    let ended = timeout(GREETING * 2, served).await.unwrap().unwrap();
+    assert!(matches!(ended, Err(Ended::Silent)), "{ended:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_silent_client_is_let_go_and_one_that_answers_pings_is_not() {
     let long = SETTINGS.keepalive_interval * 10;
     let never = |_| pending::<Response<Script>>();
