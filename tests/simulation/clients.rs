@@ -20,7 +20,8 @@ fn key(dice: &mut Dice) -> Bytes {
     Bytes::from_static(dice.pick(&KEYS).as_bytes())
 }
 
-fn value(dice: &mut Dice) -> Bytes {
+/// One that is never written twice.
+pub fn value(dice: &mut Dice) -> Bytes {
     format!("{:x}", dice.between(0, i64::MAX)).into()
 }
 

@@ -69,20 +69,27 @@ fn compact(world: &World, dice: &mut Dice) {
     }
 }
 
-/// Stops the cluster and begins it anew from a backup. That takes longer than a dead connection stays unnoticed.
+/// Stops the cluster and begins it anew from a backup. That takes longer than a dead connection stays unnoticed. Whoever wrote what is
+/// lost may do so again, at the same revisions, before anybody else is back.
 async fn restore(world: &World, dice: &mut Dice) {
     *world.0.restoring.lock() = true;
     (0..world.0.links.len()).for_each(|at| world.kill(at));
     world.0.trace.note("stopped for a restore");
     sleep(KEEPALIVE + Duration::from_millis(500) + dice.pause(1000)).await;
-    let revision = {
+    let (revision, lost) = {
         let inner = world.0.cluster.look();
-        let least = inner.compacted().max(1);
-        (inner.history().head() - dice.pick(&[0, 1, 3, 20])).max(least)
+        let (head, least) = (inner.history().head(), inner.compacted().max(1));
+        let revision = (head - dice.pick(&[0, 1, 3, 20])).max(least);
+        let again = |revision| inner.history().again(revision, || clients::value(dice));
+        (revision, (revision + 1..=head).map(again).collect::<Vec<_>>())
     };
     let (bump, held) = (dice.pick(&[0, 0, 5, 1000]), dice.chance(2));
     world.0.trace.note(format!("restored at {revision}, raised by {bump}, term held: {held}"));
     world.0.cluster.restore(revision, bump, held);
+    if bump == 0 && dice.chance(2) {
+        world.0.trace.note(format!("written again up to {}", revision + lost.len() as i64));
+        world.0.cluster.go_on_with(&lost);
+    }
     *world.0.restoring.lock() = false;
     (0..world.0.links.len()).for_each(|at| world.revive(at));
 }

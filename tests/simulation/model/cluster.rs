@@ -324,6 +324,17 @@ impl Cluster {
         });
     }
 
+    /// Commits one revision after the other, whoever is there.
+    pub fn go_on_with(&self, revisions: &[Vec<Write>]) {
+        self.change(|inner| {
+            for writes in revisions {
+                let generation = inner.generation();
+                let (revision, compacted) = (inner.histories[generation].write(writes), inner.compacted());
+                inner.commit(Entry { revision, compacted });
+            }
+        });
+    }
+
     /// Notes that somebody was told of `revision` of the history that is the present one.
     pub fn tell(&self, generation: usize, revision: i64) {
         let mut inner = self.look();

@@ -53,6 +53,15 @@ impl History {
         &self.revisions[revision as usize - 1].0
     }
 
+    /// What was done at `revision`, with other values.
+    pub fn again(&self, revision: i64, mut value: impl FnMut() -> Bytes) -> Vec<Write> {
+        let write = |event: &Event| {
+            let key = event.kv.as_ref().map(|kv| kv.key.clone()).unwrap_or_default();
+            if event.r#type() == EventType::Delete { Write::Delete(key) } else { Write::Put(key, value()) }
+        };
+        self.events(revision).iter().map(write).collect()
+    }
+
     /// The events in `range` of all revisions from `first` to `last`.
     pub fn events_in(&self, range: &KeyRange, first: i64, last: i64) -> impl Iterator<Item = &Event> {
         let wanted = move |event: &&Event| event.kv.as_ref().is_some_and(|kv| range.contains(&kv.key));
