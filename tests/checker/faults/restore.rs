@@ -1,8 +1,12 @@
-//! The etcd is restored from a snapshot with the same flags and ids: another history takes the place of this one.
+//! The etcd is restored from a snapshot with the same flags and ids: another history takes the place of this one. It may have been
+//! written in the same way.
 
 use std::sync::Arc;
 
-use millpond::proto::etcdserverpb::RangeRequest;
+use millpond::proto::{
+    etcdserverpb::{DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest, request_op::Request},
+    mvccpb::{Event, KeyValue, event::EventType},
+};
 
 use super::{
     super::{recorder::Recorder, world::Link},
@@ -57,9 +61,29 @@ impl Director {
         let mut history = self.ended.last().expect("a history has just ended").truncated(shared);
         history.last = shared + bump;
         self.recorder = Recorder::start(self.world.cluster.endpoints(), history, shared + bump + 1);
+        if bump == 0 && self.random.chance(2) {
+            self.write_again(shared).await;
+        }
+        let present = client.revision().await.expect("an etcd that nobody disturbs answers");
         let compacted = if bump > 0 { shared + bump } else { self.context.bounds().compacted.min(shared) };
         self.context.restart_at(present, compacted);
         self.context.timeline.open(shared, compacted);
+    }
+
+    /// Whoever wrote what was lost after `shared` does so again before anybody else is in touch: the same keys at the same revisions, but
+    /// other values. Ends at what one transaction does not take.
+    async fn write_again(&self, shared: i64) {
+        let client = self.world.cluster.client(0);
+        let ended = self.ended.last().expect("a history has just ended");
+        let mut written = 0;
+        for (_, events) in ended.revisions().filter(|(revision, _)| **revision > shared) {
+            let request = TxnRequest { success: events.iter().map(again).collect(), ..Default::default() };
+            if client.kv.clone().txn(request).await.is_err() {
+                break;
+            }
+            written += 1;
+        }
+        self.log.note(format!("written again: {written} revisions"));
     }
 
     /// Which revision was restored: the last at which the etcd has what was recorded. That is `newest`, unless leases have
@@ -76,6 +100,19 @@ impl Director {
         }
         panic!("what was restored is not what was recorded at revision {newest}, nor shortly before");
     }
+}
+
+/// What made `event`, with another value.
+fn again(event: &Event) -> RequestOp {
+    let KeyValue { key, value, .. } = event.kv.clone().expect("every event has a record");
+    let request = match event.r#type() {
+        EventType::Put => {
+            let value = [b"again ", &value[..]].concat().into();
+            Request::RequestPut(PutRequest { key, value, ..Default::default() })
+        }
+        EventType::Delete => Request::RequestDeleteRange(DeleteRangeRequest { key, ..Default::default() }),
+    };
+    RequestOp { request: Some(request) }
 }
 
 impl Link {
