@@ -7,7 +7,7 @@ mod proxy;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -18,21 +18,22 @@ use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt, StreamBody};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use millpond::{
-    proto::etcdserverpb::{PutResponse, WatchRequest},
-    server::{body::Body, response},
+    proto::etcdserverpb::{Member, MemberListResponse, PutResponse, ResponseHeader, WatchRequest},
+    server::{body::Body, listener, response},
+    status::Status,
     upstream::{Endpoint, ForwardClass, Incoming, Route, Settings, Upstream, grpc},
 };
 use prometheus::Registry;
 use proxy::{
-    Options, PATIENCE, Proxy,
+    Answering, Options, PATIENCE, Proxy,
     fake::{AT, FUTURE, PUT, WATCH, client, fake, post, put, put_ok, raw_client},
-    probe_answer,
+    probe_answer, serve,
 };
 use tokio::{
     io::AsyncReadExt,
     net::TcpStream,
     sync::{Notify, mpsc},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 /// Answers with more than any window, without end.
@@ -178,6 +179,40 @@ async fn what_is_no_http_ends_the_connection_and_nothing_else() {
     }
     let answer = put(&client(&proxy)).await;
     assert_eq!(answer, Ok(PutResponse::default()));
+}
+
+/// etcd 3.7.1 panics at Status between its removal and its end, as its own TestMemberRemove shows now and then.
+#[tokio::test]
+async fn a_member_that_has_been_removed_is_not_asked_for_its_status() {
+    let (is_removed, asked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let (removed, statuses) = (is_removed.clone(), asked.clone());
+    let answering = Answering(move |request: Request<Incoming>| {
+        let path = request.uri().path().to_owned();
+        let is_removed = removed.load(Ordering::SeqCst);
+        let answer = match path.as_str() {
+            "/etcdserverpb.Cluster/MemberList" if is_removed => {
+                let header = Some(ResponseHeader { cluster_id: 7, member_id: 8, ..Default::default() });
+                let members = vec![Member { id: 9, ..Default::default() }];
+                Some(response::framed(grpc::frame(&MemberListResponse { header, members })))
+            }
+            "/etcdserverpb.Maintenance/Status" if is_removed => {
+                statuses.fetch_add(1, Ordering::SeqCst);
+                None
+            }
+            path => probe_answer(path),
+        };
+        async move { answer.unwrap_or_else(|| response::error(&Status::STOPPED)) }
+    });
+    let served = serve(Arc::new(answering), listener::Settings::default()).await;
+    let proxy = Proxy::before(&[&served.address]).await;
+    proxy.until_preferred(0).await;
+    is_removed.store(true, Ordering::SeqCst);
+    proxy.until("nobody to ask", |health| health.preferred(&[]).is_none()).await;
+    // One may have been under way.
+    let before = asked.load(Ordering::SeqCst);
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(asked.load(Ordering::SeqCst), before);
+    assert!(before <= 1 && proxy.upstream.health().borrow().preferred(&[]).is_none());
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ mod support;
 use std::time::Duration;
 
 use bytes::Bytes;
-use millpond::proto::etcdserverpb::MoveLeaderRequest;
+use millpond::proto::etcdserverpb::{MemberRemoveRequest, MoveLeaderRequest};
 use support::{
     client::{Client, eventually},
     etcd::Cluster,
@@ -288,4 +288,26 @@ async fn clients_are_the_same_after_everything() {
     assert_eq!(found.kvs[0].mod_revision, written);
     assert!(found.header.expect("a range's answer has a header").revision >= written);
     stage.recovers().await;
+}
+
+/// The leader is removed, as when a cluster is renewed member by member: it ends by itself, and all goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_is_removed_ends_by_itself() {
+    let mut cluster = Cluster::builder(Release::newest()).members(3).start().await;
+    let mut millpond = Millpond::start(&cluster.endpoints(), &[]).await;
+    let informer = Informer::start(millpond.client(), "k", "l");
+    informer.listed().await;
+    let leader = cluster.leader().await;
+    let removed = cluster.client(leader).status().await.unwrap().header.expect("an answer has a header").member_id;
+    let client = cluster.client((leader + 1) % 3);
+    // While a cluster is young, etcd takes its members for unhealthy.
+    eventually("a removal", async || {
+        client.cluster.clone().member_remove(MemberRemoveRequest { id: removed }).await.ok()
+    })
+    .await;
+    assert_eq!(cluster.process(leader).wait(Duration::from_secs(20)).await, Some(0));
+    eventually("a put", async || millpond.client().put("k", "v").await.ok()).await;
+    let (_, contents) = list(&client, &Bytes::from_static(b"k"), &Bytes::from_static(b"l"), 500).await.unwrap();
+    informer.until_equal(&contents).await;
+    millpond.assert_well();
 }

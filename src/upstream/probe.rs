@@ -1,6 +1,7 @@
 //! Asks one endpoint, again and again, whether it is well.
 //!
-//! Two questions go out together. Maintenance.Status tells version, leader, cluster and term. A serializable Range of one
+//! Two questions go out together. Maintenance.Status tells version, leader, cluster and term; before it, the member is asked whether it
+//! knows itself among the members, since one that was removed panics at Status (etcd 3.7.3). A serializable Range of one
 //! key without a token tells whether authentication is on, since it then fails; it costs etcd next to nothing, where
 //! AuthStatus would go through consensus. Newer versions (3.6, and late 3.5) answer Status and MemberList to nobody without
 //! a token when authentication is on. Then `GET /version` gives the version, and the rest is in the header with which a
@@ -26,24 +27,27 @@ use super::{
 };
 use crate::{
     proto::etcdserverpb::{
-        RangeRequest, ResponseHeader, StatusRequest, StatusResponse, WatchCreateRequest, WatchRequest, WatchResponse,
-        watch_request::RequestUnion,
+        MemberListRequest, MemberListResponse, RangeRequest, ResponseHeader, StatusRequest, StatusResponse,
+        WatchCreateRequest, WatchRequest, WatchResponse, watch_request::RequestUnion,
     },
     status::Status,
 };
 
 const STATUS: &str = "/etcdserverpb.Maintenance/Status";
+const MEMBER_LIST: &str = "/etcdserverpb.Cluster/MemberList";
 const RANGE: &str = "/etcdserverpb.KV/Range";
 const WATCH: &str = "/etcdserverpb.Watch/Watch";
+const REMOVED: Status = Status::fixed(Code::Unavailable, "the member was removed from its cluster");
 /// An answer to `GET /version` has about 70 bytes.
 const VERSION_LIMIT: usize = 4096;
 
 /// Probes the endpoint until the task is aborted.
 pub(super) async fn run(shared: Arc<Shared>, at: EndpointId) {
     let Some(member) = shared.members.get(at.0) else { return };
+    let mut listed = None;
     loop {
         let epoch = shared.roster.lock().epoch();
-        let found = timeout(shared.settings.connect_timeout, probe(&shared, at)).await;
+        let found = timeout(shared.settings.connect_timeout, probe(&shared, at, &mut listed)).await;
         let found = found.unwrap_or_else(|_| Err(Status::fixed(Code::DeadlineExceeded, "no answer to a probe")));
         if found.is_err() {
             member.pool.retire();
@@ -59,8 +63,8 @@ pub(super) async fn run(shared: Arc<Shared>, at: EndpointId) {
 /// Keeps a storm of failures from becoming a storm of probes.
 const KICK_SPACING: Duration = Duration::from_millis(10);
 
-async fn probe(shared: &Arc<Shared>, at: EndpointId) -> Result<Report, Status> {
-    let (status, auth) = join!(status(shared, at), auth(shared, at));
+async fn probe(shared: &Arc<Shared>, at: EndpointId, listed: &mut Option<u64>) -> Result<Report, Status> {
+    let (status, auth) = join!(status(shared, at, listed), auth(shared, at));
     match status {
         Ok(status) => Ok(from_status(status, auth)),
         Err(refused) if refuses_strangers(&refused) => probe_secured(shared, at).await,
@@ -143,11 +147,31 @@ fn refuses_strangers(status: &Status) -> bool {
     *status == Status::USER_EMPTY || matches!(status.code, Code::Unauthenticated | Code::PermissionDenied)
 }
 
-async fn status(shared: &Shared, at: EndpointId) -> Result<StatusResponse, Status> {
+async fn status(shared: &Shared, at: EndpointId, listed: &mut Option<u64>) -> Result<StatusResponse, Status> {
+    if is_removed(shared, at, listed).await {
+        return Err(REMOVED);
+    }
     let deadline = shared.settings.connect_timeout;
     let question = grpc::frame(&StatusRequest::default());
     let (answer, _) = shared.unary(at, Class::Probe, STATUS, &[], question, deadline).await?;
     decode(STATUS, answer)
+}
+
+/// Whether the member, whose id was among the cluster's when it was found to be `listed`, is not any more. For a second it goes on
+/// answering then. What cannot be told, as by a learner or while authentication is on, is no removal.
+async fn is_removed(shared: &Shared, at: EndpointId, listed: &mut Option<u64>) -> bool {
+    let question = grpc::frame(&MemberListRequest { linearizable: false });
+    let deadline = shared.settings.connect_timeout;
+    let answer = shared.unary(at, Class::Probe, MEMBER_LIST, &[], question, deadline).await;
+    let Ok(list) = answer.and_then(|(answer, _)| decode::<MemberListResponse>(MEMBER_LIST, answer)) else {
+        return false;
+    };
+    let id = list.header.unwrap_or_default().member_id;
+    if list.members.iter().any(|member| member.id == id) {
+        *listed = Some(id);
+        return false;
+    }
+    *listed == Some(id)
 }
 
 /// The version that the server tells everyone; `None` when it does not read like one.

@@ -163,12 +163,16 @@ where
 /// What answers a fake upstream's probes; `None` for every other call.
 pub fn probe_answer(path: &str) -> Option<Response<Body>> {
     use millpond::{
-        proto::etcdserverpb::{RangeResponse, StatusResponse},
+        proto::etcdserverpb::{Member, MemberListResponse, RangeResponse, StatusResponse},
         server::response,
         upstream::grpc,
     };
     let header = Some(ResponseHeader { cluster_id: 7, member_id: 8, revision: 9, raft_term: 2 });
     match path {
+        "/etcdserverpb.Cluster/MemberList" => {
+            let list = MemberListResponse { header, members: vec![Member { id: 8, ..Default::default() }] };
+            Some(response::framed(grpc::frame(&list)))
+        }
         "/etcdserverpb.Maintenance/Status" => {
             let status = StatusResponse { header, version: "3.7.1".into(), leader: 8, ..Default::default() };
             Some(response::framed(grpc::frame(&status)))
