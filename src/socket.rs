@@ -142,7 +142,8 @@ impl<S: AsyncRead + Unpin> Gather<S> {
     /// Those of the socket; `TimedOut` when the peer has not begun within two minutes.
     pub async fn accept(inner: S) -> io::Result<Option<(Self, Protocol)>> {
         let silent = |_| io::Error::new(io::ErrorKind::TimedOut, "the peer does not begin to speak");
-        timeout(GREETING, Self::recognise(inner)).await.map_err(silent)?
+        // In a box that goes: a connection keeps no room for how it began.
+        Box::pin(timeout(GREETING, Self::recognise(inner))).await.map_err(silent)?
     }
 
     async fn recognise(mut inner: S) -> io::Result<Option<(Self, Protocol)>> {
