@@ -354,8 +354,7 @@ impl Feed {
     async fn load(&mut self, link: &Link, header: &ResponseHeader) -> Result<(), End> {
         let mark = self.floor.mark();
         let listed = self.list(link, Revision::ZERO).await?;
-        self.floor.sink(self.proof, mark);
-        self.begun.set(link.number());
+        self.sink_floor(mark, &listed, link);
         self.adopt(listed, self.writer.position().epoch + 1, header);
         Ok(())
     }
@@ -399,12 +398,18 @@ impl Feed {
             Some(why) => warn!(endpoint, revision, doubt, why, "listed anew: the upstream may have another history"),
         }
         if disagreement.is_some() {
-            self.floor.sink(self.proof, mark);
-            self.begun.set(link.number());
+            self.sink_floor(mark, &listed, link);
         }
         let epoch = self.writer.position().epoch + u64::from(disagreement.is_some());
         self.adopt(listed, epoch, header);
         Ok(())
+    }
+
+    /// The history of `listed`, which was asked for at `mark`, begins. What had been told of anything newer was of another.
+    fn sink_floor(&self, mark: Mark, listed: &Listed, link: &Link) {
+        self.floor.sink(self.proof, mark);
+        self.floor.trim(mark, listed.revision);
+        self.begun.set(link.number());
     }
 
     fn adopt(&mut self, listed: Listed, epoch: u64, header: &ResponseHeader) {

@@ -182,7 +182,7 @@ pub static SETTINGS: &[Setting] = &[
             "worker-threads",
             "COUNT",
             Process,
-            "Threads that serve; fewer make writes and watches cheaper, more make lists cheaper and carry more reads",
+            "Threads that serve; fewer make writes and watches cheaper, more make pages cheaper and carry more reads",
         ),
         "half of the cores, at least 1",
     ),

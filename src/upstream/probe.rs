@@ -1,7 +1,7 @@
 //! Asks one endpoint, again and again, whether it is well.
 //!
 //! Two questions go out together. Maintenance.Status tells version, leader, cluster and term; before it, the member is asked whether it
-//! knows itself among the members, since one that was removed panics at Status (etcd 3.7.3). A serializable Range of one
+//! knows itself among the members, since one that was removed panics at Status (etcd 3.7.1). A serializable Range of one
 //! key without a token tells whether authentication is on, since it then fails; it costs etcd next to nothing, where
 //! AuthStatus would go through consensus. Newer versions (3.6, and late 3.5) answer Status and MemberList to nobody without
 //! a token when authentication is on. Then `GET /version` gives the version, and the rest is in the header with which a
@@ -161,7 +161,8 @@ async fn status(shared: &Shared, at: EndpointId, listed: &mut Option<u64>) -> Re
 /// answering then. What cannot be told, as by a learner or while authentication is on, is no removal.
 async fn is_removed(shared: &Shared, at: EndpointId, listed: &mut Option<u64>) -> bool {
     let question = grpc::frame(&MemberListRequest { linearizable: false });
-    let deadline = shared.settings.connect_timeout;
+    // Who cannot tell in time may still answer Status.
+    let deadline = shared.settings.connect_timeout / 2;
     let answer = shared.unary(at, Class::Probe, MEMBER_LIST, &[], question, deadline).await;
     let Ok(list) = answer.and_then(|(answer, _)| decode::<MemberListResponse>(MEMBER_LIST, answer)) else {
         return false;

@@ -280,6 +280,24 @@ fn what_a_client_was_told_before_the_first_list_is_looked_for_too() {
     });
 }
 
+/// What was told before the first list, of a history that had ended by then, would have begun another epoch at the next reconnect.
+#[test]
+fn what_the_first_list_contradicts_is_of_a_history_that_has_ended() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        put(&world, &["a/1", "b/1"]).await;
+        relay_last_event(&world, 3);
+        restore(&world, 2, true).await;
+        answer(&world, &range).await;
+        world.0.links[0].cut();
+        sleep(Duration::from_secs(3)).await;
+        answer(&world, &range).await;
+        let position = world.0.cache.prefixes()[0].store().view().position;
+        assert_eq!((position.epoch, position.revision), (1, Revision(2)));
+        settle(&world);
+    });
+}
+
 /// Of a key that is not cached, a deletion was taken for another history's because the key had not been there before.
 #[test]
 fn a_deletion_that_a_client_knows_of_may_be_of_a_key_that_came_in_the_same_revision() {
