@@ -1,6 +1,6 @@
 //! A socket wrapper that gathers the many small writes of an HTTP/2 connection into few system calls.
 //!
-//! h2 hands every DATA frame of 256 bytes or more to the socket by itself and asks for a flush after it, so a burst of
+//! h2 hands every DATA frame of 1 KiB or more to the socket by itself and asks for a flush after it, so a burst of
 //! ready responses would cost one system call each. [`Gather`] copies small writes into a buffer and answers a flush at
 //! once without writing. The buffer leaves through the [`Outlet`], when the connection's task has done everything that it can
 //! do for now. Large writes pass through without being copied, together with what was gathered before them. No timer is
@@ -76,7 +76,13 @@ pub fn detect_dead_peer(socket: &impl AsFd, silence: Duration) {
 }
 
 /// Gathers writes to `S`; see the module's comment.
-pub struct Gather<S>(Arc<Mutex<Socket<S>>>);
+pub struct Gather<S> {
+    socket: Arc<Mutex<Socket<S>>>,
+    /// What h2 hears when it asks for vectored writes. It asks before its first frame how large a frame it should copy into its
+    /// own buffer, of 16 KiB, rather than write by itself: below 1 KiB if there are none, below 256 bytes if there are. Later it
+    /// asks before each write, and needs them for answers that lie in many pieces.
+    is_vectored: bool,
+}
 
 struct Socket<S> {
     inner: S,
@@ -120,17 +126,17 @@ impl<S> Gather<S> {
     fn speaking(protocol: Protocol, inner: S, opening: Bytes) -> Self {
         let pending = BytesMut::new();
         let socket = Socket { inner, opening, pending, usual: 0, protocol, heard: Instant::now(), failure: None };
-        Self(Arc::new(Mutex::new(socket)))
+        Self { socket: Arc::new(Mutex::new(socket)), is_vectored: protocol == Protocol::Http1 }
     }
 
     /// Where what is gathered leaves. Somebody has to see to that.
     pub fn outlet(&self) -> Outlet<S> {
-        Outlet::new(Arc::downgrade(&self.0))
+        Outlet::new(Arc::downgrade(&self.socket))
     }
 
     /// What knows when the peer was heard of last.
     pub(crate) fn ear(&self) -> Ear<S> {
-        Ear(Arc::downgrade(&self.0))
+        Ear(Arc::downgrade(&self.socket))
     }
 }
 
@@ -220,7 +226,7 @@ impl<S: AsyncWrite + Unpin> Socket<S> {
 
 impl<S: AsyncRead + Unpin> AsyncRead for Gather<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let mut socket = self.0.lock();
+        let mut socket = self.socket.lock();
         socket.check()?;
         if socket.opening.has_remaining() {
             let length = socket.opening.len().min(buffer.remaining());
@@ -243,7 +249,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let mut socket = self.0.lock();
+        let mut socket = self.socket.lock();
         socket.check()?;
         let length: usize = slices.iter().map(|slice| slice.len()).sum();
         if length >= LARGE || socket.protocol == Protocol::Http1 {
@@ -257,17 +263,18 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
     }
 
     fn is_write_vectored(&self) -> bool {
-        true
+        self.is_vectored
     }
 
     /// What was gathered leaves through the outlet.
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut socket = self.0.lock();
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.is_vectored = true;
+        let mut socket = self.socket.lock();
         if socket.pending.is_empty() { Pin::new(&mut socket.inner).poll_flush(cx) } else { Poll::Ready(Ok(())) }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut socket = self.0.lock();
+        let mut socket = self.socket.lock();
         ready!(socket.drain(cx))?;
         Pin::new(&mut socket.inner).poll_shutdown(cx)
     }

@@ -46,6 +46,8 @@ const MAX_FRAME: u32 = 64 << 10;
 const MAX_HEADERS: u32 = 64 << 10;
 /// Bytes that a stream hands over before they are sent.
 const SEND_BUFFER: usize = 128 << 10;
+/// Bytes that a stream hands over without asking for room: to ask costs half as much again as to send. Less than a new stream may send.
+const UNASKED: usize = 16 << 10;
 /// Streams that may be reset before they were looked at, and resets that we may have to send for protocol errors.
 const RESETS: usize = 10_000;
 
@@ -144,7 +146,7 @@ where
         if is_over {
             return Poll::Ready(None);
         }
-        let mut pipe = Pipe { stream, body, waiting: None, is_watched: *exchange.is_watched };
+        let mut pipe = Pipe { stream, body, waiting: None, unasked: 0, is_watched: *exchange.is_watched };
         let is_sent = pipe.poll_unpin(cx).is_ready();
         // What is left may last, and the future of the answer is several times as large.
         Poll::Ready((!is_sent).then(|| Call::new(pipe.map(|()| None))))
@@ -157,6 +159,8 @@ struct Pipe<B> {
     body: B,
     /// What waits for room.
     waiting: Option<Data>,
+    /// Bytes that were handed over since there was room last.
+    unasked: usize,
     /// Whether h2 wakes the call when anything changes.
     is_watched: bool,
 }
@@ -204,10 +208,14 @@ impl<B: Body<Data = Data, Error = BodyError> + Unpin> Pipe<B> {
     }
 
     /// What waits, if anything does, once h2 takes it. It takes all of it when it has room for one byte; nothing is reserved before
-    /// there is something to send, since what is reserved is taken from the connection's other streams.
+    /// there is something to send, since what is reserved is taken from the connection's other streams. A little is handed over
+    /// unasked: should the client make no room, h2 keeps it, and this asks before it has more.
     fn poll_waiting(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Data>, h2::Error>> {
-        if self.waiting.is_none() {
-            return Poll::Ready(Ok(None));
+        let Some(waiting) = &self.waiting else { return Poll::Ready(Ok(None)) };
+        let unasked = self.unasked.saturating_add(waiting.remaining());
+        if unasked <= UNASKED {
+            self.unasked = unasked;
+            return Poll::Ready(Ok(self.waiting.take()));
         }
         if std::mem::take(&mut self.is_watched) {
             // To reserve room wakes whoever watches the stream, and that is this call.
@@ -221,6 +229,7 @@ impl<B: Body<Data = Data, Error = BodyError> + Unpin> Pipe<B> {
                 None => return Poll::Ready(Err(Reason::CANCEL.into())),
             };
         }
+        self.unasked = 0;
         Poll::Ready(Ok(self.waiting.take()))
     }
 }

@@ -2,10 +2,14 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::Waker,
 };
 
+use bytes::buf::Chain;
 use futures_util::future::poll_fn;
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -75,7 +79,7 @@ fn end_turn<S: AsyncWrite + Unpin>(outlet: &mut Outlet<S>, goes_on: bool) {
 }
 
 fn pending<S>(gather: &Gather<S>) -> usize {
-    gather.0.lock().pending.len()
+    gather.socket.lock().pending.len()
 }
 
 #[test]
@@ -95,10 +99,75 @@ fn what_was_gathered_leaves_in_one_call_at_the_end_of_the_turn_and_the_buffer_is
     assert_eq!(*calls.lock().unwrap(), 1, "another turn is waited for, but not two");
     let expected: Vec<u8> = (0..20u8).flat_map(|frame| [frame; 300]).collect();
     assert_eq!(*taken.lock().unwrap(), expected);
-    assert_eq!(gather.0.lock().pending.capacity(), 0);
+    assert_eq!(gather.socket.lock().pending.capacity(), 0);
     write(&mut gather, b"once more");
     end_turn(&mut outlet, false);
     assert_eq!(*calls.lock().unwrap(), 2);
+}
+
+/// Counts the writes that it passes on.
+struct Counted<S>(S, Arc<AtomicUsize>);
+
+impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        Pin::new(&mut self.0).poll_write(cx, data)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        Pin::new(&mut self.0).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+/// Of a frame below 1 KiB, writing it by itself costs more than copying it twice; one that lies in several pieces is one write.
+#[tokio::test]
+async fn h2_hands_small_frames_over_together_and_each_large_one_at_once() {
+    for (count, piece, most) in [(50, 300, 5), (8, 4000, 8)] {
+        let (near, far) = tokio::io::duplex(1 << 16);
+        let (mut client, connection) = h2::client::handshake(near).await.unwrap();
+        tokio::spawn(connection);
+        let call = || http::Request::new(());
+        let _answers: Vec<_> = (0..count).map(|_| client.send_request(call(), true).unwrap()).collect();
+        let writes = Arc::<AtomicUsize>::default();
+        let counted = Counted(Gather::new(far), writes.clone());
+        let mut connection = h2::server::Builder::new().handshake::<_, Chain<Bytes, Bytes>>(counted).await.unwrap();
+        let mut streams = Vec::new();
+        while streams.len() < count {
+            let (_, mut respond) = connection.accept().await.unwrap().unwrap();
+            streams.push(respond.send_response(http::Response::new(()), false).unwrap());
+        }
+        let mut poll = || connection.poll_closed(&mut Context::from_waker(Waker::noop())).is_pending();
+        assert!(poll());
+        let before = writes.load(Ordering::Relaxed);
+        let half = Bytes::from(vec![7; piece]);
+        streams.iter_mut().for_each(|stream| stream.send_data(half.clone().chain(half.clone()), true).unwrap());
+        assert!(poll());
+        let writes = writes.load(Ordering::Relaxed) - before;
+        assert!((1..=most).contains(&writes), "{writes} writes of {count} frames of {} bytes", 2 * piece);
+    }
 }
 
 #[test]
@@ -117,7 +186,7 @@ fn what_the_socket_does_not_take_leaves_later() {
 #[test]
 fn the_socket_closes_with_its_connection() {
     let gather = Gather::new(Scripted::default());
-    let (mut outlet, taken) = (gather.outlet(), gather.0.lock().inner.taken.clone());
+    let (mut outlet, taken) = (gather.outlet(), gather.socket.lock().inner.taken.clone());
     drop(gather);
     assert_eq!(Arc::strong_count(&taken), 1);
     end_turn(&mut outlet, false);
