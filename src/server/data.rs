@@ -107,16 +107,24 @@ impl Part {
         }
     }
 
-    /// Leaves out the first slice; false when there is no other.
-    fn advance(&mut self) -> bool {
+    /// Leaves out the first slices as long as `count` bytes cover them, and takes those off it. True when no slice is left.
+    fn advance(&mut self, count: &mut usize) -> bool {
         match self {
-            Self::Bytes(_) | Self::Record(_) => false,
+            Self::Bytes(_) | Self::Record(_) => cover(count, self.first()),
             Self::Run(run) => {
-                run.advance();
-                !run.is_empty()
+                let covered = run.records().take_while(|record| cover(count, record.field())).count();
+                run.advance(covered);
+                run.is_empty()
             }
         }
     }
+}
+
+/// Takes the bytes of `slice` off `count`, if there are so many.
+fn cover(count: &mut usize, slice: &[u8]) -> bool {
+    let left = count.checked_sub(slice.len());
+    *count = left.unwrap_or(*count);
+    left.is_some()
 }
 
 impl List {
@@ -171,20 +179,15 @@ impl List {
         filled
     }
 
-    fn advance(&mut self, mut count: usize) {
+    fn advance(&mut self, count: usize) {
         self.len -= count;
-        while let Some(first) = self.parts.front_mut() {
-            let left = first.first().len() - self.sent;
-            if count < left {
-                break;
-            }
-            count -= left;
-            self.sent = 0;
-            if !first.advance() {
-                self.parts.pop_front();
-            }
-        }
+        // From where the first slice begins, so that several are left out in one go.
         self.sent += count;
+        while let Some(first) = self.parts.front_mut()
+            && first.advance(&mut self.sent)
+        {
+            self.parts.pop_front();
+        }
     }
 }
 

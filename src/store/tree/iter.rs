@@ -100,9 +100,9 @@ impl Run {
         self.until = self.until.min(self.from.saturating_add(len));
     }
 
-    /// Leaves out the first record.
-    pub fn advance(&mut self) {
-        self.from = self.until.min(self.from + 1);
+    /// Leaves out the first `count` records.
+    pub fn advance(&mut self, count: usize) {
+        self.from = self.until.min(self.from.saturating_add(count));
     }
 }
 

@@ -59,8 +59,7 @@ fn assert_ranges(tree: &Tree, model: &Model, bounds: &[(u16, Option<u16>)]) {
             assert_eq!(run.sums(), run.records().map(Sums::of).sum());
             let third = run.get(2).map(|record| record.key().to_vec());
             run.truncate(3);
-            run.advance();
-            run.advance();
+            run.advance(2);
             assert!(keys_of(&run).eq(third.iter().map(|key| &key[..])) && run.get(run.len()).is_none());
             assert_eq!((run.len(), run.is_empty()), (third.iter().len(), third.is_none()));
         }
