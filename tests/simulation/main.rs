@@ -16,6 +16,7 @@
 //! the same instant; a test asserts that of most seeds. Now and then such an order decides what follows, so a breach that
 //! hangs on it may need a few tries.
 
+mod call;
 mod clients;
 mod dice;
 mod faults;

@@ -5,11 +5,16 @@ use std::sync::Arc;
 use bytes::Bytes;
 use millpond::{
     cache::{self, Cache},
+    server::{
+        leader::Leader,
+        watch::{self, Watch},
+    },
     store::{KeyRange, Limits},
     upstream::{self, Endpoint, Upstream},
 };
 use parking_lot::Mutex;
 use prometheus::Registry;
+use tokio_util::sync::CancellationToken;
 use tokio::time::{Duration, Instant};
 
 use crate::{
@@ -34,6 +39,7 @@ pub struct Parts {
     pub cluster: Cluster,
     pub links: Vec<Link>,
     pub cache: Cache,
+    pub watch: Watch,
     /// What the cache keeps, prefix by prefix.
     pub ranges: Vec<KeyRange>,
     pub trace: Trace,
@@ -103,9 +109,10 @@ impl World {
             .map(|at| Link::new(Node::new(cluster.clone(), at, manner, dice.fork()), dice.fork()))
             .collect();
         let cache = start_cache(&links, &ranges, cache_bytes, dice);
+        let watch = start_watch(&cache);
         let adopted = ranges.iter().map(|_| Mutex::default()).collect();
         let (shown, restoring) = (Mutex::default(), Mutex::default());
-        Self(Arc::new(Parts { cluster, links, cache, ranges, trace, shown, adopted, restoring }))
+        Self(Arc::new(Parts { cluster, links, cache, watch, ranges, trace, shown, adopted, restoring }))
     }
 
     pub fn kill(&self, at: usize) {
@@ -151,4 +158,17 @@ fn start_cache(links: &[Link], ranges: &[KeyRange], cache_bytes: usize, dice: &m
         check_interval: Duration::ZERO,
     };
     Cache::start(upstream, settings, &registry).expect("a fresh registry")
+}
+
+/// The Watch service on `cache`, with room for all relays that a simulation has.
+fn start_watch(cache: &Cache) -> Watch {
+    let settings = watch::Settings {
+        max_request_bytes: 1 << 20,
+        progress_interval: Duration::from_secs(600),
+        catch_up_limit: 8,
+        stream_limit: 8,
+    };
+    let metrics = watch::Metrics::register(&Registry::new()).expect("a fresh registry");
+    let stop = CancellationToken::new();
+    Watch::new(cache.clone(), settings, metrics, Leader::start(cache.upstream(), stop.clone()), stop)
 }

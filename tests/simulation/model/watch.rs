@@ -6,8 +6,11 @@
 
 use millpond::{
     proto::{
-        etcdserverpb::{WatchCreateRequest, WatchRequest, WatchResponse, watch_request::RequestUnion},
-        mvccpb::Event,
+        etcdserverpb::{
+            WatchCreateRequest, WatchRequest, WatchResponse, watch_create_request::FilterType,
+            watch_request::RequestUnion,
+        },
+        mvccpb::{Event, event::EventType},
     },
     store::KeyRange,
 };
@@ -35,6 +38,14 @@ struct Watcher {
     next: i64,
     behind: bool,
     prev_kv: bool,
+    filters: Vec<i32>,
+}
+
+impl Watcher {
+    fn wants(&self, event: &Event) -> bool {
+        let unwanted = if event.r#type() == EventType::Put { FilterType::Noput } else { FilterType::Nodelete };
+        !self.filters.contains(&(unwanted as i32))
+    }
 }
 
 struct Stream {
@@ -111,6 +122,7 @@ impl Stream {
             next: if next > 0 { next } else { self.told + 1 },
             behind: next > 0 && next <= self.told,
             prev_kv: create.prev_kv,
+            filters: create.filters,
         });
     }
 
@@ -172,7 +184,8 @@ impl Stream {
             let told = watcher.prev_kv && before >= compacted;
             Event { prev_kv: event.prev_kv.clone().filter(|_| told), ..event.clone() }
         };
-        let events: Vec<Event> = inner.history().events_in(&watcher.range, first, to).map(seen).collect();
+        let events = inner.history().events_in(&watcher.range, first, to);
+        let events: Vec<Event> = events.filter(|event| watcher.wants(event)).map(seen).collect();
         drop(inner);
         if events.is_empty() {
             return;
