@@ -69,6 +69,12 @@ macro_rules! statuses {
     };
 }
 
+impl Status {
+    /// No member can be reached. Etcd's client takes this, and this alone, as proof that not even a write was sent, and tries again;
+    /// it opens a Watch stream again that ends so, there or elsewhere, and its user does not notice.
+    pub const NO_CONNECTION: Self = Self::fixed(Code::Unavailable, "there is no connection available");
+}
+
 statuses! {
     /// A request without a key.
     EMPTY_KEY = InvalidArgument, "key is not provided";

@@ -24,9 +24,11 @@ use support::{
     watching::{WatchStream, create, revision_of},
 };
 use tokio::time::timeout;
-use tonic::metadata::MetadataMap;
+use tonic::{Code, metadata::MetadataMap};
 
 const DAY: i64 = 86_400;
+/// What etcd's client takes for a proof that nothing was sent.
+const NO_CONNECTION: &str = "there is no connection available";
 
 /// A stream on a connection of its own, with a watcher of `k/` from `start` on.
 async fn parked(millpond: &Millpond, start: i64) -> WatchStream {
@@ -82,6 +84,57 @@ async fn watchers_parked_through_an_outage_go_on_without_a_gap() {
     eventually("answers without an age", async || age(&client).await.is_none().then_some(())).await;
     assert_eq!(millpond.metric("millpond_feed_lost_since_seconds").await, 0.0);
     millpond.assert_well();
+}
+
+/// A member that has lost its majority says that there is no leader, and Kubernetes, which asks for one on every watch, tries again at
+/// once and gives its own caches up after half a minute. Of a cluster that cannot be reached, etcd's client says nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn that_there_is_no_leader_is_told_only_by_a_member() {
+    let mut cluster = Cluster::builder(Release::newest()).members(3).start().await;
+    let millpond = Millpond::start(&cluster.endpoints(), &[]).await;
+    let client = millpond.client();
+    let open = async || WatchStream::open_with(&client, &[("hasleader", "true")]).await;
+    let stream = open().await;
+    cluster.kill(0);
+    cluster.kill(1);
+    assert_eq!(stream.until_end().await.unwrap_err().message(), "etcdserver: no leader");
+    cluster.kill(2);
+    eventually("a word of those who cannot be reached", async || {
+        let end = open().await.until_end().await.unwrap_err();
+        assert_eq!(end.code(), Code::Unavailable);
+        (end.message() == NO_CONNECTION).then_some(())
+    })
+    .await;
+}
+
+/// Etcd's client repeats what was not sent, a hundred times within three seconds. Before an etcd that is away it would wait for longer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_has_the_patience_with_an_outage_that_it_has_with_etcd() {
+    let mut cluster = Cluster::single(Release::newest()).await;
+    let millpond = Millpond::start(&cluster.endpoints(), &[]).await;
+    let client = millpond.client();
+    put(&client, 0).await;
+    let refused = |answer: &Result<i64, tonic::Status>| {
+        answer.as_ref().is_err_and(|status| status.message() == NO_CONNECTION && status.code() == Code::Unavailable)
+    };
+    cluster.kill(0);
+    eventually("a write that was not sent", async || refused(&client.put("k/1", "v").await).then_some(())).await;
+    let patient = async {
+        for _ in 0..100 {
+            let answer = client.put("k/1", "v").await;
+            if !refused(&answer) {
+                return answer;
+            }
+            breathe(25).await;
+        }
+        panic!("a hundred times in vain");
+    };
+    let back = async {
+        breathe(4000).await;
+        cluster.restart(0).await;
+    };
+    let (answer, ()) = tokio::join!(patient, back);
+    answer.unwrap();
 }
 
 /// After an outage everybody asks for everything since long ago at once, which only the etcd has; who is up to date is

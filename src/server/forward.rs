@@ -28,7 +28,6 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(5);
 const DEADLINE: Status = Status::fixed(Code::DeadlineExceeded, "context deadline exceeded");
 const NO_METHOD: Status = Status::fixed(Code::Unimplemented, "CONNECT is not a gRPC method");
-const NO_MEMBER: Status = Status::fixed(Code::Unavailable, "there is no connection available");
 
 /// How a path is forwarded.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -147,7 +146,7 @@ pub(super) async fn pinned(upstream: &Upstream, connection: &Connection) -> Resu
     if let Some(at) = connection.member.get() {
         return Ok(*at);
     }
-    let preferred = upstream.await_preferred(&[], PATIENCE).await.ok_or(NO_MEMBER)?;
+    let preferred = upstream.await_preferred(&[], PATIENCE).await.ok_or(Status::NO_CONNECTION)?;
     Ok(*connection.member.get_or_init(|| preferred))
 }
 

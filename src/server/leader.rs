@@ -1,5 +1,6 @@
 //! Streams that ask for a leader (`hasleader`, as Kubernetes sets on every watch) end when there is none: at opening, and
-//! once no endpoint has shown one for three election timeouts, as in etcd.
+//! once no endpoint has shown one for three election timeouts, as in etcd. When no endpoint can be reached at all they end too, so that
+//! their clients go on elsewhere if they can, but not with the word that there is no leader.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,7 +8,10 @@ use arc_swap::ArcSwap;
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::upstream::{Health, Upstream};
+use crate::{
+    status::Status,
+    upstream::{Health, Upstream},
+};
 
 /// Three of etcd's default election timeouts.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -34,12 +38,21 @@ impl Leader {
         leader
     }
 
-    /// A token that is cancelled when the leader is lost; none while there is no leader.
-    pub fn reign(&self) -> Option<CancellationToken> {
+    /// A token that is cancelled when the leader is lost.
+    ///
+    /// # Errors
+    /// What streams end with ([`Leader::lack`]), while there is no leader.
+    pub fn reign(&self) -> Result<CancellationToken, Status> {
         let health = self.health.borrow();
         let refused = health.reachable && !health.has_leader;
         let reign = self.reign.load();
-        (!refused && (!reign.is_cancelled() || self.stop.is_cancelled())).then(|| CancellationToken::clone(&reign))
+        let goes_on = !refused && (!reign.is_cancelled() || self.stop.is_cancelled());
+        if goes_on { Ok(CancellationToken::clone(&reign)) } else { Err(lack(&health)) }
+    }
+
+    /// Why a reign is over.
+    pub fn lack(&self) -> Status {
+        lack(&self.health.borrow())
     }
 
     async fn mind(self) {
@@ -60,4 +73,10 @@ impl Leader {
             self.reign.store(Arc::new(self.stop.child_token()));
         }
     }
+}
+
+/// A member without a leader says so, and etcd's client tells its user, for Kubernetes to try again at once and, after half a minute, to
+/// give its own caches up. Of members that cannot be reached nobody knows that, and etcd's client would just look for another.
+fn lack(health: &Health) -> Status {
+    if health.reachable { Status::NO_LEADER } else { Status::NO_CONNECTION }
 }

@@ -113,9 +113,9 @@ impl Watch {
 
     fn open(&self, request: Request<Incoming>) -> Response<Body> {
         let asks_for_leader = request.headers().get("hasleader").is_some_and(|value| value == "true");
-        let end = if asks_for_leader { self.shared.leader.reign() } else { Some(self.shared.stop.clone()) };
+        let end = if asks_for_leader { self.shared.leader.reign() } else { Ok(self.shared.stop.clone()) };
         let compression = Compression::named(request.headers(), self.shared.settings.max_request_bytes + (512 << 10));
-        match compression.and_then(|compression| Ok((compression, end.ok_or(Status::NO_LEADER)?))) {
+        match compression.and_then(|compression| Ok((compression, end?))) {
             Ok((compression, end)) => {
                 let stream = Stream::new(self.shared.clone(), request.into_body(), compression, end);
                 response::streaming(Body::boxed(stream))

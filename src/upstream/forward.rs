@@ -25,7 +25,7 @@ use super::{
     limits::{Limit, Permit},
     pool::Slot,
     sender::ResponseBody,
-    shared::{Answer, MemberLink, NO_CONNECTION, Shared},
+    shared::{Answer, MemberLink, Shared},
 };
 use crate::status::Status;
 
@@ -77,6 +77,10 @@ struct Live {
     _permit: Permit,
 }
 
+/// For an upstream that is away. A member of etcd that is cut off keeps a call for seven seconds, and etcd's client waits for a server
+/// that is not there for as long as it may; but a client that has another server to go to is to try that soon.
+const ABSENCE: Duration = Duration::from_secs(1);
+
 /// Bytes after which a client can be stalled at all: its smallest window.
 const SMALLEST_WINDOW: usize = 48 << 10;
 
@@ -85,8 +89,8 @@ const SMALLEST_WINDOW: usize = 48 << 10;
 struct Stalled;
 
 impl Upstream {
-    /// Forwards a request, whatever scheme and authority its URI has. Waits for a
-    /// permit, and for the probes if no endpoint is known to be usable yet.
+    /// Forwards a request, whatever scheme and authority its URI has. Waits a moment for an endpoint if none can be reached, and for a
+    /// permit.
     ///
     /// # Errors
     /// Unavailable when no endpoint can be reached (`there is no connection available`: nothing was sent), or the
@@ -98,6 +102,10 @@ impl Upstream {
         request: Request<RequestBody>,
     ) -> Result<Forwarded, Status> {
         let shared = self.shared();
+        if route == Route::Preferred {
+            // Before it takes a permit: whoever waits here keeps nothing from others.
+            shared.await_any(ABSENCE).await;
+        }
         let permit = shared.limit(class).permit().await?;
         let connections = match class {
             ForwardClass::Unary => Class::Unary,
@@ -187,7 +195,7 @@ impl Shared {
             Route::Member(at) => Ok(at),
             Route::Preferred => {
                 let preferred = self.await_preferred(tried, self.settings.connect_timeout).await;
-                preferred.ok_or(NO_CONNECTION)
+                preferred.ok_or(Status::NO_CONNECTION)
             }
         }
     }

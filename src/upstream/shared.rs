@@ -157,7 +157,7 @@ impl Shared {
         class: Class,
         mut request: Request<RequestBody>,
     ) -> Result<Answer, Unsent> {
-        let Ok(member) = self.member(at) else { return Err(Unsent::lost(NO_CONNECTION)) };
+        let Ok(member) = self.member(at) else { return Err(Unsent::lost(Status::NO_CONNECTION)) };
         for _ in 0..HANDOVERS {
             let slot = match member.pool.slot(class).await {
                 Ok(slot) => slot,
@@ -175,7 +175,7 @@ impl Shared {
             }
         }
         self.suspect(at);
-        Err(Unsent { status: NO_CONNECTION, request: Some(request) })
+        Err(Unsent { status: Status::NO_CONNECTION, request: Some(request) })
     }
 
     /// The status of a call that a transport error ended. An error of the whole connection makes the endpoint suspect.
@@ -201,6 +201,15 @@ impl Shared {
             let _ = timeout(patience, self.health.clone().wait_for(decided)).await;
         }
         self.health.borrow().preferred(avoid)
+    }
+
+    /// Waits until some endpoint may be used, or `patience` ends.
+    pub(super) async fn await_any(&self, patience: Duration) {
+        let is_there = |health: &Health| health.preferred(&[]).is_some();
+        if !is_there(&self.health.borrow()) {
+            // Whoever goes on finds out which of both it was.
+            let _ = timeout(patience, self.health.clone().wait_for(is_there)).await;
+        }
     }
 
     pub(super) fn reap(&self, at: EndpointId) {
@@ -231,9 +240,6 @@ impl MemberLink {
         Ok(Self { authority, pool, kick: Notify::new() })
     }
 }
-
-/// What the Go client's interceptor takes, with Unavailable, as proof that not even a write was sent: it tries again.
-pub(super) const NO_CONNECTION: Status = Status::fixed(Code::Unavailable, "there is no connection available");
 
 /// An answer from its headers on; the slot is to be kept until its end.
 pub(super) struct Answer {

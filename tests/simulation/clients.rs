@@ -12,12 +12,11 @@ use tokio::time::{Duration, sleep, timeout};
 
 use crate::{dice::Dice, model::history::Write, world::World};
 
-const KEYS: [&str; 8] = ["a/0", "a/1", "a/2", "a/11", "a/3", "b/0", "b/1", "c"];
 /// A client's patience with a write.
 const DEADLINE: Duration = Duration::from_secs(3);
 
-fn key(dice: &mut Dice) -> Bytes {
-    Bytes::from_static(dice.pick(&KEYS).as_bytes())
+fn key(world: &World, dice: &mut Dice) -> Bytes {
+    Bytes::from_static(dice.pick(&world.0.keys).as_bytes())
 }
 
 /// One that is never written twice.
@@ -26,8 +25,8 @@ pub fn value(dice: &mut Dice) -> Bytes {
 }
 
 /// One to four changes of different keys, with values that are never written twice.
-fn writes(dice: &mut Dice) -> Vec<Write> {
-    let mut keys: Vec<Bytes> = (0..dice.between(1, 4)).map(|_| key(dice)).collect();
+fn writes(world: &World, dice: &mut Dice) -> Vec<Write> {
+    let mut keys: Vec<Bytes> = (0..dice.between(1, 4)).map(|_| key(world, dice)).collect();
     keys.sort();
     keys.dedup();
     let write = |key| if dice.chance(3) { Write::Delete(key) } else { Write::Put(key, value(dice)) };
@@ -41,7 +40,7 @@ pub async fn write(world: World, mut dice: Dice) {
         sleep(dice.pause(80)).await;
         let at = dice.below(world.0.links.len());
         let lose = dice.chance(15);
-        let writes = writes(&mut dice);
+        let writes = writes(&world, &mut dice);
         if let Ok(Ok(header)) = timeout(DEADLINE, cluster.write(at, &writes, lose)).await {
             // An answer comes from the process that was asked, so it is of the present history.
             let generation = cluster.look().generation();
@@ -57,7 +56,7 @@ pub async fn relay(world: World, mut dice: Dice) {
     loop {
         sleep(dice.pause(200)).await;
         let Some(at) = cache.upstream().preferred(&[]) else { continue };
-        let request = PutRequest { key: key(&mut dice), value: value(&mut dice), ..Default::default() };
+        let request = PutRequest { key: key(&world, &mut dice), value: value(&mut dice), ..Default::default() };
         let sent = cache.consensus().stamp();
         let path = "/etcdserverpb.KV/Put";
         let answer = cache.upstream().unary_numbered::<_, PutResponse>(at, path, &request, DEADLINE).await;

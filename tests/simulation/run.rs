@@ -44,7 +44,7 @@ pub fn simulated<T>(something: impl Future<Output = T>) -> T {
 
 async fn simulate(mut dice: Dice) -> Outcome {
     let world = World::start(&mut dice);
-    let seen: Vec<Seen> = (0..2).map(|_| Arc::new(Mutex::new(None))).collect();
+    let seen: Vec<Seen> = (0..3).map(|_| Arc::new(Mutex::new(None))).collect();
     let mut tasks: Vec<AbortHandle> = Vec::new();
     for seen in &seen {
         tasks.push(tokio::spawn(watchers::watch(world.clone(), dice.fork(), seen.clone())).abort_handle());
@@ -56,12 +56,15 @@ async fn simulate(mut dice: Dice) -> Outcome {
         tasks.push(tokio::spawn(clients::read(world.clone(), dice.fork(), pause)).abort_handle());
     }
     tasks.push(tokio::spawn(clients::read_serializable(world.clone(), dice.fork())).abort_handle());
-    let trouble = [
+    let mut trouble = vec![
         tokio::spawn(clients::write(world.clone(), dice.fork())),
         tokio::spawn(clients::write(world.clone(), dice.fork())),
-        tokio::spawn(clients::relay(world.clone(), dice.fork())),
         tokio::spawn(faults::strike(world.clone(), dice.fork())),
     ];
+    // Whoever writes through the cache tells it much of the history.
+    if dice.chance(2) {
+        trouble.push(tokio::spawn(clients::relay(world.clone(), dice.fork())));
+    }
     sleep(TROUBLE).await;
     while *world.0.restoring.lock() {
         sleep(Duration::from_millis(100)).await;

@@ -11,7 +11,7 @@ use crate::{
     dice::Dice,
     model::{history::Write, server::Manner},
     run::{answer, simulated},
-    world::{AMPLE, KEEPALIVE, World},
+    world::{AMPLE, KEEPALIVE, KEYS, World},
 };
 
 const MANNER: Manner = Manner { version: "3.7.1", round_trip: 1, piece: 1000, victims: 1000, unanswered: 1_000_000 };
@@ -22,7 +22,7 @@ fn world() -> World {
 }
 
 fn with_room(cache_bytes: usize) -> World {
-    World::of(1, MANNER, vec![KeyRange::prefix(Bytes::from_static(b"a/"))], cache_bytes, &mut Dice::new(1))
+    World::of(1, MANNER, vec![KeyRange::prefix(Bytes::from_static(b"a/"))], KEYS, cache_bytes, &mut Dice::new(1))
 }
 
 async fn put(world: &World, keys: &[&'static str]) {

@@ -205,9 +205,8 @@ impl Watched {
             false => self.has_same_events(inner, at, other),
         };
         let all = 0..=inner.generation();
-        let more = all.filter(|other| {
-            !self.generations.contains(other) && self.generations.iter().any(|at| shares(*at, *other))
-        });
+        let more = all
+            .filter(|other| !self.generations.contains(other) && self.generations.iter().any(|at| shares(*at, *other)));
         let more: Vec<usize> = more.collect();
         self.generations.extend(more);
     }

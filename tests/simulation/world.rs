@@ -14,8 +14,8 @@ use millpond::{
 };
 use parking_lot::Mutex;
 use prometheus::Registry;
-use tokio_util::sync::CancellationToken;
 use tokio::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     dice::Dice,
@@ -31,6 +31,12 @@ pub const KEEPALIVE: Duration = Duration::from_millis(3000);
 /// Bytes for an index that nothing written here fills.
 pub const AMPLE: usize = 64 << 20;
 
+/// Keys that are written. One that stands here twice is written twice as often.
+pub const KEYS: [&str; 8] = ["a/0", "a/1", "a/2", "a/11", "a/3", "b/0", "b/1", "c"];
+/// So that a prefix may have little to tell of what becomes of the rest, or nothing.
+const QUIET_KEYS: [&str; 8] = ["a/1", "b/0", "b/1", "b/1", "c", "c", "c", "c"];
+const OTHER_KEYS: [&str; 8] = ["b/0", "b/0", "b/1", "b/1", "c", "c", "c", "c"];
+
 /// Everything of one simulation. Cheap to clone.
 #[derive(Clone)]
 pub struct World(pub Arc<Parts>);
@@ -42,6 +48,8 @@ pub struct Parts {
     pub watch: Watch,
     /// What the cache keeps, prefix by prefix.
     pub ranges: Vec<KeyRange>,
+    /// What is written.
+    pub keys: [&'static str; 8],
     pub trace: Trace,
     /// The history that the cache has answered from for certain, and what it has relayed from it.
     pub shown: Mutex<(usize, i64)>,
@@ -97,13 +105,21 @@ impl World {
         };
         let [a, b] = [b"a/", b"b/"].map(|prefix| KeyRange::prefix(Bytes::from_static(prefix)));
         let ranges = dice.pick(&[vec![KeyRange::everything()], vec![a.clone()], vec![a, b]]);
-        Self::of(members, manner, ranges, AMPLE, dice)
+        let keys = dice.pick(&[KEYS, KEYS, QUIET_KEYS, OTHER_KEYS]);
+        Self::of(members, manner, ranges, keys, AMPLE, dice)
     }
 
     /// Starts a cluster of `members` and a cache of `ranges` with so many bytes for its index.
-    pub fn of(members: usize, manner: Manner, ranges: Vec<KeyRange>, cache_bytes: usize, dice: &mut Dice) -> Self {
+    pub fn of(
+        members: usize,
+        manner: Manner,
+        ranges: Vec<KeyRange>,
+        keys: [&'static str; 8],
+        cache_bytes: usize,
+        dice: &mut Dice,
+    ) -> Self {
         let trace = Trace::new();
-        trace.note(format!("{members} members, {manner:?}, {ranges:?}"));
+        trace.note(format!("{members} members, {manner:?}, {ranges:?}, {keys:?}"));
         let cluster = Cluster::start(members, dice);
         let links: Vec<Link> = (0..members)
             .map(|at| Link::new(Node::new(cluster.clone(), at, manner, dice.fork()), dice.fork()))
@@ -112,7 +128,7 @@ impl World {
         let watch = start_watch(&cache);
         let adopted = ranges.iter().map(|_| Mutex::default()).collect();
         let (shown, restoring) = (Mutex::default(), Mutex::default());
-        Self(Arc::new(Parts { cluster, links, cache, watch, ranges, trace, shown, adopted, restoring }))
+        Self(Arc::new(Parts { cluster, links, cache, watch, ranges, keys, trace, shown, adopted, restoring }))
     }
 
     pub fn kill(&self, at: usize) {

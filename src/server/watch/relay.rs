@@ -116,6 +116,7 @@ impl Task {
     async fn run(mut self) {
         loop {
             let permit = tokio::select! {
+                biased;
                 permit = self.permit() => permit,
                 () = self.arrival() => return drop(self.hand_over().await),
             };
@@ -245,13 +246,15 @@ impl Task {
         let mut asked = self.asked.clone();
         loop {
             let message = tokio::select! {
-                message = receiver.next() => Some(message),
+                // What seldom happens comes first, so that nothing waits for ever.
+                biased;
                 Ok(()) = asked.changed() => {
                     self.is_owed = self.has_begun();
                     pause = FIRST_PAUSE;
                     None
                 }
                 () = self.arrival() => return self.hand_over().await,
+                message = receiver.next() => Some(message),
                 () = sleep_until(ask), if trusted && (self.hub.is_some() || self.is_owed || self.falls_short()) => {
                     pause = (pause * 2).min(LONGEST_PAUSE);
                     None

@@ -136,7 +136,7 @@ impl Stream {
         let ends = self.end.as_mut().poll(&mut Context::from_waker(self.news.seldom())).is_ready();
         if ends {
             let stopping = self.shared.stop.is_cancelled();
-            self.ended = Some(if stopping { Status::STOPPED } else { Status::NO_LEADER });
+            self.ended = Some(if stopping { Status::STOPPED } else { self.shared.leader.lack() });
         }
         ends
     }

@@ -72,6 +72,8 @@ pub struct Inner {
     pub began: Vec<i64>,
     /// The newest compaction of each history.
     compactions: Vec<i64>,
+    /// Up to where the present history was compacted when it began. No backup of it knows of less.
+    marked: i64,
 }
 
 impl Inner {
@@ -165,6 +167,7 @@ impl Cluster {
             told: vec![1],
             began: vec![1],
             compactions: vec![0],
+            marked: 0,
         };
         let cluster = Self(Arc::new(Shared { inner: Mutex::new(inner), changed: Notify::new() }));
         for at in 0..members {
@@ -315,8 +318,9 @@ impl Cluster {
             inner.histories.push(history);
             inner.told.push(head);
             inner.began.push(head);
-            let compacted = if bump > 0 { head } else { 0 };
+            let compacted = if bump > 0 { head } else { inner.marked };
             inner.compactions.push(compacted);
+            inner.marked = compacted;
             inner.log = vec![Entry { revision: head, compacted }];
             inner.term = if held { inner.term } else { 2 };
             let term = inner.term;
