@@ -13,8 +13,8 @@
 //! A seed repeats what happens to the millisecond, which is how fine tokio's clock is. In what order things happen within
 //! the same millisecond is not always repeated: `tokio::sync::watch` wakes its receivers, and `select!` tries its branches,
 //! in an order that tokio draws by itself. Of three seeds, two have traces that are always the same but for the order of lines of
-//! the same instant; a test asserts that there are such. For the others such an order has decided what follows, so a breach that
-//! hangs on it may need a few tries.
+//! the same instant. For the others such an order decides what follows, and there are a few traces that come again and again, which a
+//! test asserts of most seeds; a breach that hangs on it may need a few tries.
 
 mod call;
 mod clients;
@@ -38,9 +38,9 @@ use run::{Outcome, run};
 
 /// How many simulations are run, unless it is said.
 const SEEDS: u64 = 100;
-/// How many are run twice, and how many of them must repeat: far fewer than do.
-const REPEATED: u64 = 10;
-const LEAST_REPEATED: u64 = 2;
+/// How many of them are run again, up to so many times, to see that they are repeated.
+const REPEATED: u64 = 5;
+const RUNS: usize = 4;
 /// Lines of the trace that are shown of a failure, up to the first breach.
 const SHOWN: usize = 400;
 
@@ -85,15 +85,21 @@ fn everything_told_is_so_in_every_interleaving() {
     panic!("{} breaches; MILLPOND_TEST_SEED={seed} MILLPOND_SIMULATION_SEEDS=1", outcome.breaches.len());
 }
 
-#[test]
-fn a_seed_repeats_what_happens() {
-    let sorted = |seed| {
+/// Whether two of a few runs of `seed` are the same but for the order of lines of the same instant.
+fn repeats(seed: u64) -> bool {
+    let mut seen = Vec::new();
+    (0..RUNS).any(|_| {
         let mut lines = run(seed).lines;
         lines.sort();
-        lines
-    };
+        let is_known = seen.contains(&lines);
+        seen.push(lines);
+        is_known
+    })
+}
+
+#[test]
+fn a_seed_repeats_what_happens() {
     let first = first_seed();
-    let repeated = (0..REPEATED).map(|index| first.wrapping_add(index)).filter(|seed| sorted(*seed) == sorted(*seed));
-    let repeated = repeated.count() as u64;
-    assert!(repeated >= LEAST_REPEATED, "only {repeated} of {REPEATED} seeds from {first} on");
+    let repeated = (0..REPEATED).filter(|index| repeats(first.wrapping_add(*index))).count() as u64;
+    assert!(repeated * 2 > REPEATED, "only {repeated} of {REPEATED} seeds from {first} on");
 }
