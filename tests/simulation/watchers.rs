@@ -105,7 +105,8 @@ async fn begin(world: &World, call: &mut Call, wish: Wish) -> Option<Watched> {
     for view in [&before, &after] {
         generations.extend(matching(&inner, &parts.ranges[lane], view, 0));
     }
-    let is_cached = covering.is_some() && before.is_loaded();
+    // One that begins in the future has seen nothing of what another history may lack.
+    let is_cached = covering.is_some() && before.is_loaded() && first <= now + 1;
     let followed = if is_cached { (first - 1).min(after.revision().0) } else { 0 };
     let began = (asked, before.position.epoch);
     parts.trace.note(format!("watcher of {:?} from {first}, now {now}", wish.range));
@@ -194,7 +195,8 @@ impl Watched {
         trace.note(format!("watcher from {} to {to}: {} events", self.seen, response.events.len()));
         self.generations = right;
         self.seen = self.seen.max(to);
-        self.followed = self.seen;
+        // Not as far as the future in which it may have asked to begin.
+        self.followed = self.followed.max(to);
         true
     }
 
