@@ -390,9 +390,11 @@ impl Feed {
     /// Lists anew, and goes on in the same epoch if the list agrees with the old state.
     async fn reload(&mut self, link: &Link, header: &ResponseHeader, doubt: &str) -> Result<(), End> {
         let mark = self.floor.mark();
+        let edge = self.list_edge(link).await?;
         let listed = self.list(link, Revision::ZERO).await?;
         let (endpoint, revision) = (self.upstream.name(link.at()), listed.revision.0);
-        let disagreement = self.disagreement(&listed, self.is_term_held(header));
+        let term_held = self.is_term_held(header);
+        let disagreement = edge.iter().chain([&listed]).find_map(|list| self.disagreement(list, term_held));
         match &disagreement {
             None => info!(endpoint, revision, doubt, "listed anew: the history goes on"),
             Some(why) => warn!(endpoint, revision, doubt, why, "listed anew: the upstream may have another history"),
@@ -403,6 +405,16 @@ impl Feed {
         let epoch = self.writer.position().epoch + u64::from(disagreement.is_some());
         self.adopt(listed, epoch, header);
         Ok(())
+    }
+
+    /// What followed at once on our revision, if the compaction is just there. Watchers that have everything of ours go on then, and
+    /// later changes hide what another history lacks.
+    async fn list_edge(&mut self, link: &Link) -> Result<Option<Listed>, End> {
+        match self.list(link, self.writer.position().revision.next()).await {
+            Ok(listed) => Ok(Some(listed)),
+            Err(End::Failed(status)) if status == Status::COMPACTED => Ok(None),
+            Err(end) => Err(end),
+        }
     }
 
     /// The history of `listed`, which was asked for at `mark`, begins. What had been told of anything newer was of another.

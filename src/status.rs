@@ -70,8 +70,8 @@ macro_rules! statuses {
 }
 
 impl Status {
-    /// No member can be reached. Etcd's client takes this, and this alone, as proof that not even a write was sent, and tries again;
-    /// it opens a Watch stream again that ends so, there or elsewhere, and its user does not notice.
+    /// No member can be reached. By this text etcd's client knows that not even a write was sent, and tries again; a Watch stream that
+    /// ends so it opens again, there or elsewhere, and its user does not notice.
     pub const NO_CONNECTION: Self = Self::fixed(Code::Unavailable, "there is no connection available");
 }
 

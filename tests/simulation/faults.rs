@@ -83,8 +83,7 @@ async fn restore(world: &World, dice: &mut Dice) {
         let again = |revision| inner.history().again(revision, || clients::value(dice));
         (revision, (revision + 1..=head).map(again).collect::<Vec<_>>())
     };
-    // Not so little that the compaction which it marks is the next revision of a watcher: see docs/checker.md.
-    let (bump, held) = (dice.pick(&[0, 0, 50, 1000]), dice.chance(2));
+    let (bump, held) = (dice.pick(&[0, 0, 5, 1000]), dice.chance(2));
     world.0.trace.note(format!("restored at {revision}, raised by {bump}, term held: {held}"));
     world.0.cluster.restore(revision, bump, held);
     if bump == 0 && dice.chance(2) {

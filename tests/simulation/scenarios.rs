@@ -96,6 +96,27 @@ fn a_question_that_an_election_overtakes_is_asked_again_over_the_same_connection
     assert_eq!(connections(100), connections(0));
 }
 
+/// A restore marks as compacted what it raises the revision by. When the mark was the revision that follows on the view's, and what had
+/// been lost was written again later, nothing told the histories apart, and watchers at the mark went on.
+#[test]
+fn a_history_that_is_compacted_up_to_the_next_revision_is_compared_there() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        put(&world, &["a/0", "a/1", "a/1"]).await;
+        answer(&world, &range).await;
+        assert_eq!(world.0.cache.prefixes()[0].store().view().revision(), Revision(4));
+        world.kill(0);
+        sleep(KEEPALIVE * 2).await;
+        world.0.cluster.restore(3, 2, true);
+        world.0.cluster.revive(0);
+        put(&world, &["a/1"]).await;
+        world.0.links[0].touch();
+        answer(&world, &range).await;
+        assert_eq!(world.0.cache.prefixes()[0].store().view().position.epoch, 2);
+        settle(&world);
+    });
+}
+
 /// A deletion that was the last event was taken for a proof. In the restored history the same key was deleted at the same
 /// revision, as when a lease runs out again, but other things had happened before.
 #[test]
