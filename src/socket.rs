@@ -44,8 +44,9 @@ pub(crate) use self::{
 const CAPACITY: usize = 1024 * 1024;
 /// A write of this many bytes or more is worth a system call of its own rather than a copy.
 const LARGE: usize = 32 * 1024;
-/// The first allocation; most lonely responses fit.
-const FIRST_ALLOCATION: usize = 2 * 1024;
+/// The first allocation; most lonely responses fit. Of a size that nothing lasting has: the allocator keeps those together, and where
+/// only two share a page, each leaves a page behind that is in memory for nothing.
+const FIRST_ALLOCATION: usize = 768;
 /// How every HTTP/2 connection begins; no HTTP/1 method in use starts so.
 const HTTP2_START: [u8; 4] = *b"PRI ";
 /// Slices of one vectored write: what was gathered, the head of a frame, and as many of its payload as h2 offers at a time.

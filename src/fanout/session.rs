@@ -55,7 +55,7 @@ pub struct Session {
     settings: SessionSettings,
     hubs: Arc<[Arc<Hub>]>,
     /// One for each hub that has been needed.
-    lanes: Vec<Option<Lane>>,
+    lanes: Box<[Option<Lane>]>,
     watchers: Vec<Option<Watcher>>,
     free: Vec<u32>,
     by_id: HashMap<i64, u32>,

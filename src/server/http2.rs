@@ -51,17 +51,18 @@ const UNASKED: usize = 16 << 10;
 /// Streams that may be reset before they were looked at, and resets that we may have to send for protocol errors.
 const RESETS: usize = 10_000;
 
-/// Serves a connection: each of its requests becomes a call among `calls`, answered by `answer`.
+/// Serves a connection: each of its requests becomes a call among `calls`, answered by `answer`. No `async fn`: that would keep its
+/// arguments twice for as long as the connection lasts.
 ///
 /// # Errors
 /// When the client breaks the rules of HTTP/2, when the socket fails, or when the client is silent for too long, or from the start.
-pub(super) async fn serve<S, A, F, B>(
+pub(super) fn serve<S, A, F, B>(
     socket: Gather<S>,
-    settings: Settings,
+    settings: &Settings,
     calls: NewCalls,
     farewell: Farewell,
     answer: A,
-) -> Result<(), Ended>
+) -> impl Future<Output = Result<(), Ended>>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     A: Fn(Request<Incoming>) -> F,
@@ -71,33 +72,35 @@ where
     let ear = socket.ear();
     // In a box that goes: an idle connection keeps no room for how it began.
     let handshake = Box::pin(timeout(GREETING, builder().handshake::<_, Data>(socket)));
-    let Some(opened) = farewell.leave.run_until_cancelled(handshake).await else { return Ok(()) };
-    let mut connection = opened.map_err(|_| Ended::Silent)??;
-    let mut keepalive = connection.ping_pong().map(|pings| KeepAlive::new(pings, ear, settings));
-    let mut word = Box::pin(farewell.leave.cancelled_owned());
-    let mut leaves = false;
-    poll_fn(|cx| {
-        while word.as_mut().poll(cx).is_ready() {
-            if leaves {
-                return Poll::Ready(Ok(()));
+    async move {
+        let Some(opened) = farewell.leave.run_until_cancelled(handshake).await else { return Ok(()) };
+        let mut connection = opened.map_err(|_| Ended::Silent)??;
+        let mut keepalive = connection.ping_pong().map(|pings| KeepAlive::new(pings, ear, settings));
+        let mut word = Box::pin(farewell.leave.cancelled_owned());
+        let mut leaves = false;
+        poll_fn(|cx| {
+            while word.as_mut().poll(cx).is_ready() {
+                if leaves {
+                    return Poll::Ready(Ok(()));
+                }
+                leaves = true;
+                word.set(farewell.close.clone().cancelled_owned());
+                connection.graceful_shutdown();
             }
-            leaves = true;
-            word.set(farewell.close.clone().cancelled_owned());
-            connection.graceful_shutdown();
-        }
-        while let Poll::Ready(accepted) = connection.poll_accept(cx) {
-            let Some(accepted) = accepted else { return Poll::Ready(Ok(())) };
-            let (request, respond) = accepted?;
-            let answer = answer(request.map(Incoming::Http2));
-            calls.add(Call::new(Exchange { answer, respond, is_watched: false }));
-        }
-        // Only now: everything that the client has said was read.
-        match &mut keepalive {
-            Some(keepalive) => keepalive.poll_silent(cx).map(|()| Err(Ended::Silent)),
-            None => Poll::Pending,
-        }
-    })
-    .await
+            while let Poll::Ready(accepted) = connection.poll_accept(cx) {
+                let Some(accepted) = accepted else { return Poll::Ready(Ok(())) };
+                let (request, respond) = accepted?;
+                let answer = answer(request.map(Incoming::Http2));
+                calls.add(Call::new(Exchange { answer, respond, is_watched: false }));
+            }
+            // Only now: everything that the client has said was read.
+            match &mut keepalive {
+                Some(keepalive) => keepalive.poll_silent(cx).map(|()| Err(Ended::Silent)),
+                None => Poll::Pending,
+            }
+        })
+        .await
+    }
 }
 
 fn builder() -> Builder {

@@ -14,17 +14,17 @@ use super::listener::Settings;
 use crate::socket::Ear;
 
 /// Watches over one connection.
-pub(super) struct KeepAlive<S> {
+pub(super) struct KeepAlive<'a, S> {
     pings: PingPong,
     ear: Ear<S>,
-    settings: Settings,
+    settings: &'a Settings,
     /// When a ping was sent that nothing has followed yet.
     asked: Option<Instant>,
     timer: Pin<Box<Sleep>>,
 }
 
-impl<S> KeepAlive<S> {
-    pub(super) fn new(pings: PingPong, ear: Ear<S>, settings: Settings) -> Self {
+impl<'a, S> KeepAlive<'a, S> {
+    pub(super) fn new(pings: PingPong, ear: Ear<S>, settings: &'a Settings) -> Self {
         let timer = Box::pin(sleep(settings.keepalive_interval));
         Self { pings, ear, settings, asked: None, timer }
     }

@@ -5,7 +5,7 @@
 
 use std::{
     convert::Infallible,
-    future::{Future, poll_fn},
+    future::Future,
     io,
     net::SocketAddr,
     pin::{Pin, pin},
@@ -32,7 +32,7 @@ use super::{
     http2,
 };
 use crate::{
-    socket::{Calls, Gather, Protocol, detect_dead_peer},
+    socket::{Calls, Gather, Outlet, Protocol, detect_dead_peer},
     upstream::{EndpointId, Incoming},
 };
 
@@ -73,8 +73,22 @@ pub(super) enum Ended {
     Silent,
 }
 
-/// A connection that is being served.
-type Serving<'a> = Pin<Box<dyn Future<Output = Result<(), Ended>> + Send + 'a>>;
+/// A connection that is being served: over when its protocol is. That goes first then, and what is left of the calls after it.
+struct Serving<'a> {
+    /// In a box: an idle connection keeps no room for the protocol that it does not speak.
+    protocol: Pin<Box<dyn Future<Output = Result<(), Ended>> + Send + 'a>>,
+    outlet: Outlet<TcpStream>,
+    calls: Calls,
+}
+
+impl Future for Serving<'_> {
+    type Output = Result<(), Ended>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Self { protocol, outlet, calls } = self.get_mut();
+        calls.poll(cx, outlet, protocol.as_mut())
+    }
+}
 
 /// How a connection is sent away.
 #[derive(Clone, Default)]
@@ -233,35 +247,53 @@ fn concerns_one_connection(error: &io::Error) -> bool {
 }
 
 impl<H: Handler> Server<H> {
-    async fn serve_connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, stop: CancellationToken) {
+    /// Serves an accepted connection until it ends. What comes before the future is not kept in it.
+    fn serve_connection(
+        self: Arc<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+        stop: CancellationToken,
+    ) -> impl Future<Output = ()> + Send {
         if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%peer, %error, "connection is gone already");
-            return;
+            tracing::debug!(%peer, %error, "cannot send small answers at once: the connection is gone already");
         }
         detect_dead_peer(&stream, self.settings.keepalive_timeout);
         self.metrics.accepted.inc();
-        let _open = Counted::new(&self.metrics.connections);
+        let open = Counted::new(&self.metrics.connections);
         let connection = Arc::new(Connection::new(peer, stop));
-        let mut calls = Calls::default();
-        let (gather, protocol) = match connection.leave.run_until_cancelled(Gather::accept(stream)).await {
-            Some(Ok(Some(opened))) => opened,
-            Some(Ok(None)) | None => return,
-            Some(Err(error)) => {
-                tracing::debug!(%peer, %error, "connection ended before it began");
-                return;
+        let greeting = Gather::accept(stream);
+        async move {
+            let _open = open;
+            let (gather, protocol) = match connection.leave.run_until_cancelled(greeting).await {
+                Some(Ok(Some(opened))) => opened,
+                Some(Ok(None)) | None => return,
+                Some(Err(error)) => {
+                    tracing::debug!(peer = %connection.peer, %error, "connection ended before it began");
+                    return;
+                }
+            };
+            if let Err(error) = self.serving(&connection, gather, protocol).await {
+                tracing::debug!(peer = %connection.peer, %error, "connection ended");
             }
-        };
-        let (mut outlet, executor) = (gather.outlet(), calls.executor());
+        }
+    }
+
+    /// What serves a connection whose protocol is known.
+    fn serving<'a>(
+        self: &'a Arc<Self>,
+        connection: &'a Arc<Connection>,
+        gather: Gather<TcpStream>,
+        protocol: Protocol,
+    ) -> Serving<'a> {
+        let calls = Calls::default();
+        let (outlet, executor) = (gather.outlet(), calls.executor());
         let farewell = Farewell { leave: connection.leave.clone(), close: self.close.clone() };
         let answer = |request| self.clone().answer(connection.clone(), Box::new(request));
-        // In boxes: an idle connection keeps no room for the protocol that it does not speak.
-        let mut serving: Serving<'_> = match protocol {
+        let protocol: Pin<Box<dyn Future<Output = _> + Send>> = match protocol {
             Protocol::Http1 => Box::pin(serve_http1(gather, farewell, answer)),
-            Protocol::Http2 => Box::pin(http2::serve(gather, self.settings, executor, farewell, answer)),
+            Protocol::Http2 => Box::pin(http2::serve(gather, &self.settings, executor, farewell, answer)),
         };
-        if let Err(error) = poll_fn(|cx| calls.poll(cx, &mut outlet, serving.as_mut())).await {
-            tracing::debug!(%peer, %error, "connection ended");
-        }
+        Serving { protocol, outlet, calls }
     }
 
     async fn answer(self: Arc<Self>, connection: Arc<Connection>, request: BoxedRequest) -> Response<CountedBody> {

@@ -75,7 +75,7 @@ where
     let served = tokio::spawn(async move {
         let (gather, mut calls) = (Gather::new(far), Calls::default());
         let mut outlet = gather.outlet();
-        let mut serving = pin!(serve(gather, SETTINGS, calls.executor(), farewell, answer));
+        let mut serving = pin!(serve(gather, &SETTINGS, calls.executor(), farewell, answer));
         poll_fn(|cx| calls.poll(cx, &mut outlet, serving.as_mut())).await
     });
     (near, served)

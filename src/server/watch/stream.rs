@@ -66,7 +66,8 @@ pub(super) struct Stream {
     ticker: Option<Pin<Box<Sleep>>>,
     /// Cancelled when the stream has to end.
     end: Pin<Box<WaitForCancellationFutureOwned>>,
-    ended: Option<Status>,
+    /// In a box: an idle stream keeps no room for how it will end.
+    ended: Option<Box<Status>>,
     finished: bool,
 }
 
@@ -120,7 +121,7 @@ impl Stream {
             // Only now is known how far the watchers have got; a quiet one has not been looked at since the last tick.
             Pumped::Idle => self.take_tick(),
             Pumped::Busy => more = true,
-            Pumped::Ended(status) => self.ended = Some(status),
+            Pumped::Ended(status) => self.end_with(status),
         }
         if self.out.len() as u64 > LONGEST {
             self.leave_out_too_long();
@@ -132,11 +133,16 @@ impl Stream {
         self.start_relays() || more
     }
 
+    /// The stream ends so, after what was put out.
+    fn end_with(&mut self, status: Status) {
+        self.ended = Some(Box::new(status));
+    }
+
     fn has_to_end(&mut self) -> bool {
         let ends = self.end.as_mut().poll(&mut Context::from_waker(self.news.seldom())).is_ready();
         if ends {
             let stopping = self.shared.stop.is_cancelled();
-            self.ended = Some(if stopping { Status::STOPPED } else { self.shared.leader.lack() });
+            self.end_with(if stopping { Status::STOPPED } else { self.shared.leader.lack() });
         }
         ends
     }
@@ -155,7 +161,7 @@ impl Stream {
             // Not in place: what is left out is not to stay in memory.
             self.out.cut(start);
             let text = format!("trying to send message larger than max ({length} vs. {LONGEST})");
-            self.ended = Some(Status::new(Code::ResourceExhausted, text));
+            self.end_with(Status::new(Code::ResourceExhausted, text));
         }
     }
 
@@ -167,7 +173,7 @@ impl Stream {
             }
             match self.poll_request(cx) {
                 Poll::Ready(Some(Ok(request))) => self.take_request(request),
-                Poll::Ready(Some(Err(status))) => self.ended = Some(status),
+                Poll::Ready(Some(Err(status))) => self.end_with(status),
                 Poll::Ready(None) | Poll::Pending => return false,
             }
         }
@@ -180,7 +186,7 @@ impl Stream {
         let Poll::Ready(now) = opening.1.as_mut().poll(cx) else { return false };
         match (self.opening.take(), now) {
             (Some(opening), Ok(now)) => self.create(opening.0, now),
-            (_, Err(status)) => self.ended = Some(status),
+            (_, Err(status)) => self.end_with(status),
             (None, Ok(_)) => {}
         }
         true
@@ -302,8 +308,8 @@ impl Stream {
                     relays.running.remove(&(slot, serial));
                     self.session.end_relay(slot, serial);
                 }
-                Report::Refused => self.ended = Some(TOO_MANY),
-                Report::Lost => self.ended = Some(LOST),
+                Report::Refused => self.end_with(TOO_MANY),
+                Report::Lost => self.end_with(LOST),
             }
             if self.ended.is_some() {
                 return false;
