@@ -29,13 +29,16 @@ pub use metrics::Metrics;
 pub use prefix::Prefix;
 
 use crate::{
-    feed::{Phase, Signals},
-    proto::etcdserverpb::PutRequest,
+    feed::{Phase, Signals, serializable_question},
+    proto::etcdserverpb::{PutRequest, RangeResponse, ResponseHeader},
     signal::Told,
     status::Status,
     store::{KeyRange, Limits, Responder, Revision, View},
     upstream::{AuthState, ConnectionNumber, Gate, Upstream},
 };
+
+/// For a member to say how far it has got by itself.
+const MEMBER_DEADLINE: Duration = Duration::from_secs(1);
 
 /// What a cache is told.
 #[derive(Clone, Debug)]
@@ -381,6 +384,31 @@ impl Cache {
             let _ = self.reach(prefix, prefix.floor(), self.0.settings.floor_patience).await;
         }
         self.present(prefix)
+    }
+
+    /// Who answers and the present, for a watcher of what no view has. The cluster says; if it cannot, because it has no quorum, what
+    /// one member says is as much as etcd's own watchers begin on. Waits as long as nobody says anything.
+    pub async fn begin_unseen(&self) -> (Responder, Revision) {
+        loop {
+            if let Some(proof) = self.consensus().ask(Tense::Present).await {
+                self.note_relayed(proof.revision, proof.connection);
+                return (proof.responder, proof.revision);
+            }
+            if let Some((header, connection)) = self.ask_a_member().await {
+                self.note_relayed(Revision(header.revision), connection);
+                return ((&header).into(), self.told().max(Revision(header.revision)));
+            }
+        }
+    }
+
+    /// What a member says of itself, and the connection that this came over. Of the cluster it proves nothing.
+    async fn ask_a_member(&self) -> Option<(ResponseHeader, ConnectionNumber)> {
+        let upstream = self.upstream();
+        let at = upstream.preferred(&[])?;
+        let question = serializable_question();
+        let asked = upstream.unary_numbered(at, "/etcdserverpb.KV/Range", &question, MEMBER_DEADLINE);
+        let (answer, connection): (RangeResponse, _) = asked.await.ok()?;
+        answer.header.map(|header| (header, connection))
     }
 
     /// Whether the view of `prefix` has all that clients were told of, or cannot get there: the upstream is lost.

@@ -61,7 +61,7 @@ pub struct Settings {
 }
 
 /// The cheapest question: who answers, and at which revision that member is.
-fn serializable_question() -> RangeRequest {
+pub(crate) fn serializable_question() -> RangeRequest {
     let key = Bytes::from_static(&[0]);
     RangeRequest { key, serializable: true, count_only: true, ..Default::default() }
 }

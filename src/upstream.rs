@@ -34,6 +34,7 @@ mod sender;
 mod shared;
 mod version;
 
+pub(crate) use self::forward::ABSENCE;
 pub use self::{
     body::{BodyError, RequestBody},
     call::{StreamReceiver, StreamSender},

@@ -23,7 +23,7 @@ use support::{
     toolchain::Release,
     watching::{WatchStream, create, revision_of},
 };
-use tokio::time::timeout;
+use tokio::{net::TcpStream, time::timeout};
 use tonic::{Code, metadata::MetadataMap};
 
 const DAY: i64 = 86_400;
@@ -105,6 +105,69 @@ async fn that_there_is_no_leader_is_told_only_by_a_member() {
         (end.message() == NO_CONNECTION).then_some(())
     })
     .await;
+}
+
+/// Who is refused comes back at once, so a stream that asks for a leader waits for a member that can be reached before it is refused, and is
+/// served if one comes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_asks_for_a_leader_waits_a_moment_for_the_upstream() {
+    let mut cluster = Cluster::single(Release::newest()).await;
+    let millpond = Millpond::start(&cluster.endpoints(), &[]).await;
+    let client = millpond.client();
+    let open = async || WatchStream::open_with(&client, &[("hasleader", "true")]).await;
+    let stream = open().await;
+    cluster.kill(0);
+    assert_eq!(stream.until_end().await.unwrap_err().message(), NO_CONNECTION);
+    let began = Instant::now();
+    assert_eq!(open().await.until_end().await.unwrap_err().message(), NO_CONNECTION);
+    assert!(began.elapsed() > Duration::from_millis(900), "refused after {:?}", began.elapsed());
+    let waiting = async {
+        loop {
+            let stream = open().await;
+            stream.create(create("k/", "k0", 0));
+            let is_told = async || stream.end().is_some() || !stream.responses().is_empty();
+            eventually("an answer", async || is_told().await.then_some(())).await;
+            match stream.end() {
+                Some(Err(status)) => {
+                    assert_eq!(status.message(), NO_CONNECTION, "a member that has come back has a leader")
+                }
+                _ => return stream,
+            }
+        }
+    };
+    let (stream, _) = tokio::join!(waiting, cluster.restart(0));
+    let revision = put(&client, 1).await;
+    stream.until_revisions(&[revision]).await;
+}
+
+/// As at etcd, where each member tells what it has. Nothing has been loaded yet, and cannot be.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watcher_begins_without_a_quorum() {
+    let mut cluster = Cluster::builder(Release::newest()).members(3).start().await;
+    let before = cluster.client(2);
+    let first = put(&before, 1).await;
+    eventually("the third member to have it", async || {
+        let read = pb::RangeRequest { serializable: true, ..range("k/", "k0") };
+        let answer = before.kv.clone().range(read).await.ok()?.into_inner();
+        (answer.count == 1).then_some(())
+    })
+    .await;
+    cluster.kill(0);
+    cluster.kill(1);
+    let millpond = Millpond::launch(&cluster.endpoints()[2..], &["--read-timeout=1s", "--prefixes=k/"]);
+    eventually("a Millpond that listens", async || TcpStream::connect(&millpond.endpoint).await.ok()).await;
+    let client = millpond.client();
+    let past = WatchStream::watching(&client, create("k/", "k0", first)).await;
+    let now = WatchStream::watching(&client, create("k/", "k0", 0)).await;
+    let uncached = WatchStream::watching(&client, create("u/", "u0", 0)).await;
+    past.until_revisions(&[first]).await;
+    assert_eq!(past.responses()[0].header.as_ref().unwrap().revision, first);
+    cluster.restart(0).await;
+    let second = eventually("a quorum", async || client.put("k/0002", "v").await.ok()).await;
+    past.until_revisions(&[first, second]).await;
+    now.until_revisions(&[second]).await;
+    let third = client.put("u/1", "v").await.unwrap();
+    uncached.until_revisions(&[third]).await;
 }
 
 /// Etcd's client repeats what was not sent, a hundred times within three seconds. Before an etcd that is away it would wait for longer.

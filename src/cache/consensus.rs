@@ -113,15 +113,6 @@ impl Consensus {
         self.waiting.metrics.readers.inc();
         self.waiting.enter(tense).await.ok()
     }
-
-    /// As [`Consensus::ask`], for the present, and for as long as it takes.
-    pub async fn ask_on(&self) -> Proof {
-        loop {
-            if let Some(proof) = self.ask(Tense::Present).await {
-                return proof;
-            }
-        }
-    }
 }
 
 impl Drop for Consensus {
@@ -290,7 +281,6 @@ mod tests {
         for waited in [waited, waited_later] {
             assert!((PATIENCE..PATIENCE * 5 / 4).contains(&waited), "{waited:?}");
         }
-        assert!(timeout(PATIENCE * 3, consensus.ask_on()).await.is_err());
     }
 
     #[test]

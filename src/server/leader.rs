@@ -2,15 +2,14 @@
 //! once no endpoint has shown one for three election timeouts, as in etcd. When no endpoint can be reached at all they end too, so that
 //! their clients go on elsewhere if they can, but not with the word that there is no leader.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     status::Status,
-    upstream::{Health, Upstream},
+    upstream::{ABSENCE, Health, Upstream},
 };
 
 /// Three of etcd's default election timeouts.
@@ -20,63 +19,63 @@ const PATIENCE: Duration = Duration::from_secs(3);
 #[derive(Clone)]
 pub struct Leader {
     health: watch::Receiver<Health>,
-    /// Cancelled when the leader is lost; then replaced by a new one when there is one again.
-    reign: Arc<ArcSwap<CancellationToken>>,
-    stop: CancellationToken,
+    /// Cancelled when the leader is lost; followed by another when there is one again.
+    reign: watch::Receiver<CancellationToken>,
 }
 
 impl Leader {
     /// Begins to look after the leader; to be called inside a tokio runtime. Every reign ends with `stop` too.
     pub fn start(upstream: &Upstream, stop: CancellationToken) -> Self {
-        let leader = Self {
-            health: upstream.health(),
-            reign: Arc::new(ArcSwap::from_pointee(stop.child_token())),
-            stop: stop.clone(),
-        };
-        let minder = leader.clone();
-        tokio::spawn(async move { stop.run_until_cancelled(minder.mind()).await });
-        leader
+        let (reigns, reign) = watch::channel(stop.child_token());
+        let health = upstream.health();
+        let minded = health.clone();
+        tokio::spawn(async move { stop.run_until_cancelled(mind(minded, reigns, &stop)).await });
+        Self { health, reign }
     }
 
-    /// A token that is cancelled when the leader is lost.
+    /// A token that is cancelled when the leader is lost. While nobody can be reached, waits a moment for somebody who can be: who is
+    /// refused comes back at once, and Kubernetes opens each of its streams ten times a second then.
     ///
     /// # Errors
     /// What streams end with ([`Leader::lack`]), while there is no leader.
-    pub fn reign(&self) -> Result<CancellationToken, Status> {
-        let health = self.health.borrow();
-        let refused = health.reachable && !health.has_leader;
-        let reign = self.reign.load();
-        let goes_on = !refused && (!reign.is_cancelled() || self.stop.is_cancelled());
-        if goes_on { Ok(CancellationToken::clone(&reign)) } else { Err(lack(&health)) }
-    }
-
-    /// Why a reign is over.
-    pub fn lack(&self) -> Status {
-        lack(&self.health.borrow())
-    }
-
-    async fn mind(self) {
-        let mut health = self.health.clone();
-        loop {
-            if health.wait_for(|health| !health.has_leader).await.is_err() {
-                return;
-            }
-            if timeout(PATIENCE, health.wait_for(|health| health.has_leader)).await.is_ok() {
-                continue;
-            }
-            tracing::warn!("no endpoint shows a leader: streams that ask for one end");
-            self.reign.load().cancel();
-            if health.wait_for(|health| health.has_leader).await.is_err() {
-                return;
-            }
-            tracing::info!("the cluster has a leader again");
-            self.reign.store(Arc::new(self.stop.child_token()));
+    pub async fn reign(&self) -> Result<CancellationToken, Status> {
+        let mut reign = self.reign.clone();
+        if !self.is_denied() && reign.borrow().is_cancelled() {
+            let _ = timeout(ABSENCE, reign.wait_for(|reign| !reign.is_cancelled())).await;
         }
+        let reign = reign.borrow().clone();
+        if self.is_denied() || reign.is_cancelled() { Err(self.lack()) } else { Ok(reign) }
+    }
+
+    /// Why a reign is over. A member without a leader says so, and etcd's client tells its user, for Kubernetes to try again at once and,
+    /// after half a minute, to give its own caches up. Of members that cannot be reached nobody knows that, and etcd's client would
+    /// just look for another.
+    pub fn lack(&self) -> Status {
+        if self.health.borrow().reachable { Status::NO_LEADER } else { Status::NO_CONNECTION }
+    }
+
+    /// Whether a member says that there is no leader.
+    fn is_denied(&self) -> bool {
+        let health = self.health.borrow();
+        health.reachable && !health.has_leader
     }
 }
 
-/// A member without a leader says so, and etcd's client tells its user, for Kubernetes to try again at once and, after half a minute, to
-/// give its own caches up. Of members that cannot be reached nobody knows that, and etcd's client would just look for another.
-fn lack(health: &Health) -> Status {
-    if health.reachable { Status::NO_LEADER } else { Status::NO_CONNECTION }
+/// Ends a reign when the leader is lost, and begins another when there is one again.
+async fn mind(mut health: watch::Receiver<Health>, reigns: watch::Sender<CancellationToken>, stop: &CancellationToken) {
+    loop {
+        if health.wait_for(|health| !health.has_leader).await.is_err() {
+            return;
+        }
+        if timeout(PATIENCE, health.wait_for(|health| health.has_leader)).await.is_ok() {
+            continue;
+        }
+        tracing::warn!("no endpoint shows a leader: streams that ask for one end");
+        reigns.borrow().cancel();
+        if health.wait_for(|health| health.has_leader).await.is_err() {
+            return;
+        }
+        tracing::info!("the cluster has a leader again");
+        reigns.send_replace(stop.child_token());
+    }
 }

@@ -105,15 +105,15 @@ impl Watch {
         let mut auth = self.shared.cache.upstream().auth().changes();
         let known = timeout(PATIENCE, auth.wait_for(|auth| *auth != AuthState::Unknown)).await;
         match known.map(|known| known.map(|auth| *auth)) {
-            Ok(Ok(AuthState::Off)) => self.open(request),
+            Ok(Ok(AuthState::Off)) => self.open(request).await,
             Ok(Ok(_)) => forward(self.shared.cache.upstream(), connection, request, None).await,
             _ => response::error(&Status::unavailable("the upstream has not answered yet")),
         }
     }
 
-    fn open(&self, request: Request<Incoming>) -> Response<Body> {
+    async fn open(&self, request: Request<Incoming>) -> Response<Body> {
         let asks_for_leader = request.headers().get("hasleader").is_some_and(|value| value == "true");
-        let end = if asks_for_leader { self.shared.leader.reign() } else { Ok(self.shared.stop.clone()) };
+        let end = if asks_for_leader { self.shared.leader.reign().await } else { Ok(self.shared.stop.clone()) };
         let compression = Compression::named(request.headers(), self.shared.settings.max_request_bytes + (512 << 10));
         match compression.and_then(|compression| Ok((compression, end?))) {
             Ok((compression, end)) => {

@@ -79,7 +79,7 @@ struct Live {
 
 /// For an upstream that is away. A member of etcd that is cut off keeps a call for seven seconds, and etcd's client waits for a server
 /// that is not there for as long as it may; but a client that has another server to go to is to try that soon.
-const ABSENCE: Duration = Duration::from_secs(1);
+pub(crate) const ABSENCE: Duration = Duration::from_secs(1);
 
 /// Bytes after which a client can be stalled at all: its smallest window.
 const SMALLEST_WINDOW: usize = 48 << 10;

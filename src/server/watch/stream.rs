@@ -256,12 +256,7 @@ impl Stream {
             },
             None => {
                 let cache = cache.clone();
-                let asked = async move {
-                    let proof = cache.consensus().ask_on().await;
-                    cache.note_relayed(proof.revision, proof.connection);
-                    (proof.responder, proof.revision)
-                };
-                self.wait(request, asked);
+                self.wait(request, async move { cache.begin_unseen().await });
             }
         }
     }
