@@ -14,7 +14,7 @@ use futures_util::future::join_all;
 use millpond::proto::etcdserverpb as pb;
 use prost::Message;
 use support::{
-    client::{Client, eventually},
+    client::{Client, eventually, http_get},
     clock::ClockShift,
     etcd::Cluster,
     millpond::{Millpond, breathe},
@@ -161,6 +161,9 @@ async fn a_watcher_begins_without_a_quorum() {
     let now = WatchStream::watching(&client, create("k/", "k0", 0)).await;
     let uncached = WatchStream::watching(&client, create("u/", "u0", 0)).await;
     past.until_revisions(&[first]).await;
+    let (_, metrics) = http_get(&cluster.endpoint(2), "/metrics").await.unwrap();
+    let counted = "etcd_server_client_requests_total{client_api_version=\"3.7\",type=\"stream\"}";
+    assert!(metrics.contains(counted), "etcd is not told which version its client speaks");
     assert_eq!(past.responses()[0].header.as_ref().unwrap().revision, first);
     cluster.restart(0).await;
     let second = eventually("a quorum", async || client.put("k/0002", "v").await.ok()).await;

@@ -26,6 +26,9 @@ use crate::status::Status;
 const OUTBOX: usize = 16;
 const AGENT: HeaderValue = HeaderValue::from_static(concat!("millpond/", env!("CARGO_PKG_VERSION")));
 
+/// Of which API version we are a client: etcd counts its clients by it, without one as unknown.
+const API_VERSION: (&str, &str) = ("client-api-version", "3.7");
+
 /// What gRPC says at a client's deadline.
 pub(super) const DEADLINE: Status = Status::fixed(Code::DeadlineExceeded, "context deadline exceeded");
 const NO_STATUS: Status = Status::fixed(Code::Internal, "server closed the stream without sending trailers");
@@ -47,7 +50,8 @@ pub(super) fn request(
         .uri(uri)
         .header(CONTENT_TYPE, "application/grpc")
         .header(TE, "trailers")
-        .header(USER_AGENT, AGENT);
+        .header(USER_AGENT, AGENT)
+        .header(API_VERSION.0, API_VERSION.1);
     if let Some(deadline) = deadline {
         request = request.header(grpc::TIMEOUT, timeout_header(deadline));
     }
