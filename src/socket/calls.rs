@@ -95,20 +95,23 @@ impl Calls {
         self.new.clone()
     }
 
-    /// Polls the connection and its calls, and then writes what they have to send. Ready when the connection is; what was left
-    /// of its calls is dropped with `self`.
+    /// Polls the calls and the connection that were woken, and then writes what they have to send. Ready when the connection is; what
+    /// was left of its calls is dropped with `self`.
     pub(crate) fn poll<C: Future + ?Sized, S: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
         outlet: &mut Outlet<S>,
         mut connection: Pin<&mut C>,
     ) -> Poll<C::Output> {
-        self.poll_until(cx, outlet, |_, cx| connection.as_mut().poll(cx))
+        self.poll_until(cx, outlet, |calls, cx| match calls.turn.takes_connection() {
+            true => connection.as_mut().poll(cx),
+            false => Poll::Pending,
+        })
     }
 
     /// Runs the calls, of which the connection is one, until none is left.
     pub(crate) async fn run<S: AsyncWrite + Unpin>(mut self, mut outlet: Outlet<S>) {
-        let is_over = |calls: &Self| if calls.is_empty() { Poll::Ready(()) } else { Poll::Pending };
+        let is_over = |calls: &mut Self| if calls.is_empty() { Poll::Ready(()) } else { Poll::Pending };
         poll_fn(|cx| self.poll_until(cx, &mut outlet, |calls, _| is_over(calls))).await;
     }
 
@@ -117,12 +120,13 @@ impl Calls {
         &mut self,
         cx: &mut Context<'_>,
         outlet: &mut Outlet<S>,
-        mut end: impl FnMut(&Self, &mut Context<'_>) -> Poll<T>,
+        mut end: impl FnMut(&mut Self, &mut Context<'_>) -> Poll<T>,
     ) -> Poll<T> {
-        let waker = self.turn.begin(cx);
-        let cx = &mut Context::from_waker(&waker);
+        let wakers = self.turn.begin(cx);
+        // The connection hears of the socket, too, when the outlet has registered with it last.
+        let cx = &mut Context::from_waker(&wakers.connection);
         loop {
-            self.run_woken(cx);
+            self.run_woken(&Context::from_waker(&wakers.calls));
             if let Poll::Ready(end) = end(self, cx) {
                 return Poll::Ready(end);
             }
@@ -339,9 +343,10 @@ mod tests {
         executor.execute(waits(Witness(dropped.clone())));
         // The second poll is the end of the connection, at which a call was handed over that nobody begins.
         let mut polls = 0;
-        let mut connection = Box::pin(poll_fn(move |_| {
+        let mut connection = Box::pin(poll_fn(move |cx| {
             polls += 1;
             if polls == 1 {
+                cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
             executor.execute(waits(Witness(dropped.clone())));

@@ -1,4 +1,5 @@
-//! Wakes a connection's task for its calls, without the scheduler where that has nothing to add.
+//! Wakes a connection's task for its calls, without the scheduler where that has nothing to add, and tells when the connection itself was
+//! woken: looking through its frames for nothing costs as much as reading a small one.
 //!
 //! A call that is ready wakes its connection to write, and a connection that has read wakes its calls. Told to the scheduler,
 //! each of these would put the task at the end of the queue and, often, another thread to work. While the task is being polled,
@@ -24,14 +25,28 @@ const WOKEN_HERE: u8 = 2;
 /// It was woken by another.
 const WOKEN_ELSEWHERE: u8 = 4;
 
+/// The connection is to be polled, not only its calls.
+const CONNECTION: u8 = 8;
+
 /// How often the task looks again at most, before others have their turn.
 const LOOKS: u8 = 32;
 
 /// The turns of one task.
 pub(crate) struct Turn {
     shared: Arc<Shared>,
-    waker: Waker,
+    wakers: Wakers,
     looks: u8,
+    /// The connection was woken, and not polled since.
+    is_due: bool,
+}
+
+/// What wakes the task. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Wakers {
+    /// For the calls.
+    pub(crate) calls: Waker,
+    /// For the connection, and what it waits for.
+    pub(crate) connection: Waker,
 }
 
 /// What follows when everything was polled.
@@ -56,18 +71,33 @@ struct Shared {
 impl Default for Turn {
     fn default() -> Self {
         let shared = Arc::<Shared>::default();
-        Self { waker: Waker::from(shared.clone()), shared, looks: 0 }
+        let connection = Waker::from(Arc::new(OfConnection(shared.clone())));
+        Self { wakers: Wakers { calls: Waker::from(shared.clone()), connection }, shared, looks: 0, is_due: true }
     }
 }
 
 impl Turn {
-    /// Begins a turn of the task that `cx` wakes. What is polled in it is to be woken by the waker that this gives.
-    pub(crate) fn begin(&mut self, cx: &Context<'_>) -> Waker {
+    /// Begins a turn of the task that `cx` wakes. What is polled in it is to be woken by the wakers that this gives.
+    pub(crate) fn begin(&mut self, cx: &Context<'_>) -> Wakers {
         self.looks = 0;
         self.shared.task.register(cx.waker());
         self.shared.thread.store(this_thread(), Ordering::Relaxed);
-        self.shared.state.swap(POLLED, Ordering::AcqRel);
-        self.waker.clone()
+        self.look();
+        self.wakers.clone()
+    }
+
+    /// From now on, what is woken is looked after before the turn is over.
+    fn look(&mut self) {
+        let woken = self.shared.state.swap(POLLED, Ordering::AcqRel);
+        self.is_due |= woken & CONNECTION != 0;
+    }
+
+    /// Whether the connection is to be polled: it has not been yet, or was woken since. To be polled then.
+    pub(crate) fn takes_connection(&mut self) -> bool {
+        let was_due = std::mem::take(&mut self.is_due);
+        let state = &self.shared.state;
+        let is_woken = state.load(Ordering::Acquire) & CONNECTION != 0;
+        was_due | (is_woken && state.fetch_and(!CONNECTION, Ordering::AcqRel) & CONNECTION != 0)
     }
 
     /// What follows when everything was polled. Until the next turn, everything that is woken wakes the task.
@@ -78,8 +108,8 @@ impl Turn {
         };
         self.looks += 1;
         // Without budget, everything of tokio's wakes its task at once and does nothing.
-        if woken == POLLED | WOKEN_HERE && self.looks < LOOKS && has_budget_remaining() {
-            state.swap(POLLED, Ordering::AcqRel);
+        if woken & WOKEN_ELSEWHERE == 0 && self.looks < LOOKS && has_budget_remaining() {
+            self.look();
             return Next::Look;
         }
         state.fetch_and(!POLLED, Ordering::AcqRel);
@@ -88,17 +118,36 @@ impl Turn {
     }
 }
 
+impl Shared {
+    fn tell(&self, who: u8) {
+        let here = self.thread.load(Ordering::Relaxed) == this_thread();
+        let woken = who | if here { WOKEN_HERE } else { WOKEN_ELSEWHERE };
+        if self.state.fetch_or(woken, Ordering::AcqRel) == 0 {
+            self.task.wake();
+        }
+    }
+}
+
 impl Wake for Shared {
     fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
+        self.tell(0);
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        let here = self.thread.load(Ordering::Relaxed) == this_thread();
-        let before = self.state.fetch_or(if here { WOKEN_HERE } else { WOKEN_ELSEWHERE }, Ordering::AcqRel);
-        if before == 0 {
-            self.task.wake();
-        }
+        self.tell(0);
+    }
+}
+
+/// What wakes for the connection.
+struct OfConnection(Arc<Shared>);
+
+impl Wake for OfConnection {
+    fn wake(self: Arc<Self>) {
+        self.0.tell(CONNECTION);
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.0.tell(CONNECTION);
     }
 }
 
@@ -117,7 +166,7 @@ mod tests {
     #[test]
     fn a_wake_between_turns_is_told_once() {
         let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
-        let waker = turn.begin(&Context::from_waker(&task));
+        let waker = turn.begin(&Context::from_waker(&task)).calls;
         assert_eq!(turn.next(), Next::Rest);
         (0..3).for_each(|_| waker.wake_by_ref());
         assert_eq!(wakes.count(), 1);
@@ -129,7 +178,7 @@ mod tests {
     #[test]
     fn a_wake_within_a_turn_is_looked_after_there_but_not_for_ever() {
         let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
-        let waker = turn.begin(&Context::from_waker(&task));
+        let waker = turn.begin(&Context::from_waker(&task)).calls;
         for _ in 1..LOOKS {
             waker.wake_by_ref();
             assert_eq!(turn.next(), Next::Look);
@@ -141,9 +190,32 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_is_polled_when_it_was_woken_and_only_then() {
+        let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
+        let Wakers { calls, connection } = turn.begin(&Context::from_waker(&task));
+        assert!(turn.takes_connection() && !turn.takes_connection(), "it has to begin");
+        calls.wake_by_ref();
+        assert_eq!((turn.next(), turn.takes_connection()), (Next::Look, false));
+        connection.wake_by_ref();
+        assert!(turn.takes_connection() && !turn.takes_connection(), "a call has woken it in this turn");
+        connection.wake_by_ref();
+        assert_eq!((turn.next(), turn.next()), (Next::Look, Next::Rest));
+        connection.wake_by_ref();
+        assert_eq!(wakes.count(), 1);
+        turn.begin(&Context::from_waker(&task));
+        thread::scope(|scope| drop(scope.spawn(|| connection.wake_by_ref())));
+        assert_eq!(turn.next(), Next::Turn);
+        turn.begin(&Context::from_waker(&task));
+        assert!(
+            turn.takes_connection() && !turn.takes_connection(),
+            "several wakes, before and between turns, and no look since"
+        );
+    }
+
+    #[test]
     fn a_wake_from_another_thread_gives_it_time_for_more() {
         let ((wakes, task), mut turn) = (Wakes::task(), Turn::default());
-        let waker = turn.begin(&Context::from_waker(&task));
+        let waker = turn.begin(&Context::from_waker(&task)).calls;
         thread::scope(|scope| drop(scope.spawn(|| waker.wake_by_ref())));
         assert_eq!(turn.next(), Next::Turn);
         // The task is to be polled already, so more of them need not tell it.
@@ -158,7 +230,7 @@ mod tests {
         let mut turn = Turn::default();
         let work = AtomicUsize::new(0);
         let (mut done, mut seen) = (0, 0);
-        let waker = turn.begin(&Context::from_waker(&task));
+        let waker = turn.begin(&Context::from_waker(&task)).calls;
         assert_eq!(turn.next(), Next::Rest);
         thread::scope(|scope| {
             for _ in 0..2 {
