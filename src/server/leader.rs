@@ -21,6 +21,7 @@ pub struct Leader {
     health: watch::Receiver<Health>,
     /// Cancelled when the leader is lost; followed by another when there is one again.
     reign: watch::Receiver<CancellationToken>,
+    stop: CancellationToken,
 }
 
 impl Leader {
@@ -28,12 +29,12 @@ impl Leader {
     pub fn start(upstream: &Upstream, stop: CancellationToken) -> Self {
         let (reigns, reign) = watch::channel(stop.child_token());
         let health = upstream.health();
-        let minded = health.clone();
-        tokio::spawn(async move { stop.run_until_cancelled(mind(minded, reigns, &stop)).await });
-        Self { health, reign }
+        let (minded, until) = (health.clone(), stop.clone());
+        tokio::spawn(async move { until.run_until_cancelled(mind(minded, reigns, &until)).await });
+        Self { health, reign, stop }
     }
 
-    /// A token that is cancelled when the leader is lost. While nobody can be reached, waits a moment for somebody who can be: who is
+    /// A token that is cancelled when the leader is lost, or the server leaves. While nobody can be reached, waits a moment for somebody who can be: who is
     /// refused comes back at once, and Kubernetes opens each of its streams ten times a second then.
     ///
     /// # Errors
@@ -44,7 +45,8 @@ impl Leader {
             let _ = timeout(ABSENCE, reign.wait_for(|reign| !reign.is_cancelled())).await;
         }
         let reign = reign.borrow().clone();
-        if self.is_denied() || reign.is_cancelled() { Err(self.lack()) } else { Ok(reign) }
+        let is_over = reign.is_cancelled() && !self.stop.is_cancelled();
+        if self.is_denied() || is_over { Err(self.lack()) } else { Ok(reign) }
     }
 
     /// Why a reign is over. A member without a leader says so, and etcd's client tells its user, for Kubernetes to try again at once and,
@@ -77,5 +79,30 @@ async fn mind(mut health: watch::Receiver<Health>, reigns: watch::Sender<Cancell
         }
         tracing::info!("the cluster has a leader again");
         reigns.send_replace(stop.child_token());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::{Instant, sleep};
+
+    use super::*;
+    use crate::upstream::Settings;
+
+    #[tokio::test(start_paused = true)]
+    async fn without_anybody_a_reign_lasts_for_a_while_and_is_waited_for_but_not_by_a_server_that_leaves() {
+        let nobody = Settings::new(vec!["127.0.0.1:1".parse().unwrap()]);
+        let upstream = Upstream::start(nobody, &prometheus::Registry::new()).unwrap();
+        let stop = CancellationToken::new();
+        let leader = Leader::start(&upstream, stop.clone());
+        let reign = leader.reign().await.unwrap();
+        sleep(PATIENCE / 2).await;
+        assert!(!reign.is_cancelled());
+        sleep(PATIENCE).await;
+        let began = Instant::now();
+        assert_eq!(leader.reign().await.unwrap_err(), Status::NO_CONNECTION);
+        assert!(reign.is_cancelled() && began.elapsed() >= ABSENCE);
+        stop.cancel();
+        assert!(leader.reign().await.unwrap().is_cancelled(), "not for want of a leader");
     }
 }
