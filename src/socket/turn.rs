@@ -1,5 +1,5 @@
 //! Wakes a connection's task for its calls, without the scheduler where that has nothing to add, and tells when the connection itself was
-//! woken: looking through its frames for nothing costs as much as reading a small one.
+//! woken: where only a call was, there is no frame to look for.
 //!
 //! A call that is ready wakes its connection to write, and a connection that has read wakes its calls. Told to the scheduler,
 //! each of these would put the task at the end of the queue and, often, another thread to work. While the task is being polled,

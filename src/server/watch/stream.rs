@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -10,7 +11,6 @@ use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame};
 use prost::Message;
 use rand::RngExt;
-use std::sync::Arc;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, Sleep, sleep},
@@ -141,8 +141,7 @@ impl Stream {
     fn has_to_end(&mut self) -> bool {
         let ends = self.end.as_mut().poll(&mut Context::from_waker(self.news.seldom())).is_ready();
         if ends {
-            let stopping = self.shared.stop.is_cancelled();
-            self.end_with(if stopping { Status::STOPPED } else { self.shared.leader.lack() });
+            self.end_with(if self.shared.stop.is_cancelled() { Status::STOPPED } else { self.shared.leader.lack() });
         }
         ends
     }
