@@ -5,7 +5,7 @@ use millpond::{
     cache::Tense,
     store::{KeyRange, Revision},
 };
-use tokio::time::{Duration, sleep};
+use tokio::time::{Duration, sleep, timeout};
 
 use crate::{
     dice::Dice,
@@ -113,6 +113,23 @@ fn a_history_that_is_compacted_up_to_the_next_revision_is_compared_there() {
         world.0.links[0].touch();
         answer(&world, &range).await;
         assert_eq!(world.0.cache.prefixes()[0].store().view().position.epoch, 2);
+        settle(&world);
+    });
+}
+
+/// A watcher of what no view has is not refused and not given up: it begins when somebody can be asked.
+#[test]
+fn a_watcher_of_what_no_view_has_waits_for_as_long_as_it_takes() {
+    simulated(async {
+        let (world, range) = (world(), KeyRange::prefix(Bytes::from_static(b"a/")));
+        put(&world, &["a/1"]).await;
+        answer(&world, &range).await;
+        world.kill(0);
+        let cache = world.0.cache.clone();
+        assert!(timeout(Duration::from_secs(60), cache.begin_unseen()).await.is_err());
+        world.0.cluster.revive(0);
+        world.0.links[0].touch();
+        assert_eq!(cache.begin_unseen().await.1, Revision(2));
         settle(&world);
     });
 }
