@@ -391,14 +391,22 @@ fn progress_is_told_once_it_is_not_below_what_was_known_when_it_was_asked_for() 
     };
     stage.create(everything(), Start::After(Revision(1)));
     stage.create(everything(), Start::At(Revision(3)));
-    // Asked for by a client that knew of revision 5, and by one that knew of 3.
-    stage.session.request_progress(Revision(5));
-    stage.session.request_progress(Revision(3));
-    for expected in [&[][..], &[3], &[3], &[3, 5], &[3, 5]] {
+    let next = |stage: &mut Stage| {
         stage.write(&[(1, false)]);
         stage.publish();
         stage.pump_all();
-        assert_eq!(told(&stage), expected);
+        told(stage)
+    };
+    // Asked for by a client that knew of revision 5, and by one that knew of 3.
+    stage.session.request_progress(Revision(5));
+    stage.session.request_progress(Revision(3));
+    for expected in [&[][..], &[3]] {
+        assert_eq!(next(&mut stage), expected);
+    }
+    // Whoever asks now does not keep the request at 5 from its answer.
+    stage.session.request_progress(Revision(7));
+    for expected in [&[3][..], &[3, 5], &[3, 5], &[3, 5, 7], &[3, 5, 7]] {
+        assert_eq!(next(&mut stage), expected);
     }
 }
 

@@ -43,8 +43,10 @@ struct Open {
     pending: VecDeque<u64>,
     /// What the server tells its clients while the stream is open.
     knowledge: Option<Knowledge>,
-    /// What was known at each request for progress that may be unanswered.
-    asked: Vec<i64>,
+    /// Whether it asks for progress only when every request for it has been answered, while everybody works.
+    patient: bool,
+    /// What was known at each request for progress that may be unanswered, in their order.
+    asked: VecDeque<i64>,
 }
 
 /// Watches until the run is over.
@@ -76,7 +78,8 @@ impl Session {
         }
         self.sweep();
         let (requests, outgoing) = mpsc::channel(1024);
-        let mut open = Open { requests, pending: VecDeque::new(), knowledge: None, asked: Vec::new() };
+        let patient = self.random.chance(2);
+        let mut open = Open { requests, pending: VecDeque::new(), knowledge: None, patient, asked: VecDeque::new() };
         let mut numbers: Vec<u64> = self.watchers.keys().copied().collect();
         numbers.sort_unstable();
         numbers.into_iter().for_each(|number| self.create(&mut open, number));
@@ -135,16 +138,20 @@ impl Session {
     }
 
     fn ask(&self, open: &mut Open) {
-        if let Some(knowledge) = open.knowledge.as_mut().filter(|_| self.context.timeline.era() == 0) {
-            open.asked.push(self.context.known(knowledge));
+        if open.patient && !open.asked.is_empty() && self.context.works() {
+            return;
         }
+        let knowledge = open.knowledge.as_mut().filter(|_| self.context.timeline.era() == 0);
+        open.asked.push_back(knowledge.map_or(0, |knowledge| self.context.known(knowledge)));
         self.send(open, RequestUnion::ProgressRequest(WatchProgressRequest {}));
     }
 
-    /// The answer to some request for progress. Another history may have less than was known.
+    /// The answer to one request for progress or to several in a row. Which ones it answers is not to be seen: a request
+    /// may know of more than its sender does, and then its answer comes after later requests have been sent. The first one
+    /// that was open is among them, so that as many are answered as answers have come, at least; of a patient stream, all.
+    /// Another history may have less than was known.
     fn take_progress(&mut self, open: &mut Open, revision: i64) {
-        let least = open.asked.iter().copied().min().filter(|_| self.context.timeline.era() == 0);
-        open.asked.retain(|known| *known > revision);
+        let least = open.asked.pop_front().filter(|_| self.context.timeline.era() == 0);
         for watcher in self.watchers.values_mut().filter(|watcher| watcher.id.is_some()) {
             watcher.progress(&self.context, revision);
             if let Some(known) = least.filter(|known| *known > revision) {
