@@ -21,7 +21,7 @@ use std::{
     os::fd::AsFd,
     pin::Pin,
     sync::{Arc, Weak},
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
@@ -95,6 +95,8 @@ struct Socket<S> {
     protocol: Protocol,
     /// When the peer was heard of last.
     heard: Instant,
+    /// Who writes and waits for room. The socket knows one waker, which may be that of the outlet.
+    blocked: Option<Waker>,
     /// Why what was gathered could not be written, to be told to the connection.
     failure: Option<io::Error>,
 }
@@ -125,8 +127,8 @@ impl<S> Gather<S> {
     }
 
     fn speaking(protocol: Protocol, inner: S, opening: Bytes) -> Self {
-        let pending = BytesMut::new();
-        let socket = Socket { inner, opening, pending, usual: 0, protocol, heard: Instant::now(), failure: None };
+        let (pending, heard) = (BytesMut::new(), Instant::now());
+        let socket = Socket { inner, opening, pending, usual: 0, protocol, heard, blocked: None, failure: None };
         Self { socket: Arc::new(Mutex::new(socket)), is_vectored: protocol == Protocol::Http1 }
     }
 
@@ -188,10 +190,14 @@ impl<S> Socket<S> {
 }
 
 impl<S: AsyncWrite + Unpin> Socket<S> {
-    /// Writes everything gathered, flushes what is below, and gives the buffer back.
+    /// Writes everything gathered, flushes what is below, and gives the buffer back. Whoever waits for room is woken when there
+    /// is some.
     fn release(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.usual = self.pending.len();
         let drained = self.drain(cx);
+        if self.pending.len() < self.usual {
+            self.blocked.take().into_iter().for_each(Waker::wake);
+        }
         if self.pending.is_empty() {
             self.pending = BytesMut::new();
         }
@@ -205,6 +211,19 @@ impl<S: AsyncWrite + Unpin> Socket<S> {
             self.consume(written)?;
         }
         Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    /// Takes `slices`, to write them with what follows, or at once if they are large. Returns how much was taken.
+    fn write(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let length: usize = slices.iter().map(|slice| slice.len()).sum();
+        if length >= LARGE || self.protocol == Protocol::Http1 {
+            return self.pass_through(cx, slices);
+        }
+        if self.pending.len() + length > CAPACITY {
+            ready!(self.drain(cx))?;
+        }
+        self.gather(slices, length);
+        Poll::Ready(Ok(length))
     }
 
     /// Writes what was gathered and `slices` in order without copying, and returns how much of `slices` went.
@@ -252,15 +271,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
     ) -> Poll<io::Result<usize>> {
         let mut socket = self.socket.lock();
         socket.check()?;
-        let length: usize = slices.iter().map(|slice| slice.len()).sum();
-        if length >= LARGE || socket.protocol == Protocol::Http1 {
-            return socket.pass_through(cx, slices);
-        }
-        if socket.pending.len() + length > CAPACITY {
-            ready!(socket.drain(cx))?;
-        }
-        socket.gather(slices, length);
-        Poll::Ready(Ok(length))
+        let written = socket.write(cx, slices);
+        socket.blocked = written.is_pending().then(|| cx.waker().clone());
+        written
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -276,7 +289,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gather<S> {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut socket = self.socket.lock();
-        ready!(socket.drain(cx))?;
+        let drained = socket.drain(cx);
+        socket.blocked = drained.is_pending().then(|| cx.waker().clone());
+        ready!(drained)?;
         Pin::new(&mut socket.inner).poll_shutdown(cx)
     }
 }

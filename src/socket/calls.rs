@@ -123,7 +123,7 @@ impl Calls {
         mut end: impl FnMut(&mut Self, &mut Context<'_>) -> Poll<T>,
     ) -> Poll<T> {
         let wakers = self.turn.begin(cx);
-        // The connection hears of the socket, too, when the outlet has registered with it last.
+        // The connection is told, too, when the outlet finds that the socket is broken.
         let cx = &mut Context::from_waker(&wakers.connection);
         loop {
             self.run_woken(&Context::from_waker(&wakers.calls));
