@@ -191,11 +191,11 @@ impl<S> Socket<S> {
 
 impl<S: AsyncWrite + Unpin> Socket<S> {
     /// Writes everything gathered, flushes what is below, and gives the buffer back. Whoever waits for room is woken when there
-    /// is some.
+    /// is some, or never will be.
     fn release(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.usual = self.pending.len();
         let drained = self.drain(cx);
-        if self.pending.len() < self.usual {
+        if self.pending.len() < self.usual || matches!(drained, Poll::Ready(Err(_))) {
             self.blocked.take().into_iter().for_each(Waker::wake);
         }
         if self.pending.is_empty() {

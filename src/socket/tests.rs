@@ -328,6 +328,22 @@ async fn who_waits_for_room_is_woken_though_the_outlet_asked_after_it() {
     assert!(writer.count() > 0, "it has room, and nobody says so");
 }
 
+#[tokio::test]
+async fn who_waits_for_room_is_woken_when_the_outlet_finds_the_socket_broken() {
+    let (near, far) = tokio::io::duplex(16);
+    let mut gather = Gather::new(near);
+    let mut outlet = gather.outlet();
+    write(&mut gather, &[1; 40]);
+    let (writer, writers) = Wakes::task();
+    let large = [2; LARGE];
+    assert!(Pin::new(&mut gather).poll_write(&mut Context::from_waker(&writers), &large).is_pending());
+    end_turn(&mut outlet, false);
+    assert_eq!(writer.count(), 0);
+    drop(far);
+    end_turn(&mut outlet, false);
+    assert!(writer.count() > 0, "it will never have room, and nobody says so");
+}
+
 const PONG: [u8; 17] = [0, 0, 8, 6, 1, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
 
 #[tokio::test(start_paused = true)]

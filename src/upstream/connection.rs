@@ -1,9 +1,10 @@
 //! HTTP connections to one endpoint: how each class of traffic is tuned, and the handshake.
 //!
 //! Windows are fixed. An adaptive window probes with pings, which etcd's gRPC library punishes. A connection's window is
-//! the stream window times the streams that the pool admits to it, so whatever one stream leaves unread, the others can
-//! still fill their own windows: a stalled stream never blocks another. It is also the bound of what a stalled caller can
-//! make us hold.
+//! the largest that there is, so whatever one stream leaves unread, the others can still fill their own windows: a stalled
+//! stream never blocks another. What a stalled caller can make us hold is bound by its stream's window, and all of them by
+//! the streams that the pool admits. A window of just that size would not do: h2 takes frames below 256 bytes that nobody
+//! reads for an attack, and ends the connection once they make up too much of half its window.
 //!
 //! Keep-alive pings are sent only while a stream is open: etcd tolerates pings every 5 s on a connection with streams, and
 //! takes offence at frequent ones on a connection without. The feed's stream is always open, so its connection is watched
@@ -92,6 +93,8 @@ pub(super) struct Tuning {
     pub keepalive_timeout: Duration,
 }
 
+/// HTTP/2 has none above it.
+const LARGEST_WINDOW: u32 = (1 << 31) - 1;
 /// Frames of this size are accepted; etcd sends 16 KiB at most.
 const MAX_FRAME: u32 = 64 << 10;
 /// Response headers of this size are accepted.
@@ -151,12 +154,11 @@ pub(super) async fn http1(
 }
 
 fn builder(class: Class, tuning: Tuning, executor: NewCalls) -> http2::Builder<NewCalls> {
-    let streams = u32::try_from(class.streams()).unwrap_or(u32::MAX);
     let mut builder = http2::Builder::new(executor);
     builder
         .timer(TokioTimer::new())
         .initial_stream_window_size(class.stream_window())
-        .initial_connection_window_size(class.stream_window().saturating_mul(streams))
+        .initial_connection_window_size(LARGEST_WINDOW)
         .initial_max_send_streams(class.streams())
         .max_frame_size(MAX_FRAME)
         .max_header_list_size(MAX_HEADERS)
@@ -181,13 +183,75 @@ fn cannot_dial(name: &str, reason: &str) -> Status {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+
+    use ::http::{Request, Response};
+    use bytes::Bytes;
+    use h2::server::SendResponse;
+    use http_body_util::BodyExt;
+
     use super::*;
 
     #[test]
     fn a_connection_window_holds_every_stream_window() {
         for class in Class::ALL {
             let whole = u64::from(class.stream_window()) * class.streams() as u64;
-            assert!(whole < 1 << 31, "{class:?}: HTTP/2 has no window above 2^31-1");
+            assert!(whole <= u64::from(LARGEST_WINDOW), "{class:?}");
+        }
+    }
+
+    /// About the size of an event of a small key.
+    const MESSAGE: Bytes = Bytes::from_static(&[7; 90]);
+
+    /// Answers with one small frame after the other for as long as there is room; the other stream, with one each time the
+    /// room of all others is used up.
+    async fn answer(path: String, mut respond: SendResponse<Bytes>) {
+        let mut stream = respond.send_response(Response::new(()), false).unwrap();
+        loop {
+            stream.reserve_capacity(MESSAGE.len());
+            while stream.capacity() < MESSAGE.len() {
+                let Some(Ok(_)) = poll_fn(|cx| stream.poll_capacity(cx)).await else { return };
+            }
+            if stream.send_data(MESSAGE, false).is_err() {
+                return;
+            }
+            if path == "/read" {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+
+    async fn serve(socket: tokio::io::DuplexStream) {
+        let mut connection = h2::server::handshake(socket).await.unwrap();
+        while let Some(Ok((request, respond))) = connection.accept().await {
+            tokio::spawn(answer(request.uri().path().to_owned(), respond));
+        }
+    }
+
+    /// Of relays, a few whose clients do not read used to end all on the connection.
+    #[tokio::test(start_paused = true)]
+    async fn streams_of_small_messages_that_nobody_reads_end_no_other() {
+        const CLASS: Class = Class::CatchUp;
+        let (near, far) = tokio::io::duplex(1 << 20);
+        tokio::spawn(serve(far));
+        let second = Duration::from_secs(1);
+        let tuning = Tuning { connect_timeout: second, keepalive_interval: 100 * second, keepalive_timeout: second };
+        let (calls, gather) = (Calls::default(), Gather::new(near));
+        let (executor, outlet) = (calls.executor(), gather.outlet());
+        let handshake = builder(CLASS, tuning, executor.clone()).handshake(TokioIo::new(gather));
+        let (mut sender, connection) = handshake.await.unwrap();
+        executor.execute(async move { drop(connection.await) });
+        tokio::spawn(calls.run(outlet));
+        let mut bodies = Vec::new();
+        for stream in 0..CLASS.streams() {
+            let path = if stream == 0 { "http://a/read" } else { "http://a/left" };
+            let request = Request::post(path).body(RequestBody::full(Bytes::new())).unwrap();
+            bodies.push(sender.send_request(request).await.unwrap().into_body());
+        }
+        // The clock moves when all others have filled their windows.
+        for _ in 0..10 {
+            let frame = bodies[0].frame().await.unwrap();
+            assert_eq!(frame.unwrap().into_data().unwrap(), MESSAGE);
         }
     }
 }
