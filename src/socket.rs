@@ -25,7 +25,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BytesMut};
 use parking_lot::Mutex;
 use rustix::net::sockopt;
 use tokio::{
@@ -87,11 +87,10 @@ pub struct Gather<S> {
 
 struct Socket<S> {
     inner: S,
-    /// What was read to learn which protocol this is, for whoever reads first.
-    opening: Bytes,
+    opening: Opening,
     pending: BytesMut,
     /// What was gathered last time, in bytes: an idle connection keeps no buffer, but knows how large its next one should be.
-    usual: usize,
+    usual: u32,
     protocol: Protocol,
     /// When the peer was heard of last.
     heard: Instant,
@@ -99,6 +98,40 @@ struct Socket<S> {
     blocked: Option<Waker>,
     /// Why what was gathered could not be written, to be told to the connection.
     failure: Option<io::Error>,
+}
+
+/// What was read to learn which protocol this is, for whoever reads first. Small, as every connection has one.
+#[derive(Default)]
+struct Opening {
+    bytes: [u8; HTTP2_START.len()],
+    given: u8,
+    read: u8,
+}
+
+impl Opening {
+    /// How the peer begins, as far as it is needed. None when the peer goes before that is known.
+    async fn read(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Self>> {
+        let mut opening = Self::default();
+        while opening.left().len() < HTTP2_START.len() && HTTP2_START.starts_with(opening.left()) {
+            match socket.read(&mut opening.bytes[usize::from(opening.read)..]).await? {
+                0 => return Ok(None),
+                read => opening.read += read as u8,
+            }
+        }
+        Ok(Some(opening))
+    }
+
+    fn left(&self) -> &[u8] {
+        &self.bytes[usize::from(self.given)..usize::from(self.read)]
+    }
+
+    /// Moves as much as fits into `buffer`.
+    fn give(&mut self, buffer: &mut ReadBuf<'_>) {
+        let left = self.left();
+        let length = left.len().min(buffer.remaining());
+        buffer.put_slice(&left[..length]);
+        self.given += length as u8;
+    }
 }
 
 /// What a connection speaks.
@@ -123,10 +156,10 @@ impl<S> Ear<S> {
 impl<S> Gather<S> {
     /// For a connection that is known to speak HTTP/2.
     pub fn new(inner: S) -> Self {
-        Self::speaking(Protocol::Http2, inner, Bytes::new())
+        Self::speaking(Protocol::Http2, inner, Opening::default())
     }
 
-    fn speaking(protocol: Protocol, inner: S, opening: Bytes) -> Self {
+    fn speaking(protocol: Protocol, inner: S, opening: Opening) -> Self {
         let (pending, heard) = (BytesMut::new(), Instant::now());
         let socket = Socket { inner, opening, pending, usual: 0, protocol, heard, blocked: None, failure: None };
         Self { socket: Arc::new(Mutex::new(socket)), is_vectored: protocol == Protocol::Http1 }
@@ -156,22 +189,16 @@ impl<S: AsyncRead + Unpin> Gather<S> {
     }
 
     async fn recognise(mut inner: S) -> io::Result<Option<(Self, Protocol)>> {
-        let (mut opening, mut seen) = ([0; HTTP2_START.len()], 0);
-        while seen < opening.len() && HTTP2_START.starts_with(&opening[..seen]) {
-            match inner.read(&mut opening[seen..]).await? {
-                0 => return Ok(None),
-                read => seen += read,
-            }
-        }
-        let protocol = if opening == HTTP2_START { Protocol::Http2 } else { Protocol::Http1 };
-        Ok(Some((Self::speaking(protocol, inner, Bytes::copy_from_slice(&opening[..seen])), protocol)))
+        let Some(opening) = Opening::read(&mut inner).await? else { return Ok(None) };
+        let protocol = if opening.left() == HTTP2_START { Protocol::Http2 } else { Protocol::Http1 };
+        Ok(Some((Self::speaking(protocol, inner, opening), protocol)))
     }
 }
 
 impl<S> Socket<S> {
     fn gather(&mut self, slices: &[IoSlice<'_>], length: usize) {
         if self.pending.capacity() == 0 {
-            self.pending.reserve(length.max(self.usual).max(FIRST_ALLOCATION));
+            self.pending.reserve(length.max(self.usual as usize).max(FIRST_ALLOCATION));
         }
         slices.iter().for_each(|slice| self.pending.extend_from_slice(slice));
     }
@@ -193,9 +220,10 @@ impl<S: AsyncWrite + Unpin> Socket<S> {
     /// Writes everything gathered, flushes what is below, and gives the buffer back. Whoever waits for room is woken when there
     /// is some, or never will be.
     fn release(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.usual = self.pending.len();
+        let gathered = self.pending.len();
+        self.usual = gathered as u32;
         let drained = self.drain(cx);
-        if self.pending.len() < self.usual || matches!(drained, Poll::Ready(Err(_))) {
+        if self.pending.len() < gathered || matches!(drained, Poll::Ready(Err(_))) {
             self.blocked.take().into_iter().for_each(Waker::wake);
         }
         if self.pending.is_empty() {
@@ -248,9 +276,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Gather<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let mut socket = self.socket.lock();
         socket.check()?;
-        if socket.opening.has_remaining() {
-            let length = socket.opening.len().min(buffer.remaining());
-            buffer.put_slice(&socket.opening.split_to(length));
+        if !socket.opening.left().is_empty() {
+            socket.opening.give(buffer);
             return Poll::Ready(Ok(()));
         }
         let read = ready!(Pin::new(&mut socket.inner).poll_read(cx, buffer));

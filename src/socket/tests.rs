@@ -9,7 +9,7 @@ use std::{
     task::Waker,
 };
 
-use bytes::buf::Chain;
+use bytes::{Bytes, buf::Chain};
 use futures_util::future::poll_fn;
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
