@@ -53,7 +53,7 @@ impl Leader {
     /// after half a minute, to give its own caches up. Of members that cannot be reached nobody knows that, and etcd's client would
     /// just look for another.
     pub fn lack(&self) -> Status {
-        if self.health.borrow().reachable { Status::NO_LEADER } else { Status::NO_CONNECTION }
+        if self.is_denied() { Status::NO_LEADER } else { Status::NO_CONNECTION }
     }
 
     /// Whether a member says that there is no leader.
