@@ -10,17 +10,28 @@
 //! takes offence at frequent ones on a connection without. The feed's stream is always open, so its connection is watched
 //! even when nothing happens.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    future::{Future, poll_fn},
+    pin::pin,
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
 
 use hyper::{
     client::conn::{http1, http2},
     rt::Executor,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::{interval, timeout},
+};
+use tonic::Code;
 
 use super::{body::RequestBody, endpoint::Dial, sender::Sender};
 use crate::{
+    signal::{Signal, Told},
     socket::{Calls, Gather, NewCalls},
     status::Status,
 };
@@ -93,6 +104,12 @@ pub(super) struct Tuning {
     pub keepalive_timeout: Duration,
 }
 
+/// As long as the server has told no settings.
+const UNKNOWN_STREAMS: usize = 0;
+/// Between looks for the settings.
+const LOOK: Duration = Duration::from_millis(1);
+const NO_PREFACE: Status =
+    Status::fixed(Code::Unavailable, "connection error: desc = \"error reading server preface: EOF\"");
 /// HTTP/2 has none above it.
 const LARGEST_WINDOW: u32 = (1 << 31) - 1;
 /// Frames of this size are accepted; etcd sends 16 KiB at most.
@@ -103,32 +120,77 @@ const MAX_HEADERS: u32 = 1 << 20;
 const REMEMBER_CANCELLED: Duration = Duration::from_secs(30);
 const CANCELLED_STREAMS: usize = 16_384;
 
-/// Opens an HTTP/2 connection; to a server within the process that needs none, gives the server.
+/// How many streams a server takes on a connection at a time; it may change its mind.
+pub(super) type Streams = Told<usize>;
+
+/// Opens an HTTP/2 connection; to a server within the process, which needs none, gives the server. As with Go's gRPC library, it is
+/// open when the server has told its settings: what is sent before may be more than it takes.
 ///
 /// # Errors
 /// Unavailable, in the words of Go's gRPC library.
-pub(super) async fn http2(dial: &Arc<dyn Dial>, name: &str, class: Class, tuning: Tuning) -> Result<Sender, Status> {
+pub(super) async fn http2(
+    dial: &Arc<dyn Dial>,
+    name: &str,
+    class: Class,
+    tuning: Tuning,
+) -> Result<(Sender, Streams), Status> {
     if let Some(server) = dial.in_process() {
-        return Ok(Sender::InProcess(server));
+        return Ok((Sender::InProcess(server), Signal::new(usize::MAX).told()));
     }
+    timeout(tuning.connect_timeout, open_http2(dial, name, class, tuning))
+        .await
+        .unwrap_or_else(|_| Err(cannot_dial(name, "i/o timeout")))
+}
+
+async fn open_http2(
+    dial: &Arc<dyn Dial>,
+    name: &str,
+    class: Class,
+    tuning: Tuning,
+) -> Result<(Sender, Streams), Status> {
     let calls = Calls::default();
     let executor = calls.executor();
-    let opened = timeout(tuning.connect_timeout, async {
-        let gather = Gather::new(dial.dial().await.map_err(|error| error.to_string())?);
-        let outlet = gather.outlet();
-        let handshake = builder(class, tuning, executor.clone()).handshake(TokioIo::new(gather));
-        let (sender, connection) = handshake.await.map_err(|error| error.to_string())?;
-        Ok((sender, connection, outlet))
-    });
-    let (sender, connection, outlet) = flatten(opened.await).map_err(|reason| cannot_dial(name, &reason))?;
+    let gather = Gather::new(dial.dial().await.map_err(|error| cannot_dial(name, &error.to_string()))?);
+    let outlet = gather.outlet();
+    let handshake = builder(class, tuning, executor.clone()).handshake(TokioIo::new(gather));
+    let (sender, connection) = handshake.await.map_err(|error| cannot_dial(name, &error.to_string()))?;
+    let taken = Signal::new(UNKNOWN_STREAMS);
+    let streams = taken.told();
     let name = name.to_owned();
     executor.execute(async move {
-        if let Err(error) = connection.await {
+        if let Err(error) = telling_streams(connection, taken).await {
             tracing::debug!(endpoint = name, class = class.name(), %error, "upstream connection ended");
         }
     });
     tokio::spawn(calls.run(outlet));
-    Ok(Sender::Http2(sender))
+    match streams.changes().wait_for(|streams| *streams != UNKNOWN_STREAMS).await {
+        Ok(_) => Ok((Sender::Http2(sender), streams)),
+        Err(_) => Err(NO_PREFACE),
+    }
+}
+
+/// Runs `connection` to its end, and tells in `streams` how many the server takes. Requests are an occasion to look. Before the
+/// first one there is none, and nobody is woken when the server tells its settings.
+async fn telling_streams<S>(
+    connection: http2::Connection<TokioIo<Gather<S>>, RequestBody, NewCalls>,
+    streams: Signal<usize>,
+) -> hyper::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut connection = pin!(connection);
+    let mut looks = Some(Box::pin(interval(LOOK)));
+    poll_fn(|cx| {
+        let polled = connection.as_mut().poll(cx);
+        let now = connection.current_max_send_streams();
+        if streams.now() != now {
+            streams.set(now);
+            looks = None;
+        }
+        while let Some(Poll::Ready(_)) = looks.as_mut().map(|looks| looks.poll_tick(cx)) {}
+        polled
+    })
+    .await
 }
 
 /// Opens an HTTP/1.1 connection, for what etcd serves beside gRPC.
@@ -159,7 +221,7 @@ fn builder(class: Class, tuning: Tuning, executor: NewCalls) -> http2::Builder<N
         .timer(TokioTimer::new())
         .initial_stream_window_size(class.stream_window())
         .initial_connection_window_size(LARGEST_WINDOW)
-        .initial_max_send_streams(class.streams())
+        .initial_max_send_streams(UNKNOWN_STREAMS)
         .max_frame_size(MAX_FRAME)
         .max_header_list_size(MAX_HEADERS)
         .keep_alive_interval(tuning.keepalive_interval)

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{
-    connection::{self, Class, Tuning},
+    connection::{self, Class, Streams, Tuning},
     endpoint::Dial,
     metrics::Metrics,
     sender::Sender,
@@ -68,6 +68,8 @@ struct Shelf {
 
 struct Pooled {
     sender: Sender,
+    /// How many streams the server takes.
+    taken: Streams,
     number: ConnectionNumber,
     class: Class,
     /// Calls on it; changed under the shelf's lock when it grows.
@@ -141,10 +143,12 @@ impl Pool {
 
     /// A new connection that already carries its first stream.
     async fn open(&self, class: Class) -> Result<Arc<Pooled>, Status> {
-        let sender = connection::http2(&self.dial, &self.name, class, self.tuning).await;
-        self.metrics.dialed(&self.name, sender.is_ok());
+        let opened = connection::http2(&self.dial, &self.name, class, self.tuning).await;
+        self.metrics.dialed(&self.name, opened.is_ok());
+        let (sender, taken) = opened?;
         let pooled = Pooled {
-            sender: sender?,
+            sender,
+            taken,
             number: self.numbers.next(),
             class,
             streams: AtomicUsize::new(1),
@@ -188,7 +192,9 @@ impl Shelf {
     fn free(&self, class: Class) -> Option<Slot> {
         let mut connections = self.connections.lock();
         connections.retain(|pooled| !pooled.sender.is_closed());
-        let free = connections.iter().find(|pooled| pooled.streams.load(Ordering::Acquire) < class.streams())?;
+        let is_free =
+            |pooled: &&Arc<Pooled>| pooled.streams.load(Ordering::Acquire) < class.streams().min(pooled.taken.now());
+        let free = connections.iter().find(is_free)?;
         free.streams.fetch_add(1, Ordering::AcqRel);
         Some(Slot(free.clone()))
     }

@@ -23,8 +23,10 @@ use crate::{
     upstream::{EndpointId, Upstream},
 };
 
-/// After which a question is put to another endpoint.
+/// After which a question is put to another endpoint, unless answers are known to take longer.
 const DEADLINE: Duration = Duration::from_millis(500);
+/// However long they are known to take: who has stopped is not to be waited for.
+const LONGEST_DEADLINE: Duration = Duration::from_secs(2);
 /// The longest pause while no endpoint answers.
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 /// How often in a reader's patience those who have none left are looked for.
@@ -48,14 +50,16 @@ pub(super) struct Asker {
     /// How many readers the last question was put for.
     last: usize,
     round_trip: Duration,
+    /// For the next question.
+    deadline: Duration,
     /// When views were brought to the present last.
     led: Option<Instant>,
 }
 
 impl Asker {
     pub(super) fn new(waiting: Arc<Waiting>, upstream: Upstream, prefixes: Arc<[Prefix]>, patience: Duration) -> Self {
-        let (marks, last, round_trip) = (VecDeque::new(), 0, Duration::ZERO);
-        Self { waiting, upstream, prefixes, patience, marks, last, round_trip, led: None }
+        let (marks, last, round_trip, deadline) = (VecDeque::new(), 0, Duration::ZERO, DEADLINE);
+        Self { waiting, upstream, prefixes, patience, marks, last, round_trip, deadline, led: None }
     }
 
     pub(super) async fn run(mut self) {
@@ -113,6 +117,10 @@ impl Asker {
         while self.waiting.count() > 0 {
             self.look_at_the_clock();
             let Some(at) = self.upstream.preferred(&failed) else {
+                // Perhaps nobody is gone, and all are slow.
+                if !failed.is_empty() {
+                    self.deadline = (self.deadline * 2).min(self.patience.max(DEADLINE));
+                }
                 failed.clear();
                 sleep(pause.min(self.patience / LOOKS)).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
@@ -138,7 +146,7 @@ impl Asker {
             let oldest = kept.iter().flatten().map(|oldest| oldest.revision).min().unwrap_or_default();
             match self.ask(sent, at, oldest).await {
                 Err(status) if status == Status::COMPACTED => {
-                    let finding = find_compaction(self.upstream.clone(), at, oldest);
+                    let finding = find_compaction(self.upstream.clone(), at, oldest, self.deadline);
                     let revision = self.watching_the_clock(finding).await?;
                     info!(%revision, "the cluster has been compacted");
                     // A view shows a compaction when it has got to it.
@@ -175,9 +183,10 @@ impl Asker {
     /// `sent`. Gives the present.
     async fn ask(&mut self, sent: Stamp, at: EndpointId, revision: Revision) -> Result<Revision, Status> {
         let began = Instant::now();
-        let asking = question(self.upstream.clone(), at, revision);
+        let asking = question(self.upstream.clone(), at, revision, self.deadline);
         let proof = self.watching_the_clock(asking).await?;
         self.round_trip = began.elapsed();
+        self.deadline = (self.round_trip * 2).clamp(DEADLINE, LONGEST_DEADLINE);
         self.waiting.metrics.seconds.observe(self.round_trip.as_secs_f64());
         self.waiting.metrics.questions.with_label_values(&["answered"]).inc();
         self.waiting.note(sent, proof, Tense::Past);
@@ -205,15 +214,21 @@ impl Asker {
 }
 
 /// Finds the compaction that has taken the revision `taken`: the lowest revision that can still be read.
-async fn find_compaction(upstream: Upstream, at: EndpointId, mut taken: Revision) -> Result<Revision, Status> {
-    let mut left = question(upstream.clone(), at, Revision::ZERO).await?.revision;
+async fn find_compaction(
+    upstream: Upstream,
+    at: EndpointId,
+    mut taken: Revision,
+    deadline: Duration,
+) -> Result<Revision, Status> {
+    let question = |revision| question(upstream.clone(), at, revision, deadline);
+    let mut left = question(Revision::ZERO).await?.revision;
     if left <= taken {
         return Err(CONTRADICTION);
     }
     while taken.next() < left {
         let step = ((left.0 - taken.0) / (AT_ONCE + 1)).max(1);
         let between = (1..=AT_ONCE).map(|number| Revision(taken.0 + number * step)).take_while(|middle| *middle < left);
-        let asking = between.map(async |middle| (middle, question(upstream.clone(), at, middle).await));
+        let asking = between.map(async |middle| (middle, question(middle).await));
         for (middle, answer) in join_all(asking).await {
             match answer {
                 Ok(_) => left = left.min(middle),
@@ -225,10 +240,10 @@ async fn find_compaction(upstream: Upstream, at: EndpointId, mut taken: Revision
     Ok(left)
 }
 
-async fn question(upstream: Upstream, at: EndpointId, revision: Revision) -> Result<Proof, Status> {
+async fn question(upstream: Upstream, at: EndpointId, revision: Revision, deadline: Duration) -> Result<Proof, Status> {
     let key = Bytes::from_static(&[0]);
     let question = RangeRequest { key, limit: 1, count_only: true, revision: revision.0, ..Default::default() };
-    let asked = upstream.unary_numbered(at, "/etcdserverpb.KV/Range", &question, DEADLINE);
+    let asked = upstream.unary_numbered(at, "/etcdserverpb.KV/Range", &question, deadline);
     let (answer, connection): (RangeResponse, _) = asked.await?;
     let proof = answer.header.as_ref().and_then(|header| Proof::of(header, connection));
     proof.ok_or_else(|| Status::unavailable("an answer without a cluster or a revision"))

@@ -1,0 +1,82 @@
+//! Upstreams that are well, but far away, or take little at a time.
+
+mod support;
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use millpond::proto::etcdserverpb::{LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse};
+use support::{
+    client::Client,
+    etcd::Cluster,
+    fault::{FaultProxy, Faults},
+    millpond::Millpond,
+    operation::range,
+    toolchain::Release,
+};
+use tokio::{sync::mpsc, time::timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+
+/// Long for an answer.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A Millpond before `cluster`, to which every byte takes `delay`.
+async fn afar(cluster: &Cluster, delay: Duration) -> (FaultProxy, Millpond) {
+    let link = FaultProxy::start(&cluster.endpoint(0)).await;
+    let millpond = Millpond::start(std::slice::from_ref(&link.endpoint), &[]).await;
+    link.set(Faults { delay, ..Faults::default() });
+    (link, millpond)
+}
+
+/// Keeps a lease of its own alive, over a stream that stays open.
+struct Keeper {
+    _requests: mpsc::Sender<LeaseKeepAliveRequest>,
+    answers: Streaming<LeaseKeepAliveResponse>,
+}
+
+impl Keeper {
+    async fn of(client: &Client) -> Self {
+        let grant = LeaseGrantRequest { ttl: 60, id: 0 };
+        let id = client.lease.clone().lease_grant(grant).await.unwrap().into_inner().id;
+        let (requests, outgoing) = mpsc::channel(1);
+        requests.try_send(LeaseKeepAliveRequest { id }).unwrap();
+        let answers = client.lease.clone().lease_keep_alive(ReceiverStream::new(outgoing)).await.unwrap();
+        Self { _requests: requests, answers: answers.into_inner() }
+    }
+}
+
+/// Etcd refuses streams above its limit on a connection, and those that wait for others to end may wait for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_and_streams_above_etcds_limit_go_over_further_connections() {
+    const LIMIT: usize = 8;
+    let flag = format!("--max-concurrent-streams={LIMIT}");
+    let cluster = Cluster::builder(Release::newest()).flag(flag).start().await;
+    let (_link, mut millpond) = afar(&cluster, Duration::from_millis(100)).await;
+    // The connection for calls is new: how many it takes is not known when the first of these come.
+    let client = millpond.client();
+    let puts = join_all((0..10 * LIMIT).map(|number| client.put(format!("k/{number}"), "v"))).await;
+    assert!(puts.iter().all(Result::is_ok), "{puts:?}");
+    let mut keepers = timeout(PATIENCE, join_all((0..5 * LIMIT).map(|_| Keeper::of(&client)))).await.unwrap();
+    let answered = join_all(keepers.iter_mut().map(|keeper| timeout(PATIENCE, keeper.answers.message()))).await;
+    for answer in answered {
+        assert!(matches!(&answer, Ok(Ok(Some(kept))) if kept.ttl > 0), "{answer:?}");
+    }
+    millpond.assert_well();
+}
+
+/// A question that is not answered soon is put to another endpoint. Where there is none, asking again and again as
+/// impatiently would never be answered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_consistent_read_is_answered_however_far_the_upstream_is() {
+    let cluster = Cluster::single(Release::newest()).await;
+    let (_link, mut millpond) = afar(&cluster, Duration::from_millis(350)).await;
+    let client = millpond.client();
+    for round in 0..3 {
+        let revision = cluster.client(0).put("k", format!("{round}")).await.unwrap();
+        let read = client.range(range("k", "")).await.unwrap();
+        assert!(read.header.is_some_and(|header| header.revision >= revision));
+        assert_eq!(read.kvs[0].value, format!("{round}"));
+    }
+    millpond.assert_well();
+}
