@@ -240,6 +240,11 @@ async fn contend(client: &Client) -> Vec<String> {
     told.push(tell(election.resign(epb::ResignRequest { leader: leader.clone() }).await));
     told.push(tell(election.proclaim(epb::ProclaimRequest { leader, value: "late".into() }).await));
     told.push(tell(election.proclaim(epb::ProclaimRequest::default()).await));
+    let nameless = epb::LeaderKey { name: "e".into(), lease: 7, ..Default::default() };
+    told.push(tell(election.resign(epb::ResignRequest { leader: Some(nameless.clone()) }).await));
+    told.push(tell(election.proclaim(epb::ProclaimRequest { leader: Some(nameless), value: "two".into() }).await));
+    told.push(tell(election.campaign(campaign(7, &"large".repeat(1 << 19))).await));
+    told.push(tell(lock.lock(lock_request(&"large".repeat(1 << 19), 7)).await));
     told.push(tell(election.resign(epb::ResignRequest::default()).await));
     told
 }

@@ -148,7 +148,7 @@ fn embedded_store(
     let dir = config.data_dir.clone().unwrap_or_else(|| DEFAULT_DATA_DIR.into());
     let listening = listening.map(|address| format!("http://{address}"));
     let options = sql::Options {
-        quota_bytes: config.quota_backend_bytes.map_or(sql::Options::default().quota_bytes, |bytes| bytes as i64),
+        quota_bytes: i64::try_from(config.quota_bytes()).unwrap_or(i64::MAX),
         max_request_bytes: config.max_request_bytes as usize,
         progress_interval: config.progress_interval,
         auto_compaction: config.auto_compaction(),

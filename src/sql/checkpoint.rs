@@ -64,6 +64,10 @@ impl Checkpoints {
     /// Looks after the log after a commit on `store`.
     pub fn after_commit(&mut self, store: &mut dyn Writer) -> Result<(), SqlError> {
         let pages = store.log_pages()?;
+        if pages.total < self.pages {
+            // It has begun anew, whatever kept it from that.
+            self.begin_at = LIMIT;
+        }
         self.pages = pages.total;
         match self.stage {
             Stage::Idle if pages.total >= self.begin_at => self.copy(1),

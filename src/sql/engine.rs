@@ -9,7 +9,7 @@ use std::{
 
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -21,6 +21,7 @@ use super::{
     error::Fault,
     options::Options,
     range::Position,
+    snapshot,
     sqlite::Sqlite,
     state::{State, load},
     transaction::Transaction,
@@ -51,6 +52,7 @@ struct Shared {
     queue: Arc<Semaphore>,
     readers: Mutex<Vec<Box<dyn Reader>>>,
     reading: Arc<Semaphore>,
+    copying: Arc<Semaphore>,
     closed: CancellationToken,
     writer_gone: watch::Receiver<bool>,
 }
@@ -68,6 +70,7 @@ impl Engine {
     /// When another process has it open, the directory cannot be used, the layout is too new, or the database fails.
     pub fn open(dir: &Path, options: Options) -> Result<Self, SqlError> {
         let lock = lock(dir)?;
+        snapshot::remove_leftovers(dir);
         let store = Sqlite::open_writer(dir, options.cache_bytes / 2)?;
         Self::start(dir, lock, Box::new(store), options)
     }
@@ -92,6 +95,7 @@ impl Engine {
             queue: Arc::new(Semaphore::new(QUEUE_KIB)),
             readers: Mutex::default(),
             reading: Arc::new(Semaphore::new(state.options.readers.max(1))),
+            copying: Arc::new(Semaphore::new(snapshot::AT_ONCE)),
             closed: CancellationToken::new(),
             writer_gone,
             state,
@@ -126,6 +130,11 @@ impl Engine {
     /// The data directory.
     pub fn dir(&self) -> &Path {
         &self.shared.dir
+    }
+
+    /// Leave to make a copy of the database and keep it until it is sent.
+    pub async fn copying(&self) -> Result<OwnedSemaphorePermit, Status> {
+        self.shared.copying.clone().acquire_owned().await.map_err(|_| Status::STOPPED)
     }
 
     /// A handle that does not keep the store open.

@@ -29,7 +29,7 @@ pub enum SqlError {
         known: i64,
     },
     /// The target of a restore or an import is already a store.
-    #[error("{} already holds a store", .0.display())]
+    #[error("{} already holds a store, or what is left of one (millpond.db-wal, -shm, -journal): name another directory, or move all of it away", .0.display())]
     Occupied(PathBuf),
     /// A file that should be a snapshot is none, or is damaged.
     #[error("not a usable snapshot: {0}")]

@@ -48,7 +48,7 @@ impl Default for Options {
             cache_bytes: 64 << 20,
             readers: 4,
             history_bytes: 32 << 20,
-            quota_bytes: 8 << 30,
+            quota_bytes: 2 << 30,
             max_request_bytes: 3 << 19,
             max_txn_ops: 128,
             progress_interval: Duration::from_secs(600),

@@ -4,10 +4,11 @@ use std::{
     fs::File,
     io::{self, BufReader, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use sha2::{Digest, Sha256};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
@@ -29,27 +30,63 @@ const CHECKSUM: u64 = 32;
 
 type Pieces = ReceiverStream<Result<SnapshotResponse, tonic::Status>>;
 
+/// Copies that may be under way at once: each takes as much room on the disk as the database.
+pub(super) const AT_ONCE: usize = 4;
+
+/// How long a client may take for a piece before its copy is given up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What the names of copies begin and end with.
+const NAME: (&str, &str) = ("snapshot-", ".tmp");
+
 /// Copies the database as of now, then streams the copy followed by its SHA-256, in pieces of 64 KiB.
 pub async fn stream(engine: &Engine) -> Result<Pieces, Status> {
+    let permit = engine.copying().await?;
     let (pieces, stream) = mpsc::channel(4);
     let copy = Copy::new(engine.dir());
     let dir = engine.dir().to_owned();
     let cache = engine.state().options.cache_bytes / 8;
-    let made = tokio::task::spawn_blocking(move || {
+    let made = aside(move || {
         let reader = Sqlite::open_reader(&dir, cache)?;
         reader.copy_to(&copy.0)?;
         Ok::<_, SqlError>(copy)
     });
     let copy = made.await.map_err(|_| Status::STOPPED)?.map_err(|error| error.status())?;
-    tokio::task::spawn_blocking(move || {
-        if let Err(error) = send(&copy.0, &pieces) {
+    tokio::spawn(async move {
+        let sent = send(copy, &pieces).await;
+        drop(permit);
+        if let Err(error) = sent {
             tracing::warn!(%error, "a snapshot could not be sent");
             let status = Status::new(Code::Internal, format!("etcdserver: the snapshot cannot be read: {error}"));
-            // The client may be gone, which is the usual reason.
-            let _ = pieces.blocking_send(Err(status.into()));
+            // The client may be gone, which is the usual reason. One that has stopped reading is told when it goes on.
+            let _ = pieces.send(Err(status.into())).await;
         }
     });
     Ok(ReceiverStream::new(stream))
+}
+
+/// Runs what waits for the disk.
+async fn aside<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(run).await.map_err(io::Error::other)
+}
+
+/// Removes the copies that a process left behind which did not end by itself. The directory is locked.
+pub(super) fn remove_leftovers(dir: &Path) {
+    let is_copy = |name: &str| name.starts_with(NAME.0) && name.contains(NAME.1);
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(is_copy) {
+            tracing::info!(file = %entry.path().display(), "removing what is left of a snapshot");
+            remove(&entry.path());
+        }
+    }
+}
+
+fn remove(file: &Path) {
+    if let Err(error) = std::fs::remove_file(file)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(%error, file = %file.display(), "a temporary snapshot could not be removed");
+    }
 }
 
 /// A temporary file beside the database, removed when dropped.
@@ -57,38 +94,59 @@ struct Copy(PathBuf);
 
 impl Copy {
     fn new(dir: &Path) -> Self {
-        Self(dir.join(format!("snapshot-{:016x}.tmp", rand::random::<u64>())))
+        let (begin, end) = NAME;
+        Self(dir.join(format!("{begin}{:016x}{end}", rand::random::<u64>())))
     }
 }
 
 impl Drop for Copy {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(%error, file = %self.0.display(), "a temporary snapshot could not be removed");
-        }
+        remove(&self.0);
     }
 }
 
-fn send(file: &Path, pieces: &mpsc::Sender<Result<SnapshotResponse, tonic::Status>>) -> io::Result<()> {
-    let file = File::open(file)?;
-    let size = file.metadata()?.len();
-    let padding = size.next_multiple_of(BLOCK) - size;
-    let mut left = size + padding;
-    let mut content = BufReader::with_capacity(PIECE, file).chain(io::repeat(0).take(padding));
-    let mut digest = Sha256::new();
-    let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
-    while left > 0 {
-        let mut blob = vec![0; PIECE.min(usize::try_from(left).unwrap_or(PIECE))];
-        content.read_exact(&mut blob)?;
-        digest.update(&blob);
-        left -= blob.len() as u64;
-        let piece = SnapshotResponse { remaining_bytes: left, blob: blob.into(), ..Default::default() };
-        pieces.blocking_send(Ok(piece)).map_err(gone)?;
+/// A copy that is being read.
+struct Reading {
+    content: io::Chain<BufReader<File>, io::Take<io::Repeat>>,
+    left: u64,
+    /// Of what has been read; none when it was given.
+    digest: Option<Sha256>,
+}
+
+impl Reading {
+    fn open(copy: &Copy) -> io::Result<Self> {
+        let file = File::open(&copy.0)?;
+        let size = file.metadata()?.len();
+        let padding = size.next_multiple_of(BLOCK) - size;
+        let content = BufReader::with_capacity(PIECE, file).chain(io::repeat(0).take(padding));
+        Ok(Self { content, left: size + padding, digest: Some(Sha256::new()) })
     }
-    let checksum = SnapshotResponse { blob: digest.finalize().to_vec().into(), ..Default::default() };
-    pieces.blocking_send(Ok(checksum)).map_err(gone)
+
+    /// The next piece; the last one is the checksum.
+    fn next(&mut self) -> io::Result<Option<SnapshotResponse>> {
+        let Some(digest) = self.digest.as_mut().filter(|_| self.left > 0) else {
+            let checksum = self.digest.take().map(|digest| digest.finalize().to_vec());
+            return Ok(checksum.map(|blob| SnapshotResponse { blob: blob.into(), ..Default::default() }));
+        };
+        let mut blob = vec![0; PIECE.min(usize::try_from(self.left).unwrap_or(PIECE))];
+        self.content.read_exact(&mut blob)?;
+        digest.update(&blob);
+        self.left -= blob.len() as u64;
+        Ok(Some(SnapshotResponse { remaining_bytes: self.left, blob: blob.into(), ..Default::default() }))
+    }
+}
+
+/// Sends a copy, which goes with that. No thread waits for the client.
+async fn send(copy: Copy, pieces: &mpsc::Sender<Result<SnapshotResponse, tonic::Status>>) -> io::Result<()> {
+    let mut reading = Reading::open(&copy)?;
+    loop {
+        let piece;
+        (piece, reading) = aside(move || Ok::<_, io::Error>((reading.next()?, reading))).await??;
+        let Some(piece) = piece else { return Ok(()) };
+        let sent = timeout(PATIENCE, pieces.send(Ok(piece))).await;
+        let sent = sent.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the client had stopped reading"))?;
+        sent.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+    }
 }
 
 /// Makes a new data directory in `dir` from a snapshot file. The store in it has the snapshot's keys, revisions and leases,
@@ -99,9 +157,11 @@ fn send(file: &Path, pieces: &mpsc::Sender<Result<SnapshotResponse, tonic::Statu
 pub fn restore(snapshot: &Path, dir: &Path) -> Result<(), SqlError> {
     let lock = lock(dir)?;
     let target = dir.join(sqlite::FILE);
-    if target.exists() {
+    // What a log says is newer than what is in the database, to SQLite, whoever's log it is.
+    if ["", "-wal", "-shm", "-journal"].iter().any(|end| dir.join(format!("{}{end}", sqlite::FILE)).exists()) {
         return Err(SqlError::Occupied(dir.to_owned()));
     }
+    remove_leftovers(dir);
     let copy = Copy::new(dir);
     let failed = |source| SqlError::Directory { dir: dir.to_owned(), source };
     copy_checked(snapshot, &copy.0)?;

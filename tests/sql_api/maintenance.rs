@@ -1,13 +1,20 @@
 //! Status, alarms, defragmentation, hashes and snapshots.
 
+use std::{future::pending, path::Path, time::Duration};
+
 use millpond::{
-    proto::etcdserverpb::{
-        AlarmRequest, DefragmentRequest, HashKvRequest, HashRequest, MemberListRequest, PutRequest, SnapshotRequest,
-        StatusRequest, cluster_client::ClusterClient,
+    proto::{
+        etcdserverpb::{
+            AlarmRequest, CompactionRequest, DefragmentRequest, HashKvRequest, HashRequest, MemberListRequest,
+            PutRequest, SnapshotRequest, StatusRequest, cluster_client::ClusterClient, kv_client::KvClient,
+            maintenance_client::MaintenanceClient,
+        },
+        v3lockpb::{UnlockRequest, lock_client::LockClient},
     },
-    sql::{Options, SqlError, restore},
+    sql::{Engine, Options, SqlError, restore},
 };
 use sha2::{Digest, Sha256};
+use tokio::time::sleep;
 use tonic::Code;
 
 use crate::store::{Result, Store, everything, put, refusal};
@@ -101,6 +108,21 @@ async fn equal_histories_have_equal_hashes() -> Result {
     Ok(())
 }
 
+#[tokio::test]
+async fn a_corrupt_store_compacts_nothing() -> Result {
+    let store = Store::open().await?;
+    store.put("a", "1").await?;
+    let header = store.range(everything()).await?.header.ok_or("no header")?;
+    store.maintenance().alarm(AlarmRequest { action: 1, member_id: header.member_id, alarm: 2 }).await?;
+    let corrupt = (Code::DataLoss, "etcdserver: corrupt cluster".to_owned());
+    let compaction = CompactionRequest { revision: 2, ..Default::default() };
+    assert_eq!(refusal(store.kv().compact(compaction).await), corrupt);
+    let unlock = UnlockRequest { key: "a".into() };
+    let refused = refusal(LockClient::new(store.channel.clone()).unlock(unlock).await);
+    assert_eq!(refused, (Code::Unknown, corrupt.1));
+    Ok(())
+}
+
 async fn snapshot(store: &Store) -> Result<Vec<u8>> {
     let mut pieces = store.maintenance().snapshot(SnapshotRequest {}).await?.into_inner();
     let mut content = Vec::new();
@@ -172,5 +194,77 @@ async fn a_sound_store_has_no_problems_and_a_tampered_one_is_found_out() -> Resu
     let problems = millpond::sql::check(store.dir())?.problems;
     assert_eq!(problems, ["1 events are in the index and not in the log"]);
     assert!(millpond::sql::check(&store.dir().join("nowhere")).is_err());
+    Ok(())
+}
+
+/// SQLite would take it for what was written last.
+#[tokio::test]
+async fn a_snapshot_is_not_restored_beside_what_is_left_of_another_store() -> Result {
+    let content = snapshot(&Store::open().await?).await?;
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("snapshot");
+    std::fs::write(&file, &content)?;
+    for left in ["millpond.db-wal", "millpond.db-shm", "millpond.db-journal"] {
+        let target = dir.path().join(left);
+        std::fs::create_dir(&target)?;
+        std::fs::write(target.join(left), "")?;
+        assert!(matches!(restore(&file, &target), Err(SqlError::Occupied(_))), "{left}");
+    }
+    Ok(())
+}
+
+/// How many files in a directory have names that end so.
+fn count(dir: &Path, end: &str) -> std::io::Result<usize> {
+    let names = std::fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    let names: std::io::Result<Vec<String>> = names.collect();
+    Ok(names?.iter().filter(|name| name.ends_with(end)).count())
+}
+
+#[tokio::test]
+async fn copies_that_a_crash_left_behind_go_at_the_next_start() -> Result {
+    let dir = tempfile::tempdir()?;
+    for name in ["snapshot-00000000000000aa.tmp", "snapshot-00000000000000aa.tmp-journal"] {
+        std::fs::write(dir.path().join(name), "left")?;
+    }
+    let engine = Engine::open(dir.path(), Options::default())?;
+    assert_eq!((count(dir.path(), ".tmp")?, count(dir.path(), ".tmp-journal")?), (0, 0));
+    engine.close().await;
+    Ok(())
+}
+
+/// Each used to keep a thread and a copy for as long as its client liked; with enough of them nothing was served any more.
+#[tokio::test]
+async fn snapshots_that_nobody_reads_hold_up_nothing_and_are_few() -> Result {
+    let dir = tempfile::tempdir()?;
+    let engine = Engine::open(dir.path(), Options::default())?;
+    let channel = crate::store::channel(&engine).await?;
+    let mut kv = KvClient::new(channel.clone());
+    for number in 0..10 {
+        kv.put(PutRequest { value: vec![number; 1_000_000].into(), ..put(&format!("large/{number}"), "") }).await?;
+    }
+    let unread = async |engine: Engine| {
+        let mut client = MaintenanceClient::new(crate::store::channel(&engine).await.unwrap());
+        let mut pieces = client.snapshot(SnapshotRequest {}).await.unwrap().into_inner();
+        pieces.message().await.unwrap();
+        pending::<()>().await;
+    };
+    let readers: Vec<_> = (0..12).map(|_| tokio::spawn(unread(engine.clone()))).collect();
+    while count(dir.path(), ".tmp")? < 4 {
+        sleep(Duration::from_millis(10)).await;
+    }
+    for _ in 0..20 {
+        kv.put(put("small", "")).await?;
+        assert_eq!(count(dir.path(), ".tmp")?, 4);
+        sleep(Duration::from_millis(10)).await;
+    }
+    // Whoever comes gets one when another's client is gone.
+    readers.iter().for_each(tokio::task::JoinHandle::abort);
+    let mut pieces = MaintenanceClient::new(channel).snapshot(SnapshotRequest {}).await?.into_inner();
+    let mut size = 0;
+    while let Some(piece) = pieces.message().await? {
+        size += piece.blob.len();
+    }
+    assert!(size > 10_000_000);
+    engine.close().await;
     Ok(())
 }

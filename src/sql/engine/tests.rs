@@ -188,6 +188,23 @@ async fn a_failure_undoes_the_whole_group_and_what_it_knew_of_leases() -> Tested
     Ok(())
 }
 
+/// One that had run out was found twice, and revoked and granted anew in between.
+#[tokio::test]
+async fn a_lease_does_not_expire_in_the_place_of_one_with_its_id() -> Tested {
+    let dir = tempfile::tempdir()?;
+    let (engine, _) = open(dir.path())?;
+    let grant = crate::proto::etcdserverpb::LeaseGrantRequest { id: 7, ttl: 60 };
+    let in_one_group = engine.write(0, move |transaction| {
+        transaction.grant(&grant)?;
+        transaction.expire(7)
+    });
+    assert_eq!(in_one_group.await, Ok(false));
+    assert_eq!(engine.write(0, |transaction| transaction.expire(7)).await, Ok(false));
+    assert_eq!(engine.write(0, |transaction| Ok(transaction.lease_exists(7))).await, Ok(true));
+    engine.close().await;
+    Ok(())
+}
+
 #[tokio::test]
 async fn after_a_failed_sync_nothing_is_written_until_a_restart_and_reads_go_on() -> Tested {
     let dir = tempfile::tempdir()?;

@@ -113,7 +113,11 @@ impl Kv for Services {
         request: Request<CompactionRequest>,
     ) -> Result<Response<CompactionResponse>, tonic::Status> {
         let CompactionRequest { revision, physical } = request.into_inner();
-        self.engine.write(0, move |transaction| transaction.compact(revision)).await?;
+        let compact = move |transaction: &mut Transaction<'_>| {
+            quota::admit(transaction, false)?;
+            transaction.compact(revision)
+        };
+        self.engine.write(0, compact).await?;
         if physical {
             self.engine.compaction_finished(revision).await?;
         }

@@ -8,7 +8,7 @@ use crate::{
         etcdserverpb::{DeleteRangeRequest, RangeRequest},
         v3lockpb::{LockRequest, LockResponse, UnlockRequest, UnlockResponse, lock_server::Lock},
     },
-    sql::{Engine, range::evaluate, validate},
+    sql::{Engine, quota, range::evaluate, transaction::Transaction, validate},
     status::Status,
 };
 
@@ -26,7 +26,11 @@ impl Lock for Services {
         let request = DeleteRangeRequest { key, ..Default::default() };
         let unlock = async {
             validate::delete(&request)?;
-            self.engine.write(0, move |transaction| transaction.delete_range(&request)).await
+            let delete = move |transaction: &mut Transaction<'_>| {
+                quota::admit(transaction, false)?;
+                transaction.delete_range(&request)
+            };
+            self.engine.write(0, delete).await
         };
         let mut header = unlock.await.map_err(session::without_code)?.header;
         self.engine.state().fill(&mut header);

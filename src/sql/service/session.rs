@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use tonic::Code;
 
-use super::lease;
+use super::{lease, limits};
 use crate::{
     proto::{
         etcdserverpb::{
@@ -16,7 +16,7 @@ use crate::{
         },
         mvccpb::{KeyValue, event::EventType},
     },
-    sql::{Engine, key::prefix_end, quota, range::evaluate, transaction::Transaction, watch},
+    sql::{Engine, key::prefix_end, quota, range::evaluate, transaction::Transaction, validate, watch},
     status::Status,
 };
 
@@ -95,13 +95,16 @@ pub async fn transact(
     let op = |request| RequestOp { request: Some(request) };
     let (success, failure) = (vec![op(then)], otherwise.map(op).into_iter().collect());
     let request = TxnRequest { compare: vec![compare], success, failure };
+    let options = &engine.state().options;
+    validate::txn(&request, options.max_txn_ops)?;
+    let cost = limits::check(&request, options.max_request_bytes)?;
     let needs = quota::txn_cost(&request);
     quota::check(engine, needs).await?;
     let write = move |transaction: &mut Transaction<'_>| {
         quota::admit(transaction, needs > 0)?;
         transaction.txn(request)
     };
-    let mut answer = engine.write(0, write).await?;
+    let mut answer = engine.write(cost, write).await?;
     engine.state().fill(&mut answer.header);
     Ok(answer)
 }

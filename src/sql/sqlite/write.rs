@@ -99,8 +99,19 @@ impl Writer for Sqlite {
     }
 
     fn defragment(&mut self) -> Result<(), SqlError> {
+        // The copy that it makes may be larger than memory. Where SQLite finds no place for it in the file system, as in a container
+        // without one that can be written, memory has to do.
+        let vacuum = |store: &str| {
+            self.connection.pragma_update(None, "temp_store", store)?;
+            self.connection.execute_batch("VACUUM")
+        };
         let run = || {
-            self.connection.execute_batch("VACUUM")?;
+            let vacuumed = vacuum("FILE").or_else(|error| {
+                tracing::warn!(%error, "defragmenting again, in memory: no temporary file could be used");
+                vacuum("MEMORY")
+            });
+            self.connection.pragma_update(None, "temp_store", "MEMORY")?;
+            vacuumed?;
             self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
         };
         run().map_err(doing("defragmenting"))

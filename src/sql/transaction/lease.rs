@@ -68,9 +68,10 @@ impl Transaction<'_> {
         Ok(self.at.current)
     }
 
-    /// Revokes a lease that was found to have run out, unless it has been revoked meanwhile. Whether it was.
+    /// Revokes a lease that was found to have run out, unless it has been revoked meanwhile, and perhaps granted anew. Whether it
+    /// was.
     pub fn expire(&mut self, id: i64) -> Result<bool, Fault> {
-        if !self.lease_exists(id) {
+        if self.lease_changes.contains_key(&id) || !self.leases.lock().is_expired(id, Instant::now()) {
             return Ok(false);
         }
         self.revoke(id).map(|_| true)
