@@ -3,15 +3,25 @@
 //! A commit only appends to SQLite's write-ahead log. When that has grown, a thread of its own copies the pages into the
 //! database while writes go on, and again what they added meanwhile, until that is little; the writer copies this last bit
 //! between two commits, after which the log starts from its beginning again.
+//!
+//! A read that began before the last bit keeps that from being copied. Reads that overlap would for as long as they go on, so
+//! when the log has become long, new ones are held back for a moment.
 
 use std::{
+    future::Future,
     path::Path,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, Sender},
     },
+    task::{Context, Poll, Waker},
+    thread,
+    time::{Duration, Instant},
 };
+
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::{SqlError, backend::Writer, engine::spawn};
 
@@ -31,6 +41,10 @@ const FULL: u64 = 2 * LIMIT;
 /// Pages in the log from which on the thread is given time to come up with what is not urgent.
 const LONG: u64 = 4 * LIMIT;
 
+/// How long writes wait for reads to end, and between looks.
+const PATIENCE: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(1);
+
 /// How far the emptying under way has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
@@ -49,16 +63,17 @@ pub struct Checkpoints {
     pages: u64,
     requests: Sender<()>,
     copied: Arc<AtomicBool>,
+    reads: Reads,
 }
 
 impl Checkpoints {
     /// Starts the thread, which uses `store` for nothing else. It ends with the writer.
-    pub fn start(store: Box<dyn Writer>, dir: &Path) -> Result<Self, SqlError> {
+    pub fn start(store: Box<dyn Writer>, dir: &Path, reads: Reads) -> Result<Self, SqlError> {
         let (requests, receiver) = mpsc::channel();
         let copied = Arc::new(AtomicBool::new(false));
         let done = copied.clone();
         spawn("sql-checkpoint", dir, move || copy(store, receiver, &done))?;
-        Ok(Self { stage: Stage::Idle, begin_at: LIMIT, pages: 0, requests, copied })
+        Ok(Self { stage: Stage::Idle, begin_at: LIMIT, pages: 0, requests, copied, reads })
     }
 
     /// Looks after the log after a commit on `store`.
@@ -96,12 +111,57 @@ impl Checkpoints {
 
     fn finish(&mut self, store: &mut dyn Writer) -> Result<(), SqlError> {
         self.stage = Stage::Idle;
-        store.checkpoint()?;
-        // A long read keeps the log from starting over: then try again once it has grown by as much.
-        let pages = store.log_pages()?;
-        let blocked = if pages.copied < pages.total { pages.total } else { 0 };
-        self.begin_at = blocked.saturating_add(LIMIT);
+        let mut is_blocked = Self::copy_the_rest(store)?;
+        if is_blocked && self.pages >= FULL {
+            let paused = self.reads.pause();
+            is_blocked = Self::copy_the_rest(store)?;
+            if is_blocked {
+                tracing::warn!(
+                    pages = self.pages,
+                    held = paused.is_some(),
+                    "a long read keeps the log from being emptied"
+                );
+            }
+        }
+        // Then try again once it has grown by as much.
+        self.begin_at = if is_blocked { self.pages.saturating_add(LIMIT) } else { LIMIT };
         Ok(())
+    }
+
+    /// Whether something is left.
+    fn copy_the_rest(store: &mut dyn Writer) -> Result<bool, SqlError> {
+        store.checkpoint()?;
+        let pages = store.log_pages()?;
+        Ok(pages.copied < pages.total)
+    }
+}
+
+/// The reads of a store: as many at a time as there are permits.
+pub struct Reads {
+    permits: Arc<Semaphore>,
+    all: u32,
+}
+
+impl Reads {
+    /// Those that `permits` lets through, of which none is taken yet.
+    pub fn new(permits: Arc<Semaphore>) -> Self {
+        let all = u32::try_from(permits.available_permits()).unwrap_or(u32::MAX);
+        Self { permits, all }
+    }
+
+    /// Waits until no read is under way, unless that takes too long. None begins for as long as what this gives is kept.
+    fn pause(&self) -> Option<SemaphorePermit<'_>> {
+        let began = Instant::now();
+        let mut pausing = pin!(self.permits.acquire_many(self.all));
+        // The writer has a thread and no runtime. What is asked for keeps its place in the queue between looks.
+        let cx = &mut Context::from_waker(Waker::noop());
+        loop {
+            match pausing.as_mut().poll(cx) {
+                Poll::Ready(paused) => return paused.ok(),
+                Poll::Pending if began.elapsed() >= PATIENCE => return None,
+                Poll::Pending => thread::sleep(LOOK),
+            }
+        }
     }
 }
 

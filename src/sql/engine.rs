@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     SqlError,
     backend::{Reader, Writer},
-    checkpoint::Checkpoints,
+    checkpoint::{Checkpoints, Reads},
     clock,
     compaction::Compaction,
     error::Fault,
@@ -81,7 +81,9 @@ impl Engine {
         let compaction = Compaction::open(&mut *store)?;
         let (jobs, queue) = mpsc::channel(QUEUE);
         let (gone, writer_gone) = watch::channel(false);
-        let checkpoints = Checkpoints::start(Box::new(Sqlite::open_checkpointer(dir)?), dir)?;
+        let reading = Arc::new(Semaphore::new(state.options.readers.max(1)));
+        let reads = Reads::new(reading.clone());
+        let checkpoints = Checkpoints::start(Box::new(Sqlite::open_checkpointer(dir)?), dir, reads)?;
         let writer = WriterThread::new(store, queue, state.clone(), compaction, checkpoints);
         let run = move || {
             writer.run();
@@ -94,7 +96,7 @@ impl Engine {
             jobs: Mutex::new(Some(jobs)),
             queue: Arc::new(Semaphore::new(QUEUE_KIB)),
             readers: Mutex::default(),
-            reading: Arc::new(Semaphore::new(state.options.readers.max(1))),
+            reading,
             copying: Arc::new(Semaphore::new(snapshot::AT_ONCE)),
             closed: CancellationToken::new(),
             writer_gone,

@@ -1,6 +1,9 @@
 //! Opening, closing, and what stays.
 
-use millpond::sql::{Engine, Options, SqlError};
+use std::time::Duration;
+
+use millpond::sql::{Engine, Options, SqlError, backend::Reader};
+use tokio::time::sleep;
 
 use crate::store::{Result, Store, everything, keys, range};
 
@@ -110,5 +113,33 @@ async fn the_log_is_emptied_while_writes_go_on() -> Result {
         store.range(millpond::proto::etcdserverpb::RangeRequest { count_only: true, ..everything() }).await?.count,
         640
     );
+    Ok(())
+}
+
+/// A read keeps the log from starting over, and without a moment between two of them, so would all together.
+#[tokio::test]
+async fn the_log_is_emptied_though_there_is_always_somebody_who_reads() -> Result {
+    let store = Store::open().await?;
+    let reading: Vec<_> = (0..3)
+        .map(|reader| {
+            let engine = store.engine.clone();
+            tokio::spawn(async move {
+                sleep(Duration::from_millis(20 * reader)).await;
+                let read = |_: &mut dyn Reader, _| {
+                    std::thread::sleep(Duration::from_millis(60));
+                    Ok(())
+                };
+                while engine.read(read).await.is_ok() {}
+            })
+        })
+        .collect();
+    let mut longest = 0;
+    for round in 0..240 {
+        store.put(&format!("k{}", round % 7), &"v".repeat(1_000_000)).await?;
+        let log = std::fs::metadata(store.dir().join(format!("{}-wal", millpond::sql::sqlite::FILE)))?.len();
+        longest = longest.max(log);
+    }
+    reading.iter().for_each(tokio::task::JoinHandle::abort);
+    assert!(longest < 150 << 20, "240 MB were written and the log had {longest} bytes");
     Ok(())
 }
