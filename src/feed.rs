@@ -114,6 +114,8 @@ pub struct Feed {
     started: Instant,
     /// When to try again to build an index that was too large, and how long to wait if it still is.
     retry_index: Option<(Instant, Duration)>,
+    /// With how many keys it was too large.
+    too_many: u64,
     /// Of lists; it outlives an attempt, so that one that fails because of a page helps the next.
     page_size: PageSize,
     /// How many messages with events have come.
@@ -163,6 +165,7 @@ impl Feed {
             metrics,
             started,
             retry_index: None,
+            too_many: 0,
             page_size: PageSize::new(PAGES),
             heard: 0,
             rebuilt: 0,

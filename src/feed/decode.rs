@@ -26,6 +26,7 @@ pub(super) struct Page {
     pub(super) header: Option<ResponseHeader>,
     pub(super) records: Vec<Record>,
     pub(super) more: bool,
+    pub(super) count: u64,
 }
 
 impl Page {
@@ -38,6 +39,7 @@ impl Page {
                 1 => page.header = Some(header(field.value.bytes())?),
                 2 => page.records.push(Record::from_wire(field.value.bytes())?),
                 3 => page.more = field.value.int() != 0,
+                4 => page.count = field.value.int().cast_unsigned(),
                 _ => {}
             }
         }

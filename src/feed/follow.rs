@@ -102,7 +102,7 @@ impl Feed {
                 () = sleep_until(wake) => {
                     if Instant::now() >= housekeeping {
                         housekeeping = Instant::now() + HOUSEKEEPING;
-                        self.keep_house()?;
+                        self.keep_house(link).await?;
                         if asking.is_none() && self.floor.revision() > self.writer.position().revision {
                             let (newest, mark) = (self.upstream.newest_connection(), self.floor.mark());
                             asking = Some(Box::pin(ask_for_present(link, newest, mark)));
@@ -266,9 +266,9 @@ impl Feed {
     }
 
     /// Cuts the history by age, and tries again to build an index that was too large.
-    fn keep_house(&mut self) -> Result<(), End> {
+    async fn keep_house(&mut self, link: &Link) -> Result<(), End> {
         self.publish();
-        if self.retry_index.is_some_and(|(when, _)| Instant::now() >= when) {
+        if self.wants_index(link).await? {
             return Err(End::Again("trying whether the keyspace fits the cache limit again"));
         }
         Ok(())

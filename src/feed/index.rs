@@ -8,10 +8,25 @@ use tracing::warn;
 use super::{End, Feed};
 use crate::{aside, store::Tree, upstream::Link};
 
+/// Before the first further try to keep an index that was too large; twice as long before each that follows.
+const FIRST_WAIT: Duration = Duration::from_secs(60);
+const LONGEST_WAIT: Duration = Duration::from_secs(1800);
+
 impl Feed {
     /// How many records an index for that of the current view comes and goes with.
     pub(super) fn exchanged(&self, tree: Option<&Tree>) -> u64 {
         tree.map_or(0, Tree::len) + self.writer.store().view().tree.as_ref().map_or(0, Tree::len)
+    }
+
+    /// Whether an index that was too large is to be tried again now. Watchers wait while a list is made, so that is not done in
+    /// vain: there have to be fewer keys than were too many. Values may have shrunk as well, so after the longest wait nobody asks.
+    pub(super) async fn wants_index(&mut self, link: &Link) -> Result<bool, End> {
+        let Some((_, wait)) = self.retry_index.filter(|(when, _)| Instant::now() >= *when) else { return Ok(false) };
+        let is_hopeless = wait < LONGEST_WAIT && self.count(link).await? >= self.too_many;
+        if is_hopeless {
+            self.note_size(None);
+        }
+        Ok(!is_hopeless)
     }
 
     /// Tries again to build an index that was too large, for the revision at which the history stands.
@@ -35,11 +50,8 @@ impl Feed {
 
     /// Keeps the account of an index that is too large to be kept.
     pub(super) fn note_size(&mut self, tree: Option<&Tree>) {
-        self.retry_index = match (tree, self.retry_index) {
-            (Some(_), _) => None,
-            (None, Some((_, wait))) => Some((Instant::now() + wait * 2, (wait * 2).min(Duration::from_secs(1800)))),
-            (None, None) => Some((Instant::now() + Duration::from_secs(60), Duration::from_secs(60))),
-        };
+        let wait = self.retry_index.map_or(FIRST_WAIT, |(_, wait)| (wait * 2).min(LONGEST_WAIT));
+        self.retry_index = tree.is_none().then(|| (Instant::now() + wait, wait));
         self.metrics.over_limit.set(tree.is_none().into());
         if tree.is_none() {
             let limit = self.settings.cache_bytes;

@@ -70,7 +70,12 @@ impl Feed {
         RangeRequest { key, range_end, revision: revision.0, ..Default::default() }
     }
 
-    async fn list_by_stream(&self, link: &Link, mut revision: Revision, mut filling: Filling) -> Result<Listed, End> {
+    async fn list_by_stream(
+        &mut self,
+        link: &Link,
+        mut revision: Revision,
+        mut filling: Filling,
+    ) -> Result<Listed, End> {
         let path = "/etcdserverpb.KV/RangeStream";
         let (sender, mut chunks) = link.open_stream(path, &[])?;
         sender.send(&self.list_request(revision)).await?;
@@ -82,7 +87,7 @@ impl Feed {
                 revision = page.header.map_or(revision, |header| Revision(header.revision));
             }
             if !filling.take(page.records) {
-                return self.too_large(link).await;
+                return self.too_large(link, &filling.tree).await;
             }
         }
         if revision == Revision::ZERO {
@@ -110,7 +115,7 @@ impl Feed {
             let last = page.records.last().map(|record| successor(record.key()));
             self.page_size.weighed(page.records.len() as i64, message.len());
             if !filling.take(page.records) {
-                return self.too_large(link).await;
+                return self.too_large(link, &filling.tree).await;
             }
             match last.filter(|_| page.more) {
                 Some(next) => request.key = next,
@@ -119,6 +124,13 @@ impl Feed {
         }
         self.page_size.finished();
         Ok(Listed { revision, tree: Some(filling.tree) })
+    }
+
+    /// How many keys there are.
+    pub(super) async fn count(&self, link: &Link) -> Result<u64, End> {
+        let request = RangeRequest { count_only: true, ..self.list_request(Revision::ZERO) };
+        let message = link.unary_raw(RANGE, &request, PAGE_DEADLINE).await?;
+        Ok(Page::decode(&message)?.count)
     }
 
     /// One page; none when it is too large, and a smaller one is to be asked for.
@@ -140,8 +152,9 @@ impl Feed {
         Ok(None)
     }
 
-    /// The keyspace is over the limit: only where the history begins is needed.
-    async fn too_large(&self, link: &Link) -> Result<Listed, End> {
+    /// The keyspace is over the limit, with the keys of `tree` alone: only where the history begins is needed.
+    async fn too_large(&mut self, link: &Link, tree: &Tree) -> Result<Listed, End> {
+        self.too_many = tree.len();
         let header = examine(link).await?;
         Ok(Listed { revision: Revision(header.revision), tree: None })
     }

@@ -74,6 +74,8 @@ pub struct Inner {
     compactions: Vec<i64>,
     /// Up to where the present history was compacted when it began. No backup of it knows of less.
     marked: i64,
+    /// How many lists have been asked for.
+    pub lists: usize,
 }
 
 impl Inner {
@@ -168,6 +170,7 @@ impl Cluster {
             began: vec![1],
             compactions: vec![0],
             marked: 0,
+            lists: 0,
         };
         let cluster = Self(Arc::new(Shared { inner: Mutex::new(inner), changed: Notify::new() }));
         for at in 0..members {

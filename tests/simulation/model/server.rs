@@ -108,6 +108,7 @@ impl Node {
     }
 
     async fn stream(self, request: pb::RangeRequest, chunks: mpsc::Sender<Chunk>) {
+        self.cluster.look().lists += 1;
         let mut rest = match self.evaluate(&request).await {
             Ok(answer) => answer,
             Err(status) => return drop(chunks.send(Err(status.into())).await),
