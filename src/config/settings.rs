@@ -114,7 +114,7 @@ pub static SETTINGS: &[Setting] = &[
         "upstream-keepalive-interval",
         "DURATION",
         Upstream,
-        "Pause between pings to the upstream; etcd refuses less than 5s",
+        "Pause between pings to the upstream; at least etcd's --grpc-keepalive-min-time, 5s unless set",
     ),
     one(
         "upstream-keepalive-timeout",

@@ -17,6 +17,8 @@ use crate::{
 
 /// The etcd whose API this is: clients switch features on by it.
 pub const VERSION: &str = "3.7.1";
+/// What such an etcd says of its storage.
+const STORAGE_VERSION: &str = "3.7.0";
 
 const NO_MEMBER: Status = Status::fixed(Code::NotFound, "etcdserver: member not found");
 const BAD_TRANSFEREE: Status = Status::fixed(Code::FailedPrecondition, "etcdserver: bad leader transferee");
@@ -34,7 +36,7 @@ impl Maintenance for Services {
         let alarms = match AlarmAction::try_from(request.action) {
             Ok(AlarmAction::Get) => {
                 let all = self.alarms_on();
-                all.into_iter().filter(|on| alarm == AlarmType::None || on.alarm == request.alarm).collect()
+                all.into_iter().filter(|on| request.alarm == 0 || on.alarm == request.alarm).collect()
             }
             Ok(action) => self.switch_alarm(action, request.member_id, alarm).await?,
             Err(_) => Vec::new(),
@@ -57,7 +59,7 @@ impl Maintenance for Services {
             errors: self.alarms_on().iter().map(describe).collect(),
             db_size_in_use: size.used,
             is_learner: false,
-            storage_version: String::new(),
+            storage_version: STORAGE_VERSION.to_owned(),
             db_size_quota: state.options.quota_bytes,
             downgrade_info: Some(DowngradeInfo::default()),
         }))
@@ -152,5 +154,5 @@ impl Services {
 /// An alarm as etcd's Status prints it.
 fn describe(alarm: &AlarmMember) -> String {
     let name = AlarmType::try_from(alarm.alarm).unwrap_or_default().as_str_name();
-    format!("memberID:{} alarm:{name} ", alarm.member_id)
+    format!("memberID:{} alarm:{name}", alarm.member_id)
 }
