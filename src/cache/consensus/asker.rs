@@ -50,7 +50,7 @@ pub(super) struct Asker {
     /// How many readers the last question was put for.
     last: usize,
     round_trip: Duration,
-    /// For the next question.
+    /// For the next question that somebody waits for.
     deadline: Duration,
     /// When views were brought to the present last.
     led: Option<Instant>,
@@ -94,7 +94,8 @@ impl Asker {
             return;
         }
         let Some(at) = self.upstream.preferred(&[]) else { return };
-        if let Err(status) = self.look(at).await {
+        // Nobody waits for the answer.
+        if let Err(status) = self.look(at, LONGEST_DEADLINE).await {
             debug!(endpoint = self.upstream.name(at), %status, "whether there was a compaction is not known");
         }
     }
@@ -126,7 +127,7 @@ impl Asker {
                 pause = (pause * 2).min(LONGEST_PAUSE);
                 continue;
             };
-            match self.look(at).await {
+            match self.look(at, self.deadline).await {
                 Ok(()) => return,
                 Err(status) => {
                     self.waiting.metrics.questions.with_label_values(&["failed"]).inc();
@@ -139,14 +140,14 @@ impl Asker {
 
     /// Asks how far the cluster has got, and whether it has been compacted above the oldest revision in memory. Nobody is
     /// answered before it is known up to where: etcd's clients take it that who has read through consensus knows of it.
-    async fn look(&mut self, at: EndpointId) -> Result<(), Status> {
+    async fn look(&mut self, at: EndpointId, deadline: Duration) -> Result<(), Status> {
         loop {
             let sent = self.waiting.stamp();
             let kept: Vec<Option<Position>> = self.prefixes.iter().map(Prefix::oldest).collect();
             let oldest = kept.iter().flatten().map(|oldest| oldest.revision).min().unwrap_or_default();
-            match self.ask(sent, at, oldest).await {
+            match self.ask(sent, at, oldest, deadline).await {
                 Err(status) if status == Status::COMPACTED => {
-                    let finding = find_compaction(self.upstream.clone(), at, oldest, self.deadline);
+                    let finding = find_compaction(self.upstream.clone(), at, oldest, deadline);
                     let revision = self.watching_the_clock(finding).await?;
                     info!(%revision, "the cluster has been compacted");
                     // A view shows a compaction when it has got to it.
@@ -155,7 +156,7 @@ impl Asker {
                 }
                 // Another history has taken the place of the one in memory. Its revision tells readers so.
                 Err(status) if status == Status::FUTURE_REVISION => {
-                    return self.ask(sent, at, Revision::ZERO).await.map(drop);
+                    return self.ask(sent, at, Revision::ZERO, deadline).await.map(drop);
                 }
                 answer => return answer.map(|present| self.lead(&kept, present)),
             }
@@ -181,9 +182,15 @@ impl Asker {
 
     /// Puts one question, at `revision` or at the present, and tells the readers whom the answer serves: those who came before
     /// `sent`. Gives the present.
-    async fn ask(&mut self, sent: Stamp, at: EndpointId, revision: Revision) -> Result<Revision, Status> {
+    async fn ask(
+        &mut self,
+        sent: Stamp,
+        at: EndpointId,
+        revision: Revision,
+        deadline: Duration,
+    ) -> Result<Revision, Status> {
         let began = Instant::now();
-        let asking = question(self.upstream.clone(), at, revision, self.deadline);
+        let asking = question(self.upstream.clone(), at, revision, deadline);
         let proof = self.watching_the_clock(asking).await?;
         self.round_trip = began.elapsed();
         self.deadline = (self.round_trip * 2).clamp(DEADLINE, LONGEST_DEADLINE);
