@@ -12,20 +12,22 @@
 
 use std::{
     future::{Future, poll_fn},
-    pin::pin,
+    io::{self, IoSlice},
+    pin::{Pin, pin},
     sync::Arc,
-    task::Poll,
+    task::{Context, Poll},
     time::Duration,
 };
 
+use futures_util::task::AtomicWaker;
 use hyper::{
     client::conn::{http1, http2},
     rt::Executor,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    time::{interval, timeout},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::timeout,
 };
 use tonic::Code;
 
@@ -106,8 +108,6 @@ pub(super) struct Tuning {
 
 /// As long as the server has told no settings.
 const UNKNOWN_STREAMS: usize = 0;
-/// Between looks for the settings.
-const LOOK: Duration = Duration::from_millis(1);
 const NO_PREFACE: Status =
     Status::fixed(Code::Unavailable, "connection error: desc = \"error reading server preface: EOF\"");
 /// HTTP/2 has none above it.
@@ -152,13 +152,15 @@ async fn open_http2(
     let executor = calls.executor();
     let gather = Gather::new(dial.dial().await.map_err(|error| cannot_dial(name, &error.to_string()))?);
     let outlet = gather.outlet();
-    let handshake = builder(class, tuning, executor.clone()).handshake(TokioIo::new(gather));
+    let hears = Arc::<AtomicWaker>::default();
+    let socket = TokioIo::new(Hearing(gather, hears.clone()));
+    let handshake = builder(class, tuning, executor.clone()).handshake(socket);
     let (sender, connection) = handshake.await.map_err(|error| cannot_dial(name, &error.to_string()))?;
     let taken = Signal::new(UNKNOWN_STREAMS);
     let streams = taken.told();
     let name = name.to_owned();
     executor.execute(async move {
-        if let Err(error) = telling_streams(connection, taken).await {
+        if let Err(error) = telling_streams(connection, taken, hears).await {
             tracing::debug!(endpoint = name, class = class.name(), %error, "upstream connection ended");
         }
     });
@@ -170,27 +172,67 @@ async fn open_http2(
 }
 
 /// Runs `connection` to its end, and tells in `streams` how many the server takes. Requests are an occasion to look. Before the
-/// first one there is none, and nobody is woken when the server tells its settings.
+/// first one there is none, and hyper wakes nobody when the server tells its settings, so what `hears` wakes looks then.
 async fn telling_streams<S>(
-    connection: http2::Connection<TokioIo<Gather<S>>, RequestBody, NewCalls>,
+    connection: http2::Connection<TokioIo<Hearing<S>>, RequestBody, NewCalls>,
     streams: Signal<usize>,
+    hears: Arc<AtomicWaker>,
 ) -> hyper::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let mut connection = pin!(connection);
-    let mut looks = Some(Box::pin(interval(LOOK)));
     poll_fn(|cx| {
+        if streams.now() == UNKNOWN_STREAMS {
+            hears.register(cx.waker());
+        }
         let polled = connection.as_mut().poll(cx);
         let now = connection.current_max_send_streams();
         if streams.now() != now {
             streams.set(now);
-            looks = None;
         }
-        while let Some(Poll::Ready(_)) = looks.as_mut().map(|looks| looks.poll_tick(cx)) {}
         polled
     })
     .await
+}
+
+/// A socket that wakes somebody when something was read.
+struct Hearing<S>(Gather<S>, Arc<AtomicWaker>);
+
+impl<S: AsyncRead + Unpin> AsyncRead for Hearing<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let read = Pin::new(&mut self.0).poll_read(cx, buffer);
+        if read.is_ready() {
+            self.1.wake();
+        }
+        read
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Hearing<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, data)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
 }
 
 /// Opens an HTTP/1.1 connection, for what etcd serves beside gRPC.

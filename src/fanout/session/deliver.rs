@@ -193,7 +193,15 @@ impl Session {
         } else if let Some(last) = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back() {
             watcher.next = watcher.next.max(Revision(last.mod_revision).next());
             watcher.quiet = false;
-            put_decoded(watcher, &responder.field(revision), &response.events, fragment_bytes, out);
+            if watcher.start == Revision::ZERO {
+                // Etcd would have sent it each revision by itself. Together they came because the relay began a little later.
+                for events in response.events.chunk_by(|one, next| revision_of(one) == revision_of(next)) {
+                    let revision = events.first().map_or(revision, revision_of);
+                    put_decoded(watcher, &responder.field(revision), events, fragment_bytes, out);
+                }
+            } else {
+                put_decoded(watcher, &responder.field(revision), &response.events, fragment_bytes, out);
+            }
         } else {
             watcher.next = watcher.next.max(revision.next());
             watcher.state = State::Relayed { told: Some((responder, revision)) };
@@ -339,6 +347,10 @@ fn put_fragments(
 }
 
 /// Puts out events that came decoded from the upstream.
+fn revision_of(event: &mvccpb::Event) -> Revision {
+    Revision(event.kv.as_ref().map_or(0, |kv| kv.mod_revision))
+}
+
 fn put_decoded(
     watcher: &Watcher,
     header: &HeaderField,
