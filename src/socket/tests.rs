@@ -16,6 +16,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{wakes::Wakes, *};
 
+mod room;
+
 /// A socket that takes as much of each write as its script says (0: not now), and never has anything to read.
 #[derive(Default)]
 struct Scripted {
@@ -305,43 +307,6 @@ fn a_connection_is_told_why_its_bytes_did_not_leave() {
     let mut space = [0; 8];
     let read = Pin::new(&mut gather).poll_read(&mut cx, &mut ReadBuf::new(&mut space));
     assert!(matches!(read, Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe));
-}
-
-/// The calls of a connection are tasks to the socket, which knows the one that asked last.
-#[tokio::test]
-async fn who_waits_for_room_is_woken_though_the_outlet_asked_after_it() {
-    let (near, mut far) = tokio::io::duplex(16);
-    let mut gather = Gather::new(near);
-    let mut outlet = gather.outlet();
-    write(&mut gather, &[1; 40]);
-    let (writer, writers) = Wakes::task();
-    let (turn, turns) = Wakes::task();
-    let large = [2; LARGE];
-    assert!(Pin::new(&mut gather).poll_write(&mut Context::from_waker(&writers), &large).is_pending());
-    outlet.end_turn(&mut Context::from_waker(&turns), false);
-    for rest in [8, 0] {
-        far.read_exact(&mut [0; 16]).await.unwrap();
-        outlet.end_turn(&mut Context::from_waker(&turns), false);
-        assert_eq!(pending(&gather), rest);
-    }
-    assert!(turn.count() > 0, "the socket knows the outlet");
-    assert!(writer.count() > 0, "it has room, and nobody says so");
-}
-
-#[tokio::test]
-async fn who_waits_for_room_is_woken_when_the_outlet_finds_the_socket_broken() {
-    let (near, far) = tokio::io::duplex(16);
-    let mut gather = Gather::new(near);
-    let mut outlet = gather.outlet();
-    write(&mut gather, &[1; 40]);
-    let (writer, writers) = Wakes::task();
-    let large = [2; LARGE];
-    assert!(Pin::new(&mut gather).poll_write(&mut Context::from_waker(&writers), &large).is_pending());
-    end_turn(&mut outlet, false);
-    assert_eq!(writer.count(), 0);
-    drop(far);
-    end_turn(&mut outlet, false);
-    assert!(writer.count() > 0, "it will never have room, and nobody says so");
 }
 
 const PONG: [u8; 17] = [0, 0, 8, 6, 1, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
