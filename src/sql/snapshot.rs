@@ -46,7 +46,7 @@ pub async fn stream(engine: &Engine) -> Result<Pieces, Status> {
     let copy = Copy::new(engine.dir());
     let dir = engine.dir().to_owned();
     let cache = engine.state().options.cache_bytes / 8;
-    let made = aside(move || {
+    let made = blocking(move || {
         let reader = Sqlite::open_reader(&dir, cache)?;
         reader.copy_to(&copy.0)?;
         Ok::<_, SqlError>(copy)
@@ -66,7 +66,7 @@ pub async fn stream(engine: &Engine) -> Result<Pieces, Status> {
 }
 
 /// Runs what waits for the disk.
-async fn aside<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+async fn blocking<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(run).await.map_err(io::Error::other)
 }
 
@@ -141,7 +141,7 @@ async fn send(copy: Copy, pieces: &mpsc::Sender<Result<SnapshotResponse, tonic::
     let mut reading = Reading::open(&copy)?;
     loop {
         let piece;
-        (piece, reading) = aside(move || Ok::<_, io::Error>((reading.next()?, reading))).await??;
+        (piece, reading) = blocking(move || Ok::<_, io::Error>((reading.next()?, reading))).await??;
         let Some(piece) = piece else { return Ok(()) };
         let sent = timeout(PATIENCE, pieces.send(Ok(piece))).await;
         let sent = sent.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the client had stopped reading"))?;

@@ -12,10 +12,8 @@
 
 use std::{
     future::{Future, poll_fn},
-    io::{self, IoSlice},
-    pin::{Pin, pin},
+    pin::pin,
     sync::Arc,
-    task::{Context, Poll},
     time::Duration,
 };
 
@@ -26,9 +24,10 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite},
     time::timeout,
 };
+use tokio_util::io::InspectReader;
 use tonic::Code;
 
 use super::{body::RequestBody, endpoint::Dial, sender::Sender};
@@ -153,7 +152,8 @@ async fn open_http2(
     let gather = Gather::new(dial.dial().await.map_err(|error| cannot_dial(name, &error.to_string()))?);
     let outlet = gather.outlet();
     let hears = Arc::<AtomicWaker>::default();
-    let socket = TokioIo::new(Hearing(gather, hears.clone()));
+    let heard = hears.clone();
+    let socket = TokioIo::new(InspectReader::new(gather, move |_: &[u8]| heard.wake()));
     let handshake = builder(class, tuning, executor.clone()).handshake(socket);
     let (sender, connection) = handshake.await.map_err(|error| cannot_dial(name, &error.to_string()))?;
     let taken = Signal::new(UNKNOWN_STREAMS);
@@ -174,7 +174,7 @@ async fn open_http2(
 /// Runs `connection` to its end, and tells in `streams` how many the server takes. Requests are an occasion to look. Before the
 /// first one there is none, and hyper wakes nobody when the server tells its settings, so what `hears` wakes looks then.
 async fn telling_streams<S>(
-    connection: http2::Connection<TokioIo<Hearing<S>>, RequestBody, NewCalls>,
+    connection: http2::Connection<TokioIo<S>, RequestBody, NewCalls>,
     streams: Signal<usize>,
     hears: Arc<AtomicWaker>,
 ) -> hyper::Result<()>
@@ -194,45 +194,6 @@ where
         polled
     })
     .await
-}
-
-/// A socket that wakes somebody when something was read.
-struct Hearing<S>(Gather<S>, Arc<AtomicWaker>);
-
-impl<S: AsyncRead + Unpin> AsyncRead for Hearing<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let read = Pin::new(&mut self.0).poll_read(cx, buffer);
-        if read.is_ready() {
-            self.1.wake();
-        }
-        read
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Hearing<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, data)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
-    }
 }
 
 /// Opens an HTTP/1.1 connection, for what etcd serves beside gRPC.

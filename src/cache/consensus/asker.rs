@@ -50,16 +50,14 @@ pub(super) struct Asker {
     /// How many readers the last question was put for.
     last: usize,
     round_trip: Duration,
-    /// For the next question that somebody waits for.
-    deadline: Duration,
     /// When views were brought to the present last.
     led: Option<Instant>,
 }
 
 impl Asker {
     pub(super) fn new(waiting: Arc<Waiting>, upstream: Upstream, prefixes: Arc<[Prefix]>, patience: Duration) -> Self {
-        let (marks, last, round_trip, deadline) = (VecDeque::new(), 0, Duration::ZERO, DEADLINE);
-        Self { waiting, upstream, prefixes, patience, marks, last, round_trip, deadline, led: None }
+        let (marks, last, round_trip) = (VecDeque::new(), 0, Duration::ZERO);
+        Self { waiting, upstream, prefixes, patience, marks, last, round_trip, led: None }
     }
 
     pub(super) async fn run(mut self) {
@@ -114,20 +112,21 @@ impl Asker {
     async fn put(&mut self) {
         let mut failed = Vec::new();
         let mut pause = Duration::from_millis(10);
+        let mut deadline = (self.round_trip * 2).clamp(DEADLINE, LONGEST_DEADLINE);
         self.marks.clear();
         while self.waiting.count() > 0 {
             self.look_at_the_clock();
             let Some(at) = self.upstream.preferred(&failed) else {
                 // Perhaps nobody is gone, and all are slow.
                 if !failed.is_empty() {
-                    self.deadline = (self.deadline * 2).min(self.patience.max(DEADLINE));
+                    deadline = (deadline * 2).min(self.patience.max(DEADLINE));
                 }
                 failed.clear();
                 sleep(pause.min(self.patience / LOOKS)).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
                 continue;
             };
-            match self.look(at, self.deadline).await {
+            match self.look(at, deadline).await {
                 Ok(()) => return,
                 Err(status) => {
                     self.waiting.metrics.questions.with_label_values(&["failed"]).inc();
@@ -193,7 +192,6 @@ impl Asker {
         let asking = question(self.upstream.clone(), at, revision, deadline);
         let proof = self.watching_the_clock(asking).await?;
         self.round_trip = began.elapsed();
-        self.deadline = (self.round_trip * 2).clamp(DEADLINE, LONGEST_DEADLINE);
         self.waiting.metrics.seconds.observe(self.round_trip.as_secs_f64());
         self.waiting.metrics.questions.with_label_values(&["answered"]).inc();
         self.waiting.note(sent, proof, Tense::Past);

@@ -190,8 +190,8 @@ impl Session {
                 &responder.field(revision),
                 &[],
             );
-        } else if let Some(last) = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back() {
-            watcher.next = watcher.next.max(Revision(last.mod_revision).next());
+        } else if let Some(last) = response.events.last().map(revision_of) {
+            watcher.next = watcher.next.max(last.next());
             watcher.quiet = false;
             if watcher.start == Revision::ZERO {
                 // Etcd would have sent it each revision by itself. Together they came because the relay began a little later.
@@ -346,11 +346,11 @@ fn put_fragments(
     envelope.put(out.append(), header, &encoded[start..]);
 }
 
-/// Puts out events that came decoded from the upstream.
 fn revision_of(event: &mvccpb::Event) -> Revision {
     Revision(event.kv.as_ref().map_or(0, |kv| kv.mod_revision))
 }
 
+/// Puts out events that came decoded from the upstream.
 fn put_decoded(
     watcher: &Watcher,
     header: &HeaderField,
