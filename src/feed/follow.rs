@@ -192,6 +192,7 @@ impl Feed {
     /// Drops the index when it has grown over the limit; the next watch asks for previous versions instead.
     fn watch_size(&mut self) -> Result<(), End> {
         if self.writer.has_index() && self.writer.index_bytes() > self.settings.cache_bytes {
+            self.too_many = self.exchanged(None);
             self.index(None);
             return Err(End::Again("the index has grown over the cache limit"));
         }

@@ -385,6 +385,24 @@ fn what_clients_know_of_other_keys_is_looked_for_in_doubt_as_well() {
     }
 }
 
+/// An index that has outgrown the limit comes back at the first further try, once enough keys have gone.
+#[test]
+fn an_index_that_had_grown_over_the_limit_comes_back_when_keys_have_gone() {
+    simulated(async {
+        let (world, range) = (with_room(200), KeyRange::prefix(Bytes::from_static(b"a/")));
+        let keys = || world.0.cache.prefixes()[0].store().view_owned().tree.as_ref().map(|tree| tree.len());
+        answer(&world, &range).await;
+        assert_eq!(keys(), Some(0));
+        put(&world, &["a/1", "a/2", "a/3", "a/4", "a/5"]).await;
+        sleep(Duration::from_secs(10)).await;
+        assert_eq!(keys(), None);
+        delete(&world, &["a/1", "a/2", "a/3", "a/4"]).await;
+        sleep(Duration::from_secs(90)).await;
+        assert_eq!(keys(), Some(1));
+        settle(&world);
+    });
+}
+
 /// A keyspace over the limit is tried again now and then. While its prefix was quiet, each attempt began a new epoch.
 #[test]
 fn a_keyspace_over_the_limit_is_tried_again_in_its_own_history() {
