@@ -280,9 +280,9 @@ impl Feed {
     }
 
     /// When that cannot be read any more: does a new list agree with the old state? Every key that is said not to have
-    /// changed since must be as it was here. Where no such key is left to bear witness, the term decides (`term_held`): every
-    /// watcher's next revision is below the compaction then, and is told of it either way. Gives the reason why it does not
-    /// agree.
+    /// changed since must be as it was here. Where no such key is left to bear witness, the term decides (`term_held`): a
+    /// watcher whose next revision is below the compaction is told of it either way, and one whose next revision it is goes on at
+    /// etcd itself, too. Gives the reason why it does not agree.
     pub(super) fn disagreement(&self, listed: &Listed, term_held: bool) -> Option<String> {
         let view = self.writer.store().view_owned();
         if listed.revision < view.revision() {

@@ -203,7 +203,7 @@ impl Watched {
     /// A history that shares everything seen so far is as good.
     fn extend(&mut self, inner: &Inner, range: &KeyRange) {
         let shares = |at: usize, other: usize| match self.is_cached {
-            true => inner.are_alike(at, other, range, self.followed),
+            true => inner.are_alike(at, other, range, self.followed) || self.is_at_the_edge(inner, at, other, range),
             false => self.has_same_events(inner, at, other),
         };
         let all = 0..=inner.generation();
@@ -213,13 +213,33 @@ impl Watched {
         self.generations.extend(more);
     }
 
-    /// Whether what the watcher was sent is all that it was to be sent so far, in both histories. A relayed one knows nothing else.
+    /// Whether what the watcher was sent is all that it was to be sent so far, in both histories. A relayed one knows nothing else;
+    /// of what the newer has compacted the state alone is left, as it is for a watcher at the etcd itself.
     fn has_same_events(&self, inner: &Inner, one: usize, other: usize) -> bool {
-        let (one, other) = (&inner.histories[one], &inner.histories[other]);
-        let events = |history: &'_ crate::model::history::History| -> Vec<Event> {
-            history.events_in(&self.wish.range, self.first, self.followed).cloned().collect()
+        let range = &self.wish.range;
+        let events = |first: i64, at: usize| -> Vec<Event> {
+            inner.histories[at].events_in(range, first, self.followed).cloned().collect()
         };
-        self.followed <= one.head().min(other.head()) && events(one) == events(other)
+        let same_from = |first: i64| events(first, one) == events(first, other);
+        let compacted = inner.compacted_since(one.max(other));
+        let left = compacted.min(self.followed);
+        self.followed <= inner.histories[one].head().min(inner.histories[other].head())
+            && (same_from(self.first) || inner.are_alike(one, other, range, left) && same_from(left + 1))
+            || self.is_at_the_edge(inner, one, other, range)
+    }
+
+    /// Whether the newer history begins to tell just where the watcher goes on, and has left alone nothing but what was like that
+    /// in the older. Etcd takes a watcher for one that has missed nothing then.
+    fn is_at_the_edge(&self, inner: &Inner, one: usize, other: usize, range: &KeyRange) -> bool {
+        let (old, new) = (&inner.histories[one.min(other)], &inner.histories[one.max(other)]);
+        let next = self.followed + 1;
+        let left_alone = || {
+            let (old, new) = (old.state(self.followed), new.state(next));
+            let mut left = new.values().filter(|kv| kv.mod_revision < next && range.contains(&kv.key));
+            left.all(|kv| old.get(&kv.key) == Some(kv))
+        };
+        let begins_there = inner.compacted_since(one.max(other)) == next;
+        begins_there && self.followed <= old.head() && next <= new.head() && left_alone()
     }
 
     fn fits(&self, inner: &Inner, generation: usize, to: i64, response: &WatchResponse) -> bool {
