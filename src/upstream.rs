@@ -2,7 +2,8 @@
 //! with.
 //!
 //! - `endpoint`: where an etcd is and how a byte stream to it is opened;
-//! - `connection`, `pool`: HTTP connections, by class of traffic; `sender`: a connection, or a server in this process;
+//! - `connection`, `pool`: HTTP connections, by class of traffic; `pings`: how often their servers are pinged; `sender`: a
+//!   connection, or a server in this process;
 //! - `health`, `roster`, `probe`, `version`: which endpoints may be used, which cluster they are, whether authentication is on;
 //! - `call`, `grpc`, `body`: our own calls; `pages`: how much of a list to ask for at a time;
 //! - `forward`, `limits`: clients' calls, moved as they are; `incoming`: what clients send with them.
@@ -27,6 +28,7 @@ mod incoming;
 mod limits;
 mod metrics;
 mod pages;
+mod pings;
 mod pool;
 mod probe;
 mod roster;
@@ -81,7 +83,8 @@ pub struct Settings {
     pub endpoints: Vec<Endpoint>,
     /// For a dial with its handshake, and for a probe.
     pub connect_timeout: Duration,
-    /// Silence on a connection with open streams before it is pinged. etcd tolerates 5 s and more.
+    /// Silence on a connection with open streams before it is pinged. etcd tolerates 5 s and more; longer after a server that
+    /// does not has said so.
     pub keepalive_interval: Duration,
     /// How long a ping's answer may take.
     pub keepalive_timeout: Duration,

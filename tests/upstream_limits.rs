@@ -5,7 +5,11 @@ mod support;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use millpond::proto::etcdserverpb::{LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse};
+use millpond::{
+    proto::etcdserverpb::{LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse},
+    upstream::{EndpointId, Settings, Upstream},
+};
+use prometheus::Registry;
 use support::{
     client::Client,
     etcd::Cluster,
@@ -16,7 +20,7 @@ use support::{
 };
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
+use tonic::{Code, Streaming};
 
 /// Long for an answer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -79,4 +83,30 @@ async fn a_consistent_read_is_answered_however_far_the_upstream_is() {
         assert_eq!(read.kvs[0].value, format!("{round}"));
     }
     millpond.assert_well();
+}
+
+/// An upstream that takes pings for too frequent ends the connection, and with it every stream. That must not go on for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upstream_is_pinged_as_seldom_as_it_wants() {
+    const FIRST_PAUSE: Duration = Duration::from_secs(1);
+    /// Etcd takes offence at the fourth ping that comes too soon.
+    const OFFENCE: Duration = Duration::from_secs(6);
+    let cluster = Cluster::builder(Release::newest()).flag("--grpc-keepalive-min-time=1500ms").start().await;
+    let endpoint = cluster.endpoint(0).parse().unwrap();
+    let settings = Settings { keepalive_interval: FIRST_PAUSE, ..Settings::new(vec![endpoint]) };
+    let upstream = Upstream::start(settings, &Registry::new()).unwrap();
+    assert!(upstream.await_preferred(&[], PATIENCE).await.is_some());
+    let mut ended = 0;
+    for _ in 0..8 {
+        let opened = upstream.open_catch_up(EndpointId(0), "/etcdserverpb.Lease/LeaseKeepAlive").await;
+        let (sender, mut answers) = opened.unwrap();
+        if sender.send(&LeaseKeepAliveRequest { id: 1 }).await.is_err() || answers.next().await.unwrap().is_err() {
+            // It came onto the connection that was ending.
+            continue;
+        }
+        let Ok(end) = timeout(OFFENCE, answers.next()).await else { break };
+        assert_eq!(end.unwrap().unwrap_err().code, Code::Unavailable);
+        ended += 1;
+    }
+    assert_eq!(ended, 1);
 }

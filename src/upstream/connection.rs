@@ -30,7 +30,7 @@ use tokio::{
 use tokio_util::io::InspectReader;
 use tonic::Code;
 
-use super::{body::RequestBody, endpoint::Dial, sender::Sender};
+use super::{body::RequestBody, endpoint::Dial, pings::PingPause, sender::Sender};
 use crate::{
     signal::{Signal, Told},
     socket::{Calls, Gather, NewCalls},
@@ -95,12 +95,12 @@ impl Class {
 }
 
 /// How connections are opened and watched.
-#[derive(Copy, Clone)]
+#[derive(Clone)]
 pub(super) struct Tuning {
     /// From the dial to the end of the handshake.
     pub connect_timeout: Duration,
-    /// Silence after which a ping is sent.
-    pub keepalive_interval: Duration,
+    /// Silence on a connection with open streams after which a ping is sent.
+    pub ping_pause: PingPause,
     /// How long its answer may take.
     pub keepalive_timeout: Duration,
 }
@@ -131,7 +131,7 @@ pub(super) async fn http2(
     dial: &Arc<dyn Dial>,
     name: &str,
     class: Class,
-    tuning: Tuning,
+    tuning: &Tuning,
 ) -> Result<(Sender, Streams), Status> {
     if let Some(server) = dial.in_process() {
         return Ok((Sender::InProcess(server), Signal::new(usize::MAX).told()));
@@ -145,7 +145,7 @@ async fn open_http2(
     dial: &Arc<dyn Dial>,
     name: &str,
     class: Class,
-    tuning: Tuning,
+    tuning: &Tuning,
 ) -> Result<(Sender, Streams), Status> {
     let calls = Calls::default();
     let executor = calls.executor();
@@ -154,7 +154,9 @@ async fn open_http2(
     let hears = Arc::<AtomicWaker>::default();
     let heard = hears.clone();
     let socket = TokioIo::new(InspectReader::new(gather, move |_: &[u8]| heard.wake()));
-    let handshake = builder(class, tuning, executor.clone()).handshake(socket);
+    let ping_pause = tuning.ping_pause.clone();
+    let paused = ping_pause.now();
+    let handshake = builder(class, paused, tuning.keepalive_timeout, executor.clone()).handshake(socket);
     let (sender, connection) = handshake.await.map_err(|error| cannot_dial(name, &error.to_string()))?;
     let taken = Signal::new(UNKNOWN_STREAMS);
     let streams = taken.told();
@@ -162,6 +164,7 @@ async fn open_http2(
     executor.execute(async move {
         if let Err(error) = telling_streams(connection, taken, hears).await {
             tracing::debug!(endpoint = name, class = class.name(), %error, "upstream connection ended");
+            ping_pause.ended(&name, paused, &error);
         }
     });
     tokio::spawn(calls.run(outlet));
@@ -203,7 +206,7 @@ where
 pub(super) async fn http1(
     dial: &Arc<dyn Dial>,
     name: &str,
-    tuning: Tuning,
+    tuning: &Tuning,
 ) -> Result<http1::SendRequest<RequestBody>, Status> {
     let opened = timeout(tuning.connect_timeout, async {
         let io = dial.dial().await.map_err(|error| error.to_string())?;
@@ -218,7 +221,7 @@ pub(super) async fn http1(
     Ok(sender)
 }
 
-fn builder(class: Class, tuning: Tuning, executor: NewCalls) -> http2::Builder<NewCalls> {
+fn builder(class: Class, ping_pause: Duration, ping_timeout: Duration, executor: NewCalls) -> http2::Builder<NewCalls> {
     let mut builder = http2::Builder::new(executor);
     builder
         .timer(TokioTimer::new())
@@ -227,8 +230,8 @@ fn builder(class: Class, tuning: Tuning, executor: NewCalls) -> http2::Builder<N
         .initial_max_send_streams(UNKNOWN_STREAMS)
         .max_frame_size(MAX_FRAME)
         .max_header_list_size(MAX_HEADERS)
-        .keep_alive_interval(tuning.keepalive_interval)
-        .keep_alive_timeout(tuning.keepalive_timeout)
+        .keep_alive_interval(ping_pause)
+        .keep_alive_timeout(ping_timeout)
         .keep_alive_while_idle(false)
         .max_concurrent_reset_streams(CANCELLED_STREAMS)
         .reset_stream_duration(REMEMBER_CANCELLED)
@@ -300,10 +303,9 @@ mod tests {
         let (near, far) = tokio::io::duplex(1 << 20);
         tokio::spawn(serve(far));
         let second = Duration::from_secs(1);
-        let tuning = Tuning { connect_timeout: second, keepalive_interval: 100 * second, keepalive_timeout: second };
         let (calls, gather) = (Calls::default(), Gather::new(near));
         let (executor, outlet) = (calls.executor(), gather.outlet());
-        let handshake = builder(CLASS, tuning, executor.clone()).handshake(TokioIo::new(gather));
+        let handshake = builder(CLASS, 100 * second, second, executor.clone()).handshake(TokioIo::new(gather));
         let (mut sender, connection) = handshake.await.unwrap();
         executor.execute(async move { drop(connection.await) });
         tokio::spawn(calls.run(outlet));

@@ -143,7 +143,7 @@ impl Pool {
 
     /// A new connection that already carries its first stream.
     async fn open(&self, class: Class) -> Result<Arc<Pooled>, Status> {
-        let opened = connection::http2(&self.dial, &self.name, class, self.tuning).await;
+        let opened = connection::http2(&self.dial, &self.name, class, &self.tuning).await;
         self.metrics.dialed(&self.name, opened.is_ok());
         let (sender, taken) = opened?;
         let pooled = Pooled {
@@ -166,7 +166,7 @@ impl Pool {
     pub(super) async fn http1(
         &self,
     ) -> Result<(hyper::client::conn::http1::SendRequest<super::body::RequestBody>, ConnectionNumber), Status> {
-        let sender = connection::http1(&self.dial, &self.name, self.tuning).await;
+        let sender = connection::http1(&self.dial, &self.name, &self.tuning).await;
         self.metrics.dialed(&self.name, sender.is_ok());
         Ok((sender?, self.numbers.next()))
     }

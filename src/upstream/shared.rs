@@ -19,6 +19,7 @@ use super::{
     grpc,
     limits::Limit,
     metrics::Metrics,
+    pings::PingPause,
     pool::{Numbers, Pool, Slot},
     roster::Roster,
     sender::Answered,
@@ -229,7 +230,7 @@ impl MemberLink {
         let name = endpoint.name().to_owned();
         let tuning = Tuning {
             connect_timeout: settings.connect_timeout,
-            keepalive_interval: settings.keepalive_interval,
+            ping_pause: PingPause::new(settings.keepalive_interval),
             keepalive_timeout: settings.keepalive_timeout,
         };
         let dialer = endpoint.dialer(settings.keepalive_interval + settings.keepalive_timeout);
