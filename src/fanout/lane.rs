@@ -12,6 +12,7 @@ use super::{
     Hub,
     mailbox::{Letter, Mailbox, Subscription},
     push_snugly,
+    watcher::Seat,
 };
 use crate::{
     status::Status,
@@ -140,13 +141,13 @@ impl Lane {
 
     /// Lets the watcher in `slot`, who has everything up to `reached`, be told of what follows in `range`. None when the
     /// hub is further already.
-    pub(super) fn join(&mut self, range: &KeyRange, slot: u32, reached: Position) -> Option<u32> {
+    pub(super) fn join(&mut self, range: &KeyRange, slot: u32, reached: Position) -> Option<Seat> {
         let hash = self.hasher.hash_one(range);
         let same = |group: &u32| self.group(*group).is_some_and(|group| group.range == *range);
         if let Some(&group) = self.by_range.find(hash, same) {
             let members = self.hub.is_at_most(reached).then(|| self.groups[group as usize].as_mut())??;
             members.members.push(slot);
-            return Some(group);
+            return Some(Seat { group, place: members.members.len() as u32 - 1 });
         }
         let group = self.free.last().copied().unwrap_or(self.groups.len() as u32);
         let subscription = Subscription::new(self.mailbox.clone(), group);
@@ -161,12 +162,14 @@ impl Lane {
         let (groups, hasher) = (&self.groups, &self.hasher);
         let rehash = |group: &u32| groups[*group as usize].as_ref().map_or(0, |group| hasher.hash_one(&group.range));
         self.by_range.insert_unique(hash, group, rehash);
-        Some(group)
+        Some(Seat { group, place: 0 })
     }
 
-    pub(super) fn leave(&mut self, group: u32, slot: u32) {
-        let Some(Some(found)) = self.groups.get_mut(group as usize) else { return };
-        found.members.retain(|member| *member != slot);
+    /// Lets the watcher on `seat` be told of nothing more. Gives the slot of the one that has the seat from now on, if any.
+    pub(super) fn leave(&mut self, seat: Seat) -> Option<u32> {
+        let Seat { group, place } = seat;
+        let found = self.groups.get_mut(group as usize)?.as_mut()?;
+        found.members.swap_remove(place as usize);
         if found.members.is_empty() {
             self.hub.leave(&found.range, &found.subscription);
             let hash = self.hasher.hash_one(&found.range);
@@ -175,7 +178,9 @@ impl Lane {
             }
             self.groups[group as usize] = None;
             self.free.push(group);
+            return None;
         }
+        found.members.get(place as usize).copied()
     }
 }
 

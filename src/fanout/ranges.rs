@@ -24,6 +24,8 @@ pub struct RangeIndex<T> {
     nodes: Vec<Node<T>>,
     free: Vec<Link>,
     root: Link,
+    /// Where the priorities come from, drawn anew for each index: who knew them could choose ranges that make a path of the tree,
+    /// and its walks recurse.
     seed: u32,
 }
 
@@ -43,7 +45,13 @@ struct Node<T> {
 
 impl<T> Default for RangeIndex<T> {
     fn default() -> Self {
-        Self { single: HashMap::new(), nodes: Vec::new(), free: Vec::new(), root: NONE, seed: 0x9e37_79b9 }
+        Self {
+            single: HashMap::new(),
+            nodes: Vec::new(),
+            free: Vec::new(),
+            root: NONE,
+            seed: rand::random::<u32>() | 1,
+        }
     }
 }
 
@@ -251,6 +259,33 @@ mod tests {
                 None => KeyRange { start, end: None },
             }
         })
+    }
+
+    fn insert_at(index: &mut RangeIndex<Rc<Member>>, start: usize) {
+        let range = KeyRange { start: Bytes::from(format!("{start:05}")), end: None };
+        index.insert(&range, Rc::new(Member(0, Cell::new(0))));
+    }
+
+    fn depth(index: &RangeIndex<Rc<Member>>, link: Link) -> usize {
+        index.node(link).map_or(0, |node| 1 + depth(index, node.left).max(depth(index, node.right)))
+    }
+
+    #[test]
+    fn nobody_can_choose_ranges_that_make_a_path_of_the_tree() {
+        const RANGES: usize = 4000;
+        let mut seen = RangeIndex::default();
+        (0..RANGES).for_each(|start| insert_at(&mut seen, start));
+        // In the order of the priorities that this index has drawn.
+        let mut order: Vec<usize> = (0..RANGES).collect();
+        order.sort_by_key(|at| seen.nodes[*at].priority);
+        let mut starts = vec![0; RANGES];
+        order.into_iter().enumerate().for_each(|(rank, at)| starts[at] = rank);
+        let mut other = RangeIndex::default();
+        starts.into_iter().for_each(|start| insert_at(&mut other, start));
+        for index in [seen, other] {
+            let depth = depth(&index, index.root);
+            assert!(depth < 100, "{depth}");
+        }
     }
 
     proptest! {

@@ -184,20 +184,25 @@ impl Session {
     pub fn cancel(&mut self, id: i64, now: (Responder, Revision), out: &mut Out) {
         let Some(slot) = self.by_id.remove(&id) else { return };
         self.detach(slot);
-        let watcher = self.watchers[slot as usize].take();
-        self.ticking -= usize::from(watcher.is_some_and(|watcher| watcher.options.progress_notify));
+        if let Some(watcher) = self.watchers[slot as usize].take() {
+            self.ticking -= usize::from(watcher.options.progress_notify);
+            if watcher.state == State::Behind {
+                self.behind.retain(|behind| *behind != slot);
+            }
+        }
         self.free.push(slot);
-        self.behind.retain(|behind| *behind != slot);
         Envelope { watch_id: id, canceled: true, ..Envelope::default() }.put(out.append(), &now.0.field(now.1), &[]);
     }
 
     /// Takes the watcher out of its group, so that it is told of nothing more.
     fn detach(&mut self, slot: u32) {
-        let Some(Some(watcher)) = self.watchers.get_mut(slot as usize) else { return };
-        if let (State::Live { group }, Some(lane)) = (watcher.state, watcher.lane)
+        let Some(Some(watcher)) = self.watchers.get(slot as usize) else { return };
+        if let (State::Live(seat), Some(lane)) = (watcher.state, watcher.lane)
             && let Some(lane) = &mut self.lanes[lane]
+            && let Some(moved) = lane.leave(seat)
+            && let Some(Some(moved)) = self.watchers.get_mut(moved as usize)
         {
-            lane.leave(group, slot);
+            moved.state = State::Live(seat);
         }
     }
 
@@ -250,7 +255,7 @@ impl Session {
     fn fall_behind(&mut self, lane: usize, lost: Revision) {
         for slot in 0..self.watchers.len() as u32 {
             let Some(Some(watcher)) = self.watchers.get(slot as usize) else { continue };
-            if watcher.lane == Some(lane) && matches!(watcher.state, State::Live { .. }) {
+            if watcher.lane == Some(lane) && matches!(watcher.state, State::Live(_)) {
                 self.detach(slot);
                 if let Some(Some(watcher)) = self.watchers.get_mut(slot as usize) {
                     watcher.next = watcher.next.max(lost);

@@ -80,11 +80,20 @@ pub enum Refusal {
     DuplicateId,
 }
 
+/// Where a watcher stands among those that its lane tells of events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Seat {
+    /// Watchers of the same range.
+    pub(super) group: u32,
+    /// The place among the group's members.
+    pub(super) place: u32,
+}
+
 /// How a watcher gets its events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
-    /// It is told of them, as a member of this group of its lane.
-    Live { group: u32 },
+    /// It is told of them, as a member of a group of its lane.
+    Live(Seat),
     /// It reads the history window.
     Behind,
     /// They are relayed from the upstream; `told` is its answer to the last request for progress.

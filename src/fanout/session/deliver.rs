@@ -136,8 +136,8 @@ impl Session {
         }
         let reached = Position { epoch: view.position.epoch, revision: watcher.next.previous() };
         match lane.join(&watcher.options.range, slot, reached) {
-            Some(group) => {
-                watcher.state = State::Live { group };
+            Some(seat) => {
+                watcher.state = State::Live(seat);
                 true
             }
             None => false,

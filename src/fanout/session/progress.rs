@@ -96,14 +96,14 @@ impl Session {
             return told;
         }
         let lane = self.lanes[watcher.lane?].as_ref()?;
-        let live = matches!(watcher.state, State::Live { .. }) && lane.is_idle();
+        let live = matches!(watcher.state, State::Live(_)) && lane.is_idle();
         (live && lane.told >= watcher.next.previous()).then(|| (lane.hub.store().view().responder, lane.told))
     }
 
     /// Whether a watcher waits for a revision that neither the view nor anybody else, up to `known`, has yet.
     fn begins_later(&self, watcher: &Watcher, known: Revision) -> bool {
         let present = |lane: usize| self.hubs[lane].store().view().revision().max(known);
-        matches!(watcher.state, State::Live { .. }) && watcher.lane.is_some_and(|lane| present(lane) < watcher.start)
+        matches!(watcher.state, State::Live(_)) && watcher.lane.is_some_and(|lane| present(lane) < watcher.start)
     }
 
     /// Answers a request for progress, if it can be answered. False: it can be as soon as the hubs' mail is fetched.
