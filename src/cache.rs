@@ -32,7 +32,6 @@ use crate::{
     feed::{Phase, Signals, serializable_question},
     proto::etcdserverpb::{PutRequest, RangeResponse, ResponseHeader},
     signal::Told,
-    status::Status,
     store::{KeyRange, Limits, Responder, Revision, View},
     upstream::{AuthState, ConnectionNumber, Gate, Upstream},
 };
@@ -90,9 +89,9 @@ pub enum Unserved {
     /// Only the upstream remembers the revision.
     #[error("the revision is older than what is in memory")]
     TooOld,
-    /// The cluster did not answer.
-    #[error("{0}")]
-    NoConsensus(Status),
+    /// The cluster did not answer in time.
+    #[error("the cluster did not answer")]
+    NoConsensus,
 }
 
 impl Unserved {
@@ -108,7 +107,7 @@ impl Unserved {
             Self::Behind => "behind",
             Self::Gated => "version_gate",
             Self::TooOld => "revision_not_in_memory",
-            Self::NoConsensus(_) => "no_consensus",
+            Self::NoConsensus => "no_consensus",
         }
     }
 }
@@ -275,7 +274,7 @@ impl Cache {
         if !self.gate().progress_is_proof {
             return Err(Unserved::Gated);
         }
-        let proof = self.0.consensus.ask(tense).await.ok_or(Unserved::NoConsensus(Status::TIMEOUT))?;
+        let proof = self.0.consensus.ask(tense).await.ok_or(Unserved::NoConsensus)?;
         let shown = proof.responder;
         let same = shown.cluster_id == known.cluster_id && shown.raft_term >= known.raft_term;
         if !same || proof.revision < position.revision {

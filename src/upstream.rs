@@ -245,13 +245,7 @@ impl Upstream {
 
     /// What can be relied on, given the versions of all reachable members of the cluster.
     pub fn gate(&self) -> Gate {
-        let health = self.shared().health.borrow();
-        let well = health.endpoints.iter().filter(|endpoint| endpoint.standing == Standing::Well);
-        let version = |endpoint: &EndpointHealth| endpoint.report.as_ref().and_then(|report| report.version);
-        let gate = Gate::over(well.map(|endpoint| version(endpoint).unwrap_or(Version::UNKNOWN)));
-        // While nobody can be reached, what is answered from memory must look as it did before.
-        let last = health.endpoints.iter().filter_map(version).min();
-        if gate.lowest == Version::UNKNOWN { Gate { lowest: last.unwrap_or(Version::UNKNOWN), ..gate } } else { gate }
+        self.shared().gate.now()
     }
 
     fn shared(&self) -> &Arc<Shared> {

@@ -92,6 +92,13 @@ async fn nothing_stale_is_called_current_behind_a_black_hole() {
     let current = timeout(Duration::from_secs(20), client.range(range("k1", ""))).await;
     let refused = current.expect("a read is refused in time").expect_err("nobody can know what is current");
     assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+    let read = pb::RequestOp { request: Some(Request::RequestRange(range("k1", ""))) };
+    let reads = pb::TxnRequest { success: vec![read], ..Default::default() };
+    let current = timeout(Duration::from_secs(20), client.kv.clone().txn(reads)).await;
+    let refused = current.expect("a transaction is refused in time").expect_err("nobody can know what is current");
+    assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+    let relayed = scene.millpond.metric("millpond_server_reads_total{answered=\"no_consensus\"").await;
+    assert_eq!(relayed, 0.0, "to wait once more would not help");
     scene.link.heal();
     stream.until_revisions(&[first, second]).await;
     eventually("the new value", async || {

@@ -48,8 +48,13 @@ impl Page {
 
     /// Reads a `RangeStreamResponse`.
     pub(super) fn decode_chunk(message: &[u8]) -> Result<Self, End> {
-        let inner = Fields::of(message).find_map(|field| field.ok().filter(|field| field.number == 1));
-        inner.map_or_else(|| Ok(Self::default()), |field| Self::decode(field.value.bytes()))
+        for field in Fields::of(message) {
+            let field = field?;
+            if field.number == 1 {
+                return Self::decode(field.value.bytes());
+            }
+        }
+        Ok(Self::default())
     }
 }
 
@@ -139,6 +144,12 @@ mod tests {
         let page = Page::decode(&sent.encode_to_vec()).unwrap();
         assert!(page.more && page.header.is_none());
         assert_eq!(page.records.iter().map(|record| record.key()).collect::<Vec<_>>(), [b"a", b"b"]);
+    }
+
+    #[test]
+    fn a_chunk_that_cannot_be_read_is_not_taken_for_an_empty_one() {
+        assert!(matches!(Page::decode_chunk(&[0x0a, 200]), Err(End::Unreadable(_))));
+        assert!(Page::decode_chunk(&[]).is_ok_and(|page| page.records.is_empty()));
     }
 
     proptest! {

@@ -225,8 +225,8 @@ impl Feed {
             ..Default::default()
         };
         match self.range_at(link, witness, newer).await? {
-            Ok((page, count)) => {
-                let as_many = view.tree.as_ref().is_none_or(|tree| count == tree.len() as i64);
+            Ok(page) => {
+                let as_many = view.tree.as_ref().is_none_or(|tree| page.count == tree.len());
                 let same = as_many && page.records.is_empty();
                 Ok(if same { Continuity::Proven } else { Continuity::Broken("other things have happened there") })
             }
@@ -243,7 +243,7 @@ impl Feed {
         revision: Revision,
     ) -> Result<Result<Option<Record>, Continuity>, End> {
         let request = RangeRequest { key: Bytes::copy_from_slice(key), revision: revision.0, ..Default::default() };
-        Ok(self.range_at(link, witness, request).await?.map(|(page, _)| page.records.into_iter().next()))
+        Ok(self.range_at(link, witness, request).await?.map(|page| page.records.into_iter().next()))
     }
 
     async fn range_at(
@@ -251,16 +251,10 @@ impl Feed {
         link: &Link,
         witness: Witness,
         request: RangeRequest,
-    ) -> Result<Result<(Page, i64), Continuity>, End> {
+    ) -> Result<Result<Page, Continuity>, End> {
         let request = RangeRequest { serializable: witness == Witness::Member, ..request };
         match link.unary_raw(RANGE, &request, DEADLINE).await {
-            Ok(message) => {
-                let count = crate::store::wire::Fields::of(&message)
-                    .filter_map(Result::ok)
-                    .find(|field| field.number == 4)
-                    .map_or(0, |field| field.value.int());
-                Ok(Ok((Page::decode(&message)?, count)))
-            }
+            Ok(message) => Ok(Ok(Page::decode(&message)?)),
             Err(status) if status == Status::COMPACTED => Ok(Err(COMPACTED)),
             Err(status) if status == Status::FUTURE_REVISION && witness == Witness::Member => {
                 Ok(Err(Continuity::Doubtful("the member is behind")))

@@ -239,6 +239,14 @@ impl Kv {
     }
 }
 
+/// Why a read that memory cannot serve is relayed, for metrics. It is not where the cluster has had as long as etcd would give it.
+fn relayable(unserved: Unserved) -> Result<&'static str, Status> {
+    match unserved {
+        Unserved::NoConsensus => Err(Status::TIMEOUT),
+        other => Ok(other.label()),
+    }
+}
+
 /// An observer for relayed answers of other services, and of the JSON gateway: nothing older is served from then on.
 pub fn relayed_observer(cache: &Cache) -> Arc<dyn AnswerObserver> {
     Arc::new(Observer { cache: cache.clone(), sent: None, write: Write::Other, revision: OnceLock::new() })

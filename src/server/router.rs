@@ -79,7 +79,7 @@ pub async fn mind_readiness(cache: Cache, readiness: watch::Sender<Readiness>, s
         tokio::select! {
             () = stop.cancelled() => return,
             Ok(()) = health.changed() => {}
-            _ = phase_changed => {}
+            (Ok(()), ..) = phase_changed => {}
             () = tokio::time::sleep(LOOK) => {}
         }
     }

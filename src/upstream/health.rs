@@ -1,6 +1,6 @@
 //! What is known of the endpoints, as others see it.
 
-use super::{Version, endpoint::EndpointId};
+use super::{Gate, Version, endpoint::EndpointId};
 
 /// Whether etcd checks permissions.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -83,6 +83,16 @@ impl Health {
         };
         let best = well().find(|(_, endpoint)| able(endpoint)).or_else(|| well().next());
         best.map(|(index, _)| EndpointId(index))
+    }
+
+    /// What can be relied on, given the versions of all reachable members of the cluster.
+    pub(super) fn gate(&self) -> Gate {
+        let well = self.endpoints.iter().filter(|endpoint| endpoint.standing == Standing::Well);
+        let version = |endpoint: &EndpointHealth| endpoint.report.as_ref().and_then(|report| report.version);
+        let gate = Gate::over(well.map(|endpoint| version(endpoint).unwrap_or(Version::UNKNOWN)));
+        // While nobody can be reached, what is answered from memory must look as it did before.
+        let last = self.endpoints.iter().filter_map(version).min();
+        if gate.lowest == Version::UNKNOWN { Gate { lowest: last.unwrap_or(Version::UNKNOWN), ..gate } } else { gate }
     }
 
     /// Whether a probe under way may yet find an endpoint that [`Health::preferred`] can give.

@@ -13,6 +13,7 @@
 use tokio::sync::watch;
 
 use super::{
+    Gate,
     endpoint::EndpointId,
     health::{AuthState, EndpointHealth, Health, Report, Standing},
     metrics::Metrics,
@@ -28,6 +29,7 @@ pub(super) struct Roster {
     epoch: u64,
     health: watch::Sender<Health>,
     auth_told: Signal<AuthState>,
+    gate_told: Signal<Gate>,
     metrics: Metrics,
 }
 
@@ -89,8 +91,9 @@ impl Roster {
             auth: AuthState::Unknown,
             holds: 0,
             epoch: 0,
-            health: watch::Sender::new(initial),
             auth_told: Signal::new(AuthState::Unknown),
+            gate_told: Signal::new(initial.gate()),
+            health: watch::Sender::new(initial),
             metrics,
         };
         roster.publish();
@@ -103,6 +106,10 @@ impl Roster {
 
     pub(super) fn auth(&self) -> Told<AuthState> {
         self.auth_told.told()
+    }
+
+    pub(super) fn gate(&self) -> Told<Gate> {
+        self.gate_told.told()
     }
 
     /// To be read before a probe starts: its answer on authentication counts only while this has not changed.
@@ -233,6 +240,7 @@ impl Roster {
             endpoints,
         };
         self.auth_told.set(self.auth);
+        self.gate_told.set(health.gate());
         self.log_changes(&health);
         self.health.send_if_modified(|published| {
             let changed = *published != health;

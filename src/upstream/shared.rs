@@ -13,8 +13,8 @@ use tokio::{
 use tonic::Code;
 
 use super::{
-    AuthState, ConnectionNumber, Endpoint, EndpointId, ForwardClass, Health, RequestBody, Settings, StreamReceiver,
-    StreamSender, UpstreamError, call,
+    AuthState, ConnectionNumber, Endpoint, EndpointId, ForwardClass, Gate, Health, RequestBody, Settings,
+    StreamReceiver, StreamSender, UpstreamError, call,
     connection::{Class, Tuning},
     grpc,
     limits::Limit,
@@ -36,6 +36,7 @@ pub(super) struct Shared {
     pub(super) roster: Mutex<Roster>,
     pub(super) health: watch::Receiver<Health>,
     pub(super) auth: Told<AuthState>,
+    pub(super) gate: Told<Gate>,
     pub(super) unary_limit: Limit,
     pub(super) stream_limit: Limit,
 }
@@ -71,6 +72,7 @@ impl Shared {
             numbers,
             health: roster.health(),
             auth: roster.auth(),
+            gate: roster.gate(),
             roster: Mutex::new(roster),
             unary_limit: Limit::new(ForwardClass::Unary, settings.forward_limit, &metrics),
             stream_limit: Limit::new(ForwardClass::Stream, settings.stream_limit, &metrics),

@@ -17,11 +17,10 @@ use super::{
     decode,
     held::{Held, Holder},
     reads::check,
-    relayed_observer,
+    relayable, relayed_observer,
 };
 use crate::{
     aside,
-    cache::Unserved,
     proto::etcdserverpb::{RangeRequest, RangeResponse, RangeStreamResponse},
     server::{
         body::{Body, BodyError, failure_trailers, success_trailers},
@@ -71,8 +70,7 @@ impl Kv {
                 }
                 None => "revision_not_in_memory",
             },
-            Err(Unserved::NoConsensus(status)) => return Err(status),
-            Err(unserved) => unserved.label(),
+            Err(unserved) => relayable(unserved)?,
         };
         self.metrics.count("RangeStream", unserved);
         Ok(self.relay_stream(call, request).await)

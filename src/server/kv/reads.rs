@@ -3,10 +3,9 @@
 use ::http::{HeaderValue, Response};
 use prost::Message;
 
-use super::{Call, Consensus, Kv, answer, decode};
+use super::{Call, Consensus, Kv, answer, decode, relayable};
 use crate::{
     aside,
-    cache::Unserved,
     proto::etcdserverpb::{
         RangeRequest,
         range_request::{SortOrder, SortTarget},
@@ -53,9 +52,7 @@ impl Kv {
                 }
                 None => "revision_not_in_memory",
             },
-            // The cluster has had as long as etcd would give it.
-            Err(Unserved::NoConsensus(status)) => return Err(status),
-            Err(unserved) => unserved.label(),
+            Err(unserved) => relayable(unserved)?,
         };
         self.metrics.count("Range", unserved);
         Ok(match request.serializable {

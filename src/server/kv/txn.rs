@@ -6,8 +6,9 @@ use std::cmp::Ordering;
 use ::http::Response;
 use prost::Message;
 
-use super::{Call, Consensus, Kv, answer, decode, pieces::Section, reads::check};
+use super::{Call, Consensus, Kv, answer, decode, pieces::Section, reads::check, relayable};
 use crate::{
+    aside,
     proto::etcdserverpb::{
         Compare, RangeRequest, RequestOp, TxnRequest,
         compare::{CompareResult, CompareTarget, TargetUnion},
@@ -53,9 +54,13 @@ impl Kv {
         reads: &Reads<'_>,
     ) -> Result<Result<Response<Body>, Status>, &'static str> {
         let range = reads.hull().ok_or("not_cached")?;
-        let view = self.view(&range, 0, reads.serializable).await.map_err(|unserved| unserved.label())?;
+        let view = match self.view(&range, 0, reads.serializable).await {
+            Ok(view) => view,
+            Err(unserved) => return relayable(unserved).map_or_else(|refusal| Ok(Err(refusal)), Err),
+        };
         let Some(tree) = &view.tree else { return Err("over_limit") };
-        let succeeded = request.compare.iter().all(|compare| holds(tree, compare));
+        let keys = request.compare.iter().map(|compare| tree.sums_in(&compared(compare)).keys).sum();
+        let succeeded = aside::walk(keys, || request.compare.iter().all(|compare| holds(tree, compare)));
         let branch = if succeeded { &reads.success } else { &reads.failure };
         let mut sections = vec![answer::opening(&view, succeeded)];
         let mut length = sections.iter().map(Section::len).sum();
@@ -114,7 +119,6 @@ impl<'a> Reads<'a> {
 
     /// The smallest range that covers everything that is looked at; none when nothing is.
     fn hull(&self) -> Option<KeyRange> {
-        let compared = |compare: &Compare| KeyRange::from_request(compare.key.clone(), compare.range_end.clone());
         let reads = self.success.iter().chain(&self.failure).map(|read| range_of(read));
         let ranges = self.compares.iter().map(compared).chain(reads);
         ranges.reduce(|hull, range| KeyRange {
@@ -151,10 +155,15 @@ fn through_consensus(mut request: TxnRequest) -> TxnRequest {
     request
 }
 
+/// The keys that a compare is about.
+fn compared(compare: &Compare) -> KeyRange {
+    KeyRange::from_request(compare.key.clone(), compare.range_end.clone())
+}
+
 /// Whether a compare holds: for every key of its range, or for the key that is not there. A value that is not there equals
 /// nothing.
 fn holds(tree: &Tree, compare: &Compare) -> bool {
-    let range = KeyRange::from_request(compare.key.clone(), compare.range_end.clone());
+    let range = compared(compare);
     let mut found = tree.range(&range).peekable();
     if found.peek().is_none() {
         return compare.target() != CompareTarget::Value && satisfies(compare, None);
