@@ -146,7 +146,7 @@ impl Cache {
         let cache =
             Self(Arc::new(Shared { upstream, settings, prefixes, consensus, heard: AtomicU64::new(0), auth, metrics }));
         if !interval.is_zero() {
-            tokio::spawn(check::keep_checking(Arc::downgrade(&cache.0), interval));
+            cache.upstream().vital().spawn("check", check::keep_checking(Arc::downgrade(&cache.0), interval));
         }
         Ok(cache)
     }
@@ -154,6 +154,11 @@ impl Cache {
     /// The cached prefixes.
     pub fn prefixes(&self) -> &[Prefix] {
         &self.0.prefixes
+    }
+
+    /// Waits until a task has panicked without which what is served may not be true. Nothing is to be served after that.
+    pub async fn failed(&self) {
+        self.0.upstream.vital().failed().await;
     }
 
     /// The upstream behind the cache.

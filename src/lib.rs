@@ -13,7 +13,7 @@
 //! - [`signal`]: values that every call looks at.
 //! - [`socket`]: gathers the small writes of HTTP/2 connections.
 //! - [`sql`]: an etcd v3 server over SQL.
-//! - `aside`: long work, and how nobody waits for it.
+//! - `aside`: long work, and how nobody waits for it; `vital`: tasks without which nothing is true.
 //! - [`cli`], [`config`], [`telemetry`]: commands, settings, logs and metrics.
 
 mod aside;
@@ -31,3 +31,4 @@ pub mod status;
 pub mod store;
 pub mod telemetry;
 pub mod upstream;
+mod vital;

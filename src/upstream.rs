@@ -55,7 +55,7 @@ use self::{
     pool::Slot,
     shared::{Shared, decode},
 };
-use crate::{signal::Told, status::Status};
+use crate::{signal::Told, status::Status, vital::Vital};
 
 /// Why an upstream cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +120,7 @@ pub struct Upstream(Arc<Handle>);
 
 struct Handle {
     shared: Arc<Shared>,
+    vital: Vital,
     probers: Vec<AbortHandle>,
 }
 
@@ -136,10 +137,10 @@ impl Upstream {
     /// When there are no endpoints, or metrics of these names are registered already.
     pub fn start(settings: Settings, registry: &prometheus::Registry) -> Result<Upstream, UpstreamError> {
         let shared = Arc::new(Shared::new(settings, Metrics::register(registry)?)?);
-        let probers = shared.members.iter().enumerate();
-        let probers =
-            probers.map(|(index, _)| tokio::spawn(probe::run(shared.clone(), EndpointId(index))).abort_handle());
-        Ok(Upstream(Arc::new(Handle { probers: probers.collect(), shared })))
+        let vital = Vital::default();
+        let prober = |index| vital.spawn("probe", probe::run(shared.clone(), EndpointId(index)));
+        let probers = (0..shared.members.len()).map(prober).collect();
+        Ok(Upstream(Arc::new(Handle { shared, vital, probers })))
     }
 
     /// One call of our own at one endpoint.
@@ -246,6 +247,11 @@ impl Upstream {
     /// What can be relied on, given the versions of all reachable members of the cluster.
     pub fn gate(&self) -> Gate {
         self.shared().gate.now()
+    }
+
+    /// What spawns the tasks that its users depend on.
+    pub(crate) fn vital(&self) -> &Vital {
+        &self.0.vital
     }
 
     fn shared(&self) -> &Arc<Shared> {

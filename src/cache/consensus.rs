@@ -94,8 +94,9 @@ impl Consensus {
     pub(super) fn start(upstream: Upstream, prefixes: Arc<[Prefix]>, patience: Duration, metrics: Metrics) -> Self {
         let waiting =
             Arc::new(Waiting { clock: AtomicU64::new(0), readers: Mutex::default(), gathered: Notify::new(), metrics });
+        let vital = upstream.vital().clone();
         let asker = Asker::new(waiting.clone(), upstream, prefixes, patience);
-        Self { waiting, asker: tokio::spawn(asker.run()).abort_handle() }
+        Self { waiting, asker: vital.spawn("asker", asker.run()) }
     }
 
     /// To be drawn before a request is sent whose answer is to be [`noted`](Consensus::note).

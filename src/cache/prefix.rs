@@ -52,10 +52,11 @@ impl Prefix {
         };
         let floor = Arc::new(Floor::new(range.clone()));
         let (feed, signals) = Feed::new(upstream.clone(), feed_settings, writer, demands, floor.clone(), metrics);
+        let vital = upstream.vital();
         let tasks = [
-            tokio::spawn(feed.run()).abort_handle(),
-            tokio::spawn(hub.clone().run()).abort_handle(),
-            tokio::spawn(mind(hub.clone(), signals.phase.changes(), upstream.auth().changes())).abort_handle(),
+            vital.spawn("feed", feed.run()),
+            vital.spawn("hub", hub.clone().run()),
+            vital.spawn("mind", mind(hub.clone(), signals.phase.changes(), upstream.auth().changes())),
         ];
         let noted_compaction = AtomicI64::new(0);
         Ok(Self { range: range.clone(), store, hub, demand, signals, floor, noted_compaction, tasks })

@@ -72,6 +72,9 @@ pub enum ServeError {
         /// Why not.
         source: io::Error,
     },
+    /// What would be served after that might not be true. To be started anew.
+    #[error("a task that everything depends on has panicked; the log says which")]
+    Panicked,
 }
 
 /// Serves until a signal asks to stop, and then for at most the grace time.
@@ -125,9 +128,12 @@ pub async fn serve(config: Config, telemetry: Telemetry, shutdown: CancellationT
     let admin = Admin { readiness: ready.clone(), registry: registry.clone(), check };
     let admin = tokio::spawn(admin::serve(admin_listener, admin, shutdown.clone()));
     let minding = tokio::spawn(mind_readiness(cache.clone(), readiness, shutdown.clone()));
-    let router = Arc::new(router(&config, cache, ready, &registry, &shutdown)?);
+    let router = Arc::new(router(&config, cache.clone(), ready, &registry, &shutdown)?);
     let metrics = listener::Metrics::register(&registry)?;
-    listener::serve(listener, router, listener_settings(&config), metrics, shutdown).await;
+    tokio::select! {
+        () = listener::serve(listener, router, listener_settings(&config), metrics, shutdown) => {}
+        () = cache.failed() => return Err(ServeError::Panicked),
+    }
     // Both end with the same token.
     let _ = tokio::join!(admin, minding);
     if let Some(embedded) = embedded {

@@ -140,7 +140,7 @@ impl Kv {
     pub fn new(cache: Cache, settings: Settings, metrics: Metrics) -> Self {
         let hot = metrics.reads.with_label_values(&["Range", "memory"]);
         let holder = Holder::new(metrics.given_up.clone());
-        tokio::spawn(Holder::look_after(Arc::downgrade(&holder)));
+        cache.upstream().vital().spawn("holder", Holder::look_after(Arc::downgrade(&holder)));
         Self { cache, settings, metrics, hot, holder }
     }
 

@@ -30,12 +30,15 @@ impl Leader {
         let (reigns, reign) = watch::channel(stop.child_token());
         let health = upstream.health();
         let (minded, until) = (health.clone(), stop.clone());
-        tokio::spawn(async move { until.run_until_cancelled(mind(minded, reigns, &until)).await });
+        upstream.vital().spawn("leader", async move {
+            until.run_until_cancelled(mind(minded, reigns, &until)).await;
+        });
         Self { health, reign, stop }
     }
 
-    /// A token that is cancelled when the leader is lost, or the server leaves. While nobody can be reached, waits a moment for somebody who can be: who is
-    /// refused comes back at once, and Kubernetes opens each of its streams ten times a second then.
+    /// A token that is cancelled when the leader is lost, or the server leaves. While nobody can be reached, waits a moment
+    /// for somebody who can be: who is refused comes back at once, and Kubernetes opens each of its streams ten times a second
+    /// then.
     ///
     /// # Errors
     /// What streams end with ([`Leader::lack`]), while there is no leader.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use futures_util::FutureExt;
 use millpond::{cache::Tense, feed::Phase, store::KeyRange};
 use parking_lot::Mutex;
 use tokio::{
@@ -75,6 +76,9 @@ async fn simulate(mut dice: Dice) -> Outcome {
     recover(&world, &seen).await;
     if tasks.iter().any(AbortHandle::is_finished) {
         world.0.trace.breach("every client goes on", "one has panicked");
+    }
+    if world.0.cache.failed().now_or_never().is_some() {
+        world.0.trace.breach("the cache goes on", "one of its tasks has panicked");
     }
     tasks.iter().for_each(AbortHandle::abort);
     let trace = &world.0.trace;
