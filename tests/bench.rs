@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::process::{Command, Output};
+use std::process::Output;
 
 use serde_json::Value;
 use support::{client::Client, etcd::Cluster, millpond::Millpond, toolchain::Release};
@@ -11,7 +11,7 @@ const SHORT: [&str; 6] =
     ["--warmup=100ms", "--duration=300ms", "--connections=2", "--json", "--prefix=/t/", "--endpoints"];
 
 fn bench(load: &str, endpoint: &str, arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_millpond"));
+    let mut command = support::process::millpond();
     command.args(["bench", load]).args(SHORT).arg(endpoint).args(arguments);
     command.output().unwrap()
 }

@@ -1,5 +1,7 @@
 //! The program as a person at a terminal meets it: settings and where they come from, error lines, help, signals.
 
+mod support;
+
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
@@ -13,13 +15,9 @@ use assert_cmd::assert::OutputAssertExt;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-/// The program with an environment that holds none of its settings.
 fn millpond(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_millpond"));
+    let mut command = support::process::millpond();
     command.args(arguments);
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("MILLPOND_")) {
-        command.env_remove(name);
-    }
     command
 }
 

@@ -12,7 +12,11 @@ use std::{
 use millpond::telemetry::process::ProcessStat;
 use tempfile::TempDir;
 
-use crate::{Outcome, ports, process::Process, toolchain::Release};
+use crate::{
+    Outcome, ports,
+    process::{self, Process},
+    toolchain::Release,
+};
 
 /// How long a server may take to start, or to load everything.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -124,7 +128,7 @@ pub fn etcd(endpoint: &str, home: &Path) -> Command {
 
 /// A `millpond serve` that says little and checks nothing, to be told what it is in front of.
 pub fn millpond(endpoint: &str, admin: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_millpond"));
+    let mut command = process::millpond();
     command.args(["serve", "--listen", endpoint, "--admin-listen", admin, "--log-level=warn", "--check-interval=0"]);
     command
 }

@@ -15,6 +15,7 @@ use super::{
     ranges::RangeIndex,
 };
 use crate::{
+    aside,
     status::Status,
     store::{Entry, KeyRange, Position, Revision, Store, View},
 };
@@ -169,7 +170,7 @@ impl Hub {
             let mut last = None;
             let mut touched = Vec::new();
             for entry in entries.by_ref().take(BATCH) {
-                registry.deliver(entry, &mut touched);
+                aside::walk(entry.events.len() as u64, || registry.deliver(entry, &mut touched));
                 last = Some(entry.revision);
             }
             touched.iter().for_each(|mailbox| mailbox.wake());

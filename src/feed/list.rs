@@ -9,6 +9,7 @@ use tracing::debug;
 
 use super::{DEADLINE, End, Feed, RANGE, decode::Page};
 use crate::{
+    aside,
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
     status::Status,
     store::{Record, Revision, Tree},
@@ -42,10 +43,12 @@ struct Filling {
 impl Filling {
     /// Takes the records of a page in. False when the limit is reached.
     fn take(&mut self, records: Vec<Record>) -> bool {
-        for record in records {
-            self.bytes += record.memory();
-            self.tree.insert(record);
-        }
+        aside::walk(records.len() as u64, || {
+            for record in records {
+                self.bytes += record.memory();
+                self.tree.insert(record);
+            }
+        });
         self.bytes <= self.limit
     }
 }

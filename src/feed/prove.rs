@@ -15,6 +15,7 @@ use super::{
     serializable_question,
 };
 use crate::{
+    aside,
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
     status::Status,
     store::{Entry, Event, EventKind, Record, Revision, Tree, Window},
@@ -270,7 +271,7 @@ impl Feed {
         let view = self.writer.store().view_owned();
         let (Some(ours), Some(theirs)) = (&view.tree, &listed.tree) else { return term_held };
         let mut pairs = ours.iter_from(b"").zip(theirs.iter_from(b""));
-        ours.len() == theirs.len() && pairs.all(|(ours, theirs)| ours.same_version(theirs))
+        ours.len() == theirs.len() && aside::walk(ours.len(), || pairs.all(|(ours, theirs)| ours.same_version(theirs)))
     }
 
     /// When that cannot be read any more: does a new list agree with the old state? Every key that is said not to have
@@ -285,12 +286,15 @@ impl Feed {
         let (Some(old), Some(new)) = (&view.tree, &listed.tree) else {
             return (!term_held).then(|| "there is no index".into());
         };
-        let mut unchanged = new.iter_from(b"").filter(|record| record.mod_revision() <= view.revision()).peekable();
-        if unchanged.peek().is_none() && !term_held {
-            return Some("no key is left to bear witness".into());
-        }
-        let differs = |record: &&Record| !old.get(record.key()).is_some_and(|known| known.same_version(record));
-        unchanged.find(differs).map(|record| format!("{record:?} was {:?}", old.get(record.key())))
+        aside::walk(new.len(), || {
+            let mut unchanged = new.iter_from(b"").filter(|record| record.mod_revision() <= view.revision()).peekable();
+            if unchanged.peek().is_none() && !term_held {
+                return Some("no key is left to bear witness".into());
+            }
+            let differs = |record: &&Record| !old.get(record.key()).is_some_and(|known| known.same_version(record));
+            let differing = unchanged.find(differs);
+            differing.map(|record| format!("{record:?} was {:?}", old.get(record.key())))
+        })
     }
 }
 
@@ -301,5 +305,6 @@ fn newest<'a>(window: &Window, tree: &'a Tree) -> Option<&'a Record> {
         (event.kind == EventKind::Put && found.mod_revision() == event.record.mod_revision()).then_some(found)
     };
     let recent = window.backwards().find_map(|entry| entry.events.iter().find_map(still_there));
-    recent.or_else(|| tree.iter_from(b"").max_by_key(|record| record.mod_revision()))
+    let of_all = || tree.iter_from(b"").max_by_key(|record| record.mod_revision());
+    recent.or_else(|| aside::walk(tree.len(), of_all))
 }

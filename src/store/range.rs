@@ -43,19 +43,22 @@ pub struct Selection {
 pub enum Records {
     /// A run of a tree from a key on, in key order, and what it amounts to.
     Run(Tree, Bytes, Sums),
-    /// Any records.
-    List(Vec<Record>),
+    /// Any records, and what they amount to.
+    List(Vec<Record>, Sums),
 }
 
 impl Records {
-    const NONE: Self = Self::List(Vec::new());
+    const NONE: Self = Self::List(Vec::new(), Sums { keys: 0, wire: 0 });
+
+    /// These records in this order.
+    pub fn list(records: Vec<Record>) -> Self {
+        let sums = records.iter().map(Sums::of).sum();
+        Self::List(records, sums)
+    }
 
     /// How many records there are.
     pub fn len(&self) -> u64 {
-        match self {
-            Self::Run(_, _, sums) => sums.keys,
-            Self::List(records) => records.len() as u64,
-        }
+        self.sums().keys
     }
 
     /// Whether there is none.
@@ -67,15 +70,14 @@ impl Records {
     pub fn for_each(&self, each: impl FnMut(&Record)) {
         match self {
             Self::Run(tree, start, sums) => tree.iter_from(start).take(sums.keys as usize).for_each(each),
-            Self::List(records) => records.iter().for_each(each),
+            Self::List(records, _) => records.iter().for_each(each),
         }
     }
 
     /// What the records amount to.
     pub fn sums(&self) -> Sums {
         match self {
-            Self::Run(_, _, sums) => *sums,
-            Self::List(records) => records.iter().map(Sums::of).sum(),
+            Self::Run(_, _, sums) | Self::List(_, sums) => *sums,
         }
     }
 }
@@ -119,7 +121,7 @@ fn tree_for(view: &View, revision: Revision) -> Result<Cow<'_, Tree>, RangeError
 fn select_one(record: Option<&Record>, request: &RangeRequest) -> Selection {
     let count = u64::from(record.is_some());
     let selected = record.filter(|record| !request.count_only && passes(record, request));
-    Selection { count, more: false, records: Records::List(selected.cloned().into_iter().collect()) }
+    Selection { count, more: false, records: Records::list(selected.cloned().into_iter().collect()) }
 }
 
 fn select_in(tree: Cow<'_, Tree>, range: KeyRange, request: &RangeRequest) -> Selection {
@@ -138,7 +140,7 @@ fn select_in(tree: Cow<'_, Tree>, range: KeyRange, request: &RangeRequest) -> Se
     if more {
         records.truncate(limit as usize);
     }
-    Selection { count: sums.keys, more, records: Records::List(records) }
+    Selection { count: sums.keys, more, records: Records::list(records) }
 }
 
 fn select_run(tree: Tree, mut range: KeyRange, sums: Sums, limit: u64) -> Selection {

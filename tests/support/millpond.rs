@@ -1,6 +1,6 @@
 //! The Millpond binary as a child process in front of real etcds.
 
-use std::{process::Command, time::Duration};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use super::{
     client::{Client, PATIENCE, eventually, http_get},
     ports,
-    process::Process,
+    process::{self, Process},
 };
 
 /// A running `millpond serve`, killed on drop.
@@ -106,13 +106,7 @@ pub async fn breathe(millis: u64) {
 }
 
 fn serve(flags: &[String], environment: &[(&'static str, String)], home: &TempDir) -> Process {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_millpond"));
-    // What is meant for the tests is no setting.
-    for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("MILLPOND_") {
-            command.env_remove(name);
-        }
-    }
+    let mut command = process::millpond();
     command.envs(environment.iter().map(|(name, value)| (name, value)));
     command.arg("serve").args(flags).current_dir(home.path());
     Process::start(command, &home.path().join("millpond.log"))

@@ -28,6 +28,15 @@ static STARTER: LazyLock<Mutex<mpsc::Sender<Order>>> = LazyLock::new(|| {
     Mutex::new(orders)
 });
 
+/// The program, with an environment that holds none of its settings: what is meant for tests and benchmarks is none.
+pub fn millpond() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_millpond"));
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("MILLPOND_")) {
+        command.env_remove(name);
+    }
+    command
+}
+
 /// Starts `command` so that it dies with this process.
 pub fn spawn_bound(mut command: Command) -> io::Result<Child> {
     // SAFETY: prctl is async-signal-safe, and the closure touches no memory of the parent.

@@ -7,6 +7,7 @@ use bytes::BufMut;
 
 use super::{Relay, Session, State, alike::Alike};
 use crate::{
+    aside,
     fanout::{
         Out,
         encode::{Envelope, LONGEST_HEAD, event_len, put_event},
@@ -51,9 +52,11 @@ impl Scratch {
         let variant = watcher.options.variant();
         let (start, end) = self.spans[variant].unwrap_or_else(|| {
             let start = self.bytes.len();
-            for event in entry.events.iter().filter(|event| watcher.options.wants(event)) {
-                put_event(&mut self.bytes, event, watcher.options.prev_kv);
-            }
+            aside::walk(entry.events.len() as u64, || {
+                for event in entry.events.iter().filter(|event| watcher.options.wants(event)) {
+                    put_event(&mut self.bytes, event, watcher.options.prev_kv);
+                }
+            });
             (start, self.bytes.len())
         });
         self.spans[variant] = Some((start, end));

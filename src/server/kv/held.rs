@@ -52,7 +52,7 @@ impl From<Records> for Rest {
     fn from(records: Records) -> Self {
         match records {
             Records::Run(tree, start, sums) => Self::Run { tree, start, left: sums.keys },
-            Records::List(records) => Self::List(records.into_iter()),
+            Records::List(records, _) => Self::List(records.into_iter()),
         }
     }
 }

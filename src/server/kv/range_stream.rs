@@ -312,7 +312,7 @@ mod tests {
         for count in [0, 1, 10, 11, 100] {
             let records: Vec<_> = (0..count).rev().map(record).collect();
             let keys: Vec<_> = records.iter().map(|record| record.key().to_vec()).collect();
-            let selection = Selection { count: count as u64, more: false, records: Records::List(records) };
+            let selection = Selection { count: count as u64, more: false, records: Records::list(records) };
             let holder = Holder::new(prometheus::IntCounter::new("given_up", "for the test").unwrap());
             let mut sent = Vec::new();
             for data in Chunks::new(&holder, &store.view(), selection, Values::Sent) {

@@ -136,7 +136,7 @@ fn listed(records: &Records) -> Vec<Record> {
             assert_eq!(*sums, records.iter().map(Sums::of).sum());
             records
         }
-        Records::List(records) => records.clone(),
+        Records::List(records, _) => records.clone(),
     }
 }
 
