@@ -222,6 +222,11 @@ impl Upstream {
         self.shared().members.get(at.0).map_or("unknown", |member| member.pool.name())
     }
 
+    /// Whether it is a server in this process, which takes gRPC requests and nothing else.
+    pub fn is_in_process(&self) -> bool {
+        self.shared().members.iter().all(|member| member.pool.is_in_process())
+    }
+
     /// A caller saw the endpoint fail: it is probed at once, and others are preferred until it is well again.
     pub fn report_failure(&self, at: EndpointId) {
         self.shared().suspect(at);

@@ -14,7 +14,7 @@ use millpond::{
         etcdserverpb::{
             AuthEnableRequest, AuthRoleAddRequest, AuthRoleGetRequest, AuthUserAddRequest, AuthUserGrantRoleRequest,
             AuthenticateRequest, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse, MemberListRequest,
-            RangeRequest, SnapshotRequest, WatchCreateRequest, WatchRequest, WatchResponse,
+            RangeRequest, SnapshotRequest, StatusRequest, WatchCreateRequest, WatchRequest, WatchResponse,
             watch_request::RequestUnion,
         },
         v3electionpb::{
@@ -31,6 +31,7 @@ use support::{
     client::{Client, eventually, http_get},
     etcd::Cluster,
     fault::{FaultProxy, Faults},
+    millpond::Millpond,
     toolchain::{Release, VERSIONS},
 };
 use tokio::{net::TcpStream, time::timeout};
@@ -360,6 +361,32 @@ async fn gateway(address: &str, path: &str, body: &str) -> (u16, String) {
     let status = response.status().as_u16();
     let bytes = response.into_body().collect().await.unwrap().to_bytes();
     (status, String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// It speaks gRPC only. Taken for an upstream that had failed, it kept every call waiting after each such request.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_embedded_store_is_asked_nothing_over_http() {
+    const DIALS: &str = "millpond_upstream_dials_total";
+    let cluster = etcd().await;
+    let mut millpond = Millpond::start(&[], &[]).await;
+    let told = millpond.client().maintenance.clone().status(StatusRequest {}).await.unwrap().into_inner().version;
+    let dials = millpond.metric(DIALS).await;
+    for path in ["/health", "/livez", "/readyz", "/v2/keys", "/"] {
+        let answers =
+            [http_get(&millpond.endpoint, path).await.unwrap(), http_get(&cluster.endpoint(0), path).await.unwrap()];
+        assert_eq!(answers[0], answers[1], "{path}");
+    }
+    let (status, version) = http_get(&millpond.endpoint, "/version").await.unwrap();
+    assert_eq!((status, version.contains(&format!(r#""etcdserver":"{told}""#))), (200, true), "{version}");
+    for path in ["/v3/kv/range", "/metrics", "/debug/vars"] {
+        assert_eq!(
+            http_get(&millpond.endpoint, path).await.unwrap(),
+            (404, "404 page not found\n".to_owned()),
+            "{path}"
+        );
+    }
+    assert_eq!(millpond.metric(DIALS).await, dials);
+    millpond.assert_well();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

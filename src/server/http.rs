@@ -1,5 +1,6 @@
 //! What etcd serves over HTTP/1.1 on its client port: `/health` is answered here, everything else is etcd's (`/version`,
-//! the JSON gateway under `/v3/`, `/metrics`) and forwarded as it is.
+//! the JSON gateway under `/v3/`, `/metrics`) and forwarded as it is. The embedded store speaks gRPC only; in front of it `/version`,
+//! `/livez` and `/readyz` are answered here too, and the rest is not found, as at an etcd without its gateway.
 
 use std::sync::Arc;
 
@@ -34,6 +35,9 @@ pub async fn call(
 ) -> Response<Body> {
     if request.uri().path() == "/health" {
         return health(request.method(), readiness);
+    }
+    if upstream.is_in_process() {
+        return embedded(upstream, readiness, request.method(), request.uri().path());
     }
     let is_version = request.uri().path() == "/version" && request.method() == Method::GET;
     let call = Gateway::of(request.uri().path());
@@ -91,9 +95,7 @@ async fn relay(
 /// etcd's `/health`, about this proxy.
 fn health(method: &Method, readiness: &Readiness) -> Response<Body> {
     if method != Method::GET {
-        let mut refusal = response::plain(StatusCode::METHOD_NOT_ALLOWED, TEXT, "Method Not Allowed\n");
-        refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET"));
-        return refusal;
+        return not_allowed();
     }
     if readiness.is_ready() {
         return response::plain(StatusCode::OK, JSON, r#"{"health":"true","reason":""}"#);
@@ -102,7 +104,27 @@ fn health(method: &Method, readiness: &Readiness) -> Response<Body> {
     response::plain(StatusCode::SERVICE_UNAVAILABLE, JSON, format!("{text}\n"))
 }
 
-/// `/version` from what the probes know, where the upstream cannot be asked, or is in this process and speaks gRPC only.
+fn not_allowed() -> Response<Body> {
+    let mut refusal = response::plain(StatusCode::METHOD_NOT_ALLOWED, TEXT, "Method Not Allowed\n");
+    refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET"));
+    refusal
+}
+
+/// What etcd serves beside its gateway, in front of a server that has none of it.
+fn embedded(upstream: &Upstream, readiness: &Readiness, method: &Method, path: &str) -> Response<Body> {
+    match path {
+        "/version" | "/livez" | "/readyz" if method != Method::GET => not_allowed(),
+        "/version" => version(upstream),
+        "/readyz" if !readiness.is_ready() => {
+            let text = format!("[-]cache failed: {}\n", readiness.reason);
+            response::plain(StatusCode::SERVICE_UNAVAILABLE, TEXT, text)
+        }
+        "/livez" | "/readyz" => response::plain(StatusCode::OK, TEXT, "ok\n"),
+        _ => response::plain(StatusCode::NOT_FOUND, TEXT, "404 page not found\n"),
+    }
+}
+
+/// `/version` from what the probes know, where the upstream cannot be asked for it.
 fn version(upstream: &Upstream) -> Response<Body> {
     let health = upstream.health();
     let health = health.borrow();

@@ -113,6 +113,10 @@ impl Pool {
         &self.name
     }
 
+    pub(super) fn is_in_process(&self) -> bool {
+        self.dial.in_process().is_some()
+    }
+
     /// A place on a live connection of `class`, dialling when there is none.
     ///
     /// # Errors
