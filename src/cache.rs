@@ -279,7 +279,9 @@ impl Cache {
         if !self.gate().progress_is_proof {
             return Err(Unserved::Gated);
         }
-        let proof = self.0.consensus.ask(tense).await.ok_or(Unserved::NoConsensus)?;
+        let Some(proof) = self.0.consensus.ask(tense).await else {
+            return Err(if self.is_open() { Unserved::NoConsensus } else { Unserved::Barred });
+        };
         let shown = proof.responder;
         let same = shown.cluster_id == known.cluster_id && shown.raft_term >= known.raft_term;
         if !same || proof.revision < position.revision {

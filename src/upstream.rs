@@ -15,7 +15,8 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use prost::Message;
-use tokio::{sync::watch, task::AbortHandle};
+use tokio::{sync::watch, task::AbortHandle, time::sleep};
+use tokio_util::task::AbortOnDropHandle;
 
 mod body;
 mod call;
@@ -36,7 +37,6 @@ mod sender;
 mod shared;
 mod version;
 
-pub(crate) use self::forward::ABSENCE;
 pub use self::{
     body::{BodyError, RequestBody},
     call::{StreamReceiver, StreamSender},
@@ -55,6 +55,7 @@ use self::{
     pool::Slot,
     shared::{Shared, decode},
 };
+pub(crate) use self::{forward::ABSENCE, probe::refuses_strangers};
 use crate::{signal::Told, status::Status, vital::Vital};
 
 /// Why an upstream cannot be set up.
@@ -242,11 +243,14 @@ impl Upstream {
         self.shared().auth.clone()
     }
 
-    /// To be called before an AuthEnable is relayed: from now on authentication counts as on, and when the hold is dropped,
-    /// until every usable member was asked anew.
+    /// To be called before an AuthEnable is relayed, and when a refusal shows that there has been one: from now on authentication
+    /// counts as changing, and when the hold is dropped or [`LONGEST_HOLD`] old, until every usable member was asked anew.
     pub fn suspect_auth(&self) -> AuthHold {
-        self.shared().roster.lock().hold();
-        AuthHold(self.shared().clone())
+        let hold = Hold::of(self.shared());
+        AuthHold(AbortOnDropHandle::new(tokio::spawn(async move {
+            let _hold = hold;
+            sleep(LONGEST_HOLD).await;
+        })))
     }
 
     /// What can be relied on, given the versions of all reachable members of the cluster.
@@ -326,9 +330,21 @@ impl Link {
 }
 
 /// See [`Upstream::suspect_auth`].
-pub struct AuthHold(Arc<Shared>);
+pub struct AuthHold(#[expect(dead_code, reason = "it is there to be dropped")] AbortOnDropHandle<()>);
 
-impl Drop for AuthHold {
+/// Etcd gives up sooner on an AuthEnable that finds no quorum. A client that does not read its answer holds nothing up for longer.
+const LONGEST_HOLD: Duration = Duration::from_secs(10);
+
+struct Hold(Arc<Shared>);
+
+impl Hold {
+    fn of(shared: &Arc<Shared>) -> Self {
+        shared.roster.lock().hold();
+        Self(shared.clone())
+    }
+}
+
+impl Drop for Hold {
     fn drop(&mut self) {
         self.0.roster.lock().release();
         self.0.members.iter().for_each(|member| member.kick.notify_one());

@@ -2,18 +2,23 @@
 
 mod support;
 
+use std::time::Duration;
+
 use millpond::proto::{
     authpb::{Permission, permission::Type},
     etcdserverpb as pb,
 };
 use support::{
-    client::Client,
+    client::{Client, http_get},
     etcd::Cluster,
+    millpond::Millpond,
     operation::Failure,
     subject::{Subject, Twins},
     toolchain::Release,
     watching::{WatchStream, create},
 };
+use tokio::time::timeout;
+use tonic::Code;
 
 /// A user with a password: `root`, who may everything, and `reader`, who may read `open/`.
 async fn add_user(client: &Client, name: &str, role: &str) -> Result<(), tonic::Status> {
@@ -140,4 +145,69 @@ async fn a_secured_member_that_speaks_no_http_is_served() {
     support::millpond::breathe(3000).await;
     assert_eq!(read(&client, Some(&token), "open/a", "", true).await, Ok(1));
     subject.assert_well();
+}
+
+/// An attempt costs nothing but itself: what is open goes on, from memory.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_attempt_to_switch_it_on_that_is_refused_ends_no_watch() {
+    let cluster = Cluster::single(Release::newest()).await;
+    let mut millpond = Millpond::start(&[cluster.endpoint(0)], &[]).await;
+    let client = millpond.client();
+    let stream = WatchStream::watching(&client, create("k", "l", 0)).await;
+    stream.until_count(1).await;
+    for round in 0..3 {
+        let refused = client.auth.clone().auth_enable(pb::AuthEnableRequest {}).await.unwrap_err();
+        assert_eq!(refused.message(), "etcdserver: root user does not exist");
+        let (status, _) = http_get(&millpond.endpoint, "/v3/auth/enable").await.unwrap();
+        assert_eq!(status, 501);
+        let later = WatchStream::watching(&client, create("k", "l", 0)).await;
+        later.until_count(1).await;
+        let revision = client.put("k", format!("{round}")).await.unwrap();
+        later.until_revisions(&[revision]).await;
+        assert!(stream.revisions().len() <= round + 1 && later.end().is_none());
+        stream
+            .until("the event", |responses| responses.iter().map(|one| one.events.len()).sum::<usize>() > round)
+            .await;
+        assert_eq!(millpond.metric("millpond_server_watch_streams").await, 2.0, "both are served from memory");
+    }
+    assert!(stream.end().is_none());
+    millpond.assert_well();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn switched_off_again_watches_return_to_memory() {
+    let cluster = Cluster::single(Release::newest()).await;
+    let mut millpond = Millpond::start(&[cluster.endpoint(0)], &[]).await;
+    let client = millpond.client();
+    switch_on(&client).await;
+    let token = token_of(&client, "root").await;
+    let stream = WatchStream::open_with(&client, &[("token", &token)]).await;
+    stream.create(create("k", "l", 0));
+    stream.until_count(1).await;
+    assert_eq!(millpond.metric("millpond_server_watch_streams").await, 0.0, "it is the upstream's");
+    let mut disable = tonic::Request::new(pb::AuthDisableRequest {});
+    disable.metadata_mut().insert("token", token.parse().unwrap());
+    cluster.client(0).auth.clone().auth_disable(disable).await.unwrap();
+    assert_eq!(stream.until_end().await.unwrap_err().code(), Code::Unavailable);
+    let stream = WatchStream::watching(&client, create("k", "l", 0)).await;
+    stream.until_count(1).await;
+    assert_eq!(millpond.metric("millpond_server_watch_streams").await, 1.0, "it is served from memory");
+    millpond.assert_well();
+}
+
+/// The cluster refuses the question by which consistent reads are proven. That says who is to answer them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn switched_on_elsewhere_consistent_reads_do_not_wait_for_a_proof() {
+    let cluster = Cluster::single(Release::newest()).await;
+    let mut millpond = Millpond::start(&[cluster.endpoint(0)], &["--read-timeout=60s"]).await;
+    switch_on(&cluster.client(0)).await;
+    let client = millpond.client();
+    let token = token_of(&cluster.client(0), "root").await;
+    let reads = async {
+        (read(&client, Some(&token), "open/a", "", false).await, read(&client, None, "open/a", "", false).await)
+    };
+    let (mine, a_strangers) = timeout(Duration::from_secs(30), reads).await.expect("both are answered");
+    assert_eq!(mine.unwrap(), 1);
+    assert_eq!(a_strangers.unwrap_err(), read(&cluster.client(0), None, "open/a", "", false).await.unwrap_err());
+    millpond.assert_well();
 }

@@ -109,7 +109,7 @@ impl Consensus {
         self.waiting.note(sent, proof, Tense::Present);
     }
 
-    /// Waits for the proof of a request sent after this call. None when patience has run out.
+    /// Waits for the proof of a request sent after this call. None when patience has run out, or authentication is coming on.
     pub async fn ask(&self, tense: Tense) -> Option<Proof> {
         self.waiting.metrics.readers.inc();
         self.waiting.enter(tense).await.ok()

@@ -10,7 +10,6 @@ use ::http::{HeaderMap, HeaderValue, Request};
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt;
-use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use super::{data::Data, relay::Relay};
@@ -88,10 +87,10 @@ impl Body {
         }
     }
 
-    /// The same, where it is etcd's answer, ending with Unavailable when `stop` is cancelled.
-    pub(super) fn until(self, stop: Option<CancellationToken>) -> Self {
-        match (self, stop) {
-            (Body::Forwarded(relay), Some(stop)) => Body::Forwarded(Box::new(relay.until(stop))),
+    /// The same, where it is etcd's answer, ending with Unavailable after `end`, if that comes first.
+    pub(super) fn until(self, end: Option<impl Future<Output = ()> + Send + 'static>) -> Self {
+        match (self, end) {
+            (Body::Forwarded(relay), Some(end)) => Body::Forwarded(Box::new(relay.until(end))),
             (body, _) => body,
         }
     }

@@ -96,7 +96,10 @@ pub async fn forward(
         None => relaying.await,
     };
     match forwarded {
-        Ok(forwarded) => answer(forwarded, encoding, observer, hold).map(|body| body.until(stop)),
+        Ok(forwarded) => {
+            let end = stop.map(CancellationToken::cancelled_owned);
+            answer(forwarded, encoding, observer, hold).map(|body| body.until(end))
+        }
         Err(status) => {
             tracing::debug!(peer = %connection.peer, %status, "forwarded call failed");
             response::error(&status)
@@ -104,9 +107,13 @@ pub async fn forward(
     }
 }
 
-/// Where the header stands in the answer to a KV call.
+/// Where headers stand in the answer to a call.
 fn encoding_of(path: &str) -> Encoding {
-    if path.ends_with("/RangeStream") { Encoding::GrpcChunks } else { Encoding::Grpc }
+    match path.rsplit_once('/') {
+        Some((_, "RangeStream")) => Encoding::GrpcChunks,
+        Some((_, "Watch" | "LeaseKeepAlive" | "Observe")) => Encoding::GrpcStream,
+        _ => Encoding::Grpc,
+    }
 }
 
 /// What `relaying` gives, unless the server leaves first.

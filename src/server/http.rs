@@ -41,7 +41,8 @@ pub async fn call(
     }
     let is_version = request.uri().path() == "/version" && request.method() == Method::GET;
     let call = Gateway::of(request.uri().path());
-    let hold = (call == Gateway::AuthEnable).then(|| upstream.suspect_auth());
+    let enables_auth = call == Gateway::AuthEnable && request.method() == Method::POST;
+    let hold = enables_auth.then(|| upstream.suspect_auth());
     match relay(upstream, connection, call, request).await {
         Ok(forwarded) if is_version && forwarded.response.status() == StatusCode::NOT_FOUND => version(upstream),
         Ok(forwarded) => {

@@ -14,7 +14,6 @@ use prost::{
     Message,
     encoding::{WireType, decode_key, decode_varint},
 };
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::body::failure_trailers;
 use crate::{
@@ -41,6 +40,8 @@ pub trait AnswerObserver: Send + Sync {
 pub enum Encoding {
     /// gRPC messages, of which the first has the header.
     Grpc,
+    /// gRPC messages, each with a header.
+    GrpcStream,
     /// The messages of a RangeStream, of which the last has the header.
     GrpcChunks,
     /// JSON, as etcd's gateway writes it.
@@ -52,8 +53,8 @@ pub struct Relay {
     body: ForwardedBody,
     encoding: Encoding,
     peek: Option<Peek>,
-    /// Cancelled when the answer has to end, though the upstream goes on.
-    stop: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+    /// After which the answer has to end, though the upstream goes on.
+    stop: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     ended: bool,
     /// What has been read ahead.
     first: Option<Option<Result<Frame<Bytes>, BodyError>>>,
@@ -66,9 +67,9 @@ impl Relay {
         Self { body, encoding, peek, stop: None, ended: false, first: None, _hold: hold }
     }
 
-    /// The same, that ends with Unavailable when `stop` is cancelled.
-    pub fn until(mut self, stop: CancellationToken) -> Self {
-        self.stop = Some(Box::pin(stop.cancelled_owned()));
+    /// The same, that ends with Unavailable after `end`.
+    pub fn until(mut self, end: impl Future<Output = ()> + Send + 'static) -> Self {
+        self.stop = Some(Box::pin(end));
         self
     }
 
@@ -181,7 +182,10 @@ impl Peek {
             match find(self.encoding, looked_at) {
                 Found::Header(header) => {
                     self.observer.answered(self.connection, header);
-                    return true;
+                    if self.encoding != Encoding::GrpcStream {
+                        return true;
+                    }
+                    self.skip_rest(framed_len(looked_at), before);
                 }
                 Found::Part if looked_at.len() < PEEK_LIMIT => {
                     if before == 0 {
@@ -189,14 +193,17 @@ impl Peek {
                     }
                     return false;
                 }
-                _ if self.encoding != Encoding::GrpcChunks => return true,
-                _ => {
-                    self.skip = framed_len(looked_at).saturating_sub(before);
-                    self.seen.clear();
-                }
+                _ if matches!(self.encoding, Encoding::Grpc | Encoding::Json) => return true,
+                _ => self.skip_rest(framed_len(looked_at), before),
             }
         }
         false
+    }
+
+    /// Passes over a message of `length`, of which `before` bytes have been looked at before.
+    fn skip_rest(&mut self, length: usize, before: usize) {
+        self.skip = length.saturating_sub(before);
+        self.seen.clear();
     }
 }
 
@@ -207,7 +214,7 @@ fn framed_len(framed: &[u8]) -> usize {
 
 fn find(encoding: Encoding, beginning: &[u8]) -> Found {
     match encoding {
-        Encoding::Grpc => find_in_message(beginning, find_header),
+        Encoding::Grpc | Encoding::GrpcStream => find_in_message(beginning, find_header),
         Encoding::GrpcChunks => find_in_message(beginning, find_in_chunk),
         Encoding::Json => find_in_json(beginning),
     }
@@ -334,6 +341,23 @@ mod tests {
         for size in 1..stream.len() {
             let chunks: Vec<&[u8]> = stream.chunks(size).collect();
             assert_eq!(look(Encoding::GrpcChunks, &chunks), [HEADER], "cut at {size}");
+        }
+    }
+
+    /// Each answer on a stream has one, and may be of any length.
+    #[test]
+    fn every_header_of_a_stream_is_found_however_it_is_cut() {
+        let answer = |revision, bytes| {
+            let header = Some(ResponseHeader { revision, ..HEADER });
+            let kvs = vec![KeyValue { key: vec![b'k'; bytes].into(), ..Default::default() }];
+            grpc::frame(&RangeResponse { header, kvs, ..Default::default() }).to_vec()
+        };
+        let none = grpc::frame(&RangeResponse { count: 1, ..Default::default() }).to_vec();
+        let stream = [answer(1, 1), none, answer(2, 900), answer(3, 0)].concat();
+        for size in 1..stream.len() {
+            let chunks: Vec<&[u8]> = stream.chunks(size).collect();
+            let found = look(Encoding::GrpcStream, &chunks).into_iter().map(|header| header.revision);
+            assert_eq!(found.collect::<Vec<_>>(), [1, 2, 3], "cut at {size}");
         }
     }
 

@@ -51,18 +51,23 @@ impl Handler for Router {
             MEMBER_LIST => Box::pin(self.members.list(upstream, connection, *request)).await,
             path if path.starts_with(health::SERVICE) => Box::pin(self.health.call(*request)).await,
             path => {
-                let observer = moves_the_revision(path).then(|| relayed_observer(&self.cache));
+                let observer = tells_revisions(path).then(|| relayed_observer(&self.cache));
                 Box::pin(forward(upstream, connection, *request, observer)).await
             }
         }
     }
 }
 
-/// Whether a call outside the KV service may write keys: then its client must find them, as after a Put.
-fn moves_the_revision(path: &str) -> bool {
-    ["/etcdserverpb.Lease/", "/v3lockpb.Lock/", "/v3electionpb.Election/"]
-        .iter()
-        .any(|service| path.starts_with(service))
+/// Whether answers of a service outside KV tell revisions: then their clients must find what these have.
+fn tells_revisions(path: &str) -> bool {
+    const SERVICES: [&str; 5] = [
+        "/etcdserverpb.Lease/",
+        "/v3lockpb.Lock/",
+        "/v3electionpb.Election/",
+        "/etcdserverpb.Maintenance/",
+        "/etcdserverpb.Auth/",
+    ];
+    SERVICES.iter().any(|service| path.starts_with(service))
 }
 
 /// How often readiness is looked at while nothing signals a change.

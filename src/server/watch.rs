@@ -5,14 +5,17 @@ mod lineage;
 mod relay;
 mod stream;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use ::http::{Request, Response};
 use prometheus::{IntCounter, IntGauge, Registry};
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
-use super::{body::Body, forward::forward, leader::Leader, listener::Connection, response};
+use super::{body::Body, forward::forward, kv::relayed_observer, leader::Leader, listener::Connection, response};
 use crate::{
     cache::Cache,
     fanout::{Hub, SessionSettings},
@@ -24,7 +27,9 @@ use stream::Stream;
 /// The path of the only method.
 pub const PATH: &str = "/etcdserverpb.Watch/Watch";
 /// How long a stream waits at its opening for the first probes to say whether authentication is on.
-const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(5);
+/// When authentication is off, forwarded streams end within this time: not all at once, or all would come back at once.
+const LONGEST_FAREWELL: Duration = Duration::from_secs(5);
 
 /// What the service is told.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +37,7 @@ pub struct Settings {
     /// The largest request, in bytes; a fragment is at most as large, and what etcd's gRPC layer allows on top.
     pub max_request_bytes: usize,
     /// Between two progress notifications to a quiet watcher.
-    pub progress_interval: std::time::Duration,
+    pub progress_interval: Duration,
     /// Upstream watches under way at once for watchers that begin before the history window.
     pub catch_up_limit: usize,
     /// Upstream watches under way at once for ranges that are not cached.
@@ -103,12 +108,35 @@ impl Watch {
     /// Answers a Watch call. While authentication is on, all of it is the upstream's.
     pub async fn call(&self, connection: &Connection, request: Request<Incoming>) -> Response<Body> {
         let mut auth = self.shared.cache.upstream().auth().changes();
-        let known = timeout(PATIENCE, auth.wait_for(|auth| *auth != AuthState::Unknown)).await;
-        match known.map(|known| known.map(|auth| *auth)) {
-            Ok(Ok(AuthState::Off)) => self.open(request).await,
-            Ok(Ok(_)) => forward(self.shared.cache.upstream(), connection, request, None).await,
-            _ => response::error(&Status::unavailable("the upstream has not answered yet")),
+        let is_settled = |auth: &AuthState| matches!(auth, AuthState::Off | AuthState::On);
+        let _ = timeout(PATIENCE, auth.wait_for(is_settled)).await;
+        let auth_now = *auth.borrow_and_update();
+        match auth_now {
+            AuthState::Off => self.open(request).await,
+            AuthState::Changing | AuthState::On => self.forward(connection, request, auth).await,
+            AuthState::Unknown => response::error(&Status::unavailable("the upstream has not answered yet")),
         }
+    }
+
+    /// Forwards the call, for as long as authentication is not off: then the client is to come back, and be served from the cache.
+    async fn forward(
+        &self,
+        connection: &Connection,
+        request: Request<Incoming>,
+        mut auth: watch::Receiver<AuthState>,
+    ) -> Response<Body> {
+        let observer = Some(relayed_observer(&self.shared.cache));
+        let answer = forward(self.shared.cache.upstream(), connection, request, observer).await;
+        let stop = connection.stop().clone();
+        let off = async move {
+            // An error is the end of the upstream.
+            drop(auth.wait_for(|auth| *auth == AuthState::Off).await);
+            sleep(rand::random_range(Duration::ZERO..LONGEST_FAREWELL)).await;
+        };
+        let end = async move {
+            let _ = stop.run_until_cancelled_owned(off).await;
+        };
+        answer.map(|body| body.until(Some(end)))
     }
 
     async fn open(&self, request: Request<Incoming>) -> Response<Body> {

@@ -9,7 +9,9 @@ pub enum AuthState {
     Unknown,
     /// Everyone may read everything.
     Off,
-    /// Permissions are checked, or may be.
+    /// It was off, and may be coming on: nothing new is to be given to everyone until that has been found out.
+    Changing,
+    /// Permissions are checked.
     On,
 }
 

@@ -143,7 +143,8 @@ async fn auth(shared: &Shared, at: EndpointId) -> AuthState {
     }
 }
 
-fn refuses_strangers(status: &Status) -> bool {
+/// Whether etcd says so because permissions are checked.
+pub(crate) fn refuses_strangers(status: &Status) -> bool {
     *status == Status::USER_EMPTY || matches!(status.code, Code::Unauthenticated | Code::PermissionDenied)
 }
 

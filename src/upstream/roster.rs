@@ -7,8 +7,8 @@
 //! them used to belong to the cluster, then the cluster was replaced, and the new id is adopted. An endpoint that never
 //! belonged cannot take over just because the others are gone.
 //!
-//! **Authentication.** It is on when one usable member says so, and off when all say so. While a change is under way
-//! ([`Roster::hold`]) it is taken to be on, and afterwards until every usable member was asked anew.
+//! **Authentication.** It is on when one usable member says so, and off when all say so. While a change may be under way
+//! ([`Roster::hold`]) it is neither, and afterwards until every usable member was asked anew.
 
 use tokio::sync::watch;
 
@@ -210,8 +210,10 @@ impl Roster {
             Some(report) if member.epoch == self.epoch => report.auth,
             _ => AuthState::Unknown,
         };
-        let settled = if self.holds > 0 || well().any(|member| says(member) == AuthState::On) {
+        let settled = if well().any(|member| says(member) == AuthState::On) {
             AuthState::On
+        } else if self.holds > 0 {
+            if self.auth == AuthState::On { AuthState::On } else { AuthState::Changing }
         } else if well().next().is_some() && well().all(|member| says(member) == AuthState::Off) {
             AuthState::Off
         } else {
@@ -224,7 +226,7 @@ impl Roster {
         self.metrics.auth.set(match settled {
             AuthState::Unknown => -1,
             AuthState::Off => 0,
-            AuthState::On => 1,
+            AuthState::Changing | AuthState::On => 1,
         });
     }
 

@@ -20,7 +20,7 @@ use crate::{
     proto::etcdserverpb::{RangeRequest, RangeResponse},
     status::Status,
     store::{Position, Revision},
-    upstream::{EndpointId, Upstream},
+    upstream::{EndpointId, Upstream, refuses_strangers},
 };
 
 /// After which a question is put to another endpoint, unless answers are known to take longer.
@@ -131,6 +131,10 @@ impl Asker {
                 Err(status) => {
                     self.waiting.metrics.questions.with_label_values(&["failed"]).inc();
                     debug!(endpoint = self.upstream.name(at), %status, "a consensus question was not answered");
+                    if refuses_strangers(&status) {
+                        drop(self.upstream.suspect_auth());
+                        return self.waiting.send_away(self.waiting.stamp());
+                    }
                     failed.push(at);
                 }
             }

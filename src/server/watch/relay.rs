@@ -297,6 +297,11 @@ impl Task {
             self.is_early = false;
             return Some(End::Again);
         }
+        if response.canceled && response.compact_revision == 0 && !response.cancel_reason.is_empty() {
+            // We are refused, not the client. That is so when authentication has come on.
+            drop(self.shared.cache.upstream().suspect_auth());
+            return Some(self.report(Report::Lost).await);
+        }
         let revision = response.header.as_ref().map_or(0, |header| header.revision);
         self.heard = self.heard.max(Revision(revision));
         if self.is_early && !response.events.is_empty() {

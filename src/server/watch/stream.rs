@@ -246,7 +246,7 @@ impl Stream {
         let covering = cache.covering(&options.range);
         self.session.attend(covering.as_ref().map(|(lane, _)| *lane));
         match covering.filter(|(_, prefix)| prefix.store().view().is_loaded()) {
-            Some((lane, prefix)) => match cache.begin_at_once(prefix, names_start) {
+            Some((lane, prefix)) => match cache.begin_at_once(prefix, names_start).filter(|_| cache.is_open()) {
                 Some(now) => self.create(request, now),
                 None => {
                     let cache = cache.clone();
@@ -260,7 +260,8 @@ impl Stream {
         }
     }
 
-    /// Lets a create request wait for `now`. No hub knows of it yet, so it has to see for itself when authentication comes on.
+    /// Lets a create request wait for `now`, and while authentication may be coming on. No hub knows of it yet, so it has to see for
+    /// itself when that has happened.
     fn wait(&mut self, request: WatchCreateRequest, now: impl Future<Output = (Responder, Revision)> + Send + 'static) {
         let auth = self.shared.cache.upstream().auth().changes();
         self.opening = Some(Box::new((request, Box::pin(while_open(auth, now)))));
@@ -396,9 +397,15 @@ impl Drop for Stream {
 
 /// What `waited` gives, unless authentication comes on first.
 async fn while_open<T>(mut auth: watch::Receiver<AuthState>, waited: impl Future<Output = T>) -> Result<T, Status> {
+    let mut changing = auth.clone();
+    let waited = async {
+        let _ = changing.wait_for(|auth| *auth != AuthState::Changing).await;
+        waited.await
+    };
     tokio::select! {
-        now = waited => Ok(now),
+        biased;
         Ok(_) = auth.wait_for(|auth| *auth == AuthState::On) => Err(Status::WATCH_AGAIN),
+        now = waited => Ok(now),
     }
 }
 
@@ -430,6 +437,15 @@ mod tests {
     async fn a_create_request_waits_no_longer_than_authentication_is_off() {
         let (set, auth) = watch::channel(AuthState::Off);
         assert_eq!(while_open(auth.clone(), ready(7)).await, Ok(7));
+        for (settled, expected) in [(AuthState::Off, Ok(7)), (AuthState::On, Err(Status::WATCH_AGAIN))] {
+            set.send_replace(AuthState::Changing);
+            let waits = tokio::spawn(while_open(auth.clone(), ready(7)));
+            tokio::task::yield_now().await;
+            assert!(!waits.is_finished());
+            set.send_replace(settled);
+            assert_eq!(waits.await.unwrap(), expected);
+        }
+        set.send_replace(AuthState::Off);
         let waits = tokio::spawn(while_open(auth, pending::<()>()));
         set.send_replace(AuthState::On);
         assert_eq!(waits.await.unwrap(), Err(Status::WATCH_AGAIN));

@@ -128,20 +128,23 @@ fn a_foreign_member_has_no_say_in_authentication() {
 }
 
 #[test]
-fn during_a_change_authentication_counts_as_on_and_older_answers_do_not_count_after_it() {
+fn during_a_change_authentication_is_not_off_and_older_answers_do_not_count_after_it() {
     let mut roster = roster(1);
     answer(&mut roster, A, report(5));
     let before = roster.epoch();
     roster.hold();
-    assert_eq!(roster.auth().now(), AuthState::On);
+    assert_eq!(roster.auth().now(), AuthState::Changing);
     answer(&mut roster, A, report(5));
-    assert_eq!(roster.auth().now(), AuthState::On, "the change may still come");
+    assert_eq!(roster.auth().now(), AuthState::Changing, "the change may still come");
     roster.release();
-    assert_eq!(roster.auth().now(), AuthState::On, "nobody was asked since");
+    assert_eq!(roster.auth().now(), AuthState::Changing, "nobody was asked since");
     roster.record(A, before, Ok(report(5)));
-    assert_eq!(roster.auth().now(), AuthState::On, "this was asked before");
+    assert_eq!(roster.auth().now(), AuthState::Changing, "this was asked before");
     answer(&mut roster, A, secured(5));
     assert_eq!(roster.auth().now(), AuthState::On);
+    roster.hold();
+    assert_eq!(roster.auth().now(), AuthState::On, "it cannot come on twice");
+    roster.release();
     answer(&mut roster, A, report(5));
     assert_eq!(roster.auth().now(), AuthState::Off);
 }
