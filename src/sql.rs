@@ -6,7 +6,7 @@
 //! - `state`: what is known of an open store without reading it. `writer`, `transaction`: one thread that commits groups of writes; how each write is evaluated.
 //! - `range`, `counts`: how reads are evaluated. `history`, `watch`: how events reach watchers.
 //! - `leases`, `compaction`, `quota`, `clock`: what happens by the passing of time.
-//! - `service`: the gRPC services. `snapshot`, `transfer`, `check`: whole stores.
+//! - `service`: the gRPC services. `version`: what they say of theirs. `snapshot`, `transfer`, `check`: whole stores.
 
 pub mod backend;
 mod check;
@@ -31,6 +31,7 @@ mod state;
 mod transaction;
 mod transfer;
 mod validate;
+mod version;
 mod watch;
 mod writer;
 

@@ -7,88 +7,18 @@ mod support;
 
 use std::collections::HashSet;
 
-use millpond::{
-    proto::{
-        etcdserverpb::{self as pb, ResponseHeader},
-        v3electionpb::{self as epb, election_client::ElectionClient},
-        v3lockpb::{LockRequest, UnlockRequest, lock_client::LockClient},
-    },
-    sql::{Engine, Options, sqlite},
+use millpond::proto::{
+    etcdserverpb as pb,
+    v3electionpb::{self as epb, election_client::ElectionClient},
+    v3lockpb::{LockRequest, UnlockRequest, lock_client::LockClient},
 };
 use support::{
     client::Client,
-    compare::outcomes,
-    etcd::Cluster,
-    operation::{Operation, execute},
+    operation::Operation,
+    pair::{Pair, tell},
     random::{Bounds, Generator, operations, seed},
     script::Script,
-    toolchain::Release,
 };
-use tempfile::TempDir;
-use tokio::{net::TcpListener, task::JoinHandle};
-
-/// An etcd, and an engine with the same ids and term, both empty.
-struct Pair {
-    etcd: Cluster,
-    reference: Client,
-    subject: Client,
-    engine: Engine,
-    server: JoinHandle<()>,
-    _dir: TempDir,
-}
-
-impl Pair {
-    async fn start() -> Option<Self> {
-        let etcd = Cluster::single(Release::pinned("3.7.1")?).await;
-        let reference = etcd.client(0);
-        let header = reference.status().await.unwrap().header.unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        impersonate(&dir, header).await;
-        let engine = Engine::open(dir.path(), Options::default()).unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let subject = Client::new(&listener.local_addr().unwrap().to_string());
-        let serving = engine.clone();
-        let server = tokio::spawn(async move { serving.serve(listener, std::future::pending()).await.unwrap() });
-        Some(Self { etcd, reference, subject, engine, server, _dir: dir })
-    }
-
-    /// Sends an operation to both and compares; the answer is etcd's, if it was none of its errors.
-    async fn check(&self, operation: &Operation) -> Option<ResponseHeader> {
-        let (expected, found) = tokio::join!(execute(&self.reference, operation), execute(&self.subject, operation));
-        if let Err(difference) = outcomes(operation, &expected, &found) {
-            panic!("etcd and the SQL engine disagree: {difference}\nrequest: {operation:?}");
-        }
-        expected.ok()?.header().copied()
-    }
-
-    /// Compares the hashes at a revision that was never compacted at: of those that were, etcd keeps the hash from before the
-    /// compaction.
-    async fn same_hash(&self, revision: i64) {
-        let hash = async |client: &Client| {
-            let answer = client.maintenance.clone().hash_kv(pb::HashKvRequest { revision }).await;
-            answer.map(tonic::Response::into_inner).map_err(|status| (status.code(), status.message().to_owned()))
-        };
-        assert_eq!(hash(&self.reference).await, hash(&self.subject).await, "hash at {revision}");
-    }
-
-    async fn stop(self) {
-        self.engine.close().await;
-        self.server.abort();
-        drop(self.etcd);
-    }
-}
-
-/// Gives the store in `dir` an etcd's ids, and the term that its next start raises to the etcd's.
-async fn impersonate(dir: &TempDir, header: ResponseHeader) {
-    Engine::open(dir.path(), Options::default()).unwrap().close().await;
-    let database = rusqlite::Connection::open(dir.path().join(sqlite::FILE)).unwrap();
-    for (name, value) in
-        [("cluster_id", header.cluster_id), ("member_id", header.member_id), ("term", header.raft_term - 1)]
-    {
-        let values = rusqlite::params![value.cast_signed(), name];
-        assert_eq!(database.execute("UPDATE meta SET value = ?1 WHERE name = ?2", values).unwrap(), 1);
-    }
-}
 
 /// A RangeStream by something else than the key, without an order, comes garbled from etcd 3.7.
 fn is_garbled_by_etcd(operation: &Operation) -> bool {
@@ -247,15 +177,4 @@ async fn contend(client: &Client) -> Vec<String> {
     told.push(tell(lock.lock(lock_request(&"large".repeat(1 << 19), 7)).await));
     told.push(tell(election.resign(epb::ResignRequest::default()).await));
     told
-}
-
-fn tell<T: std::fmt::Debug>(result: Result<T, tonic::Status>) -> String {
-    match result {
-        Ok(answer) => {
-            let text = format!("{answer:?}");
-            // Metadata carries dates.
-            text.find("message: ").map_or(text.clone(), |at| text[at..].to_owned())
-        }
-        Err(status) => format!("{:?} {}", status.code(), status.message()),
-    }
 }

@@ -16,6 +16,7 @@ use super::{
     Engine, SqlError,
     engine::lock,
     sqlite::{self, Sqlite},
+    version,
 };
 use crate::{proto::etcdserverpb::SnapshotResponse, status::Status};
 
@@ -126,14 +127,19 @@ impl Reading {
     fn next(&mut self) -> io::Result<Option<SnapshotResponse>> {
         let Some(digest) = self.digest.as_mut().filter(|_| self.left > 0) else {
             let checksum = self.digest.take().map(|digest| digest.finalize().to_vec());
-            return Ok(checksum.map(|blob| SnapshotResponse { blob: blob.into(), ..Default::default() }));
+            return Ok(checksum.map(|checksum| message(checksum, 0)));
         };
         let mut blob = vec![0; PIECE.min(usize::try_from(self.left).unwrap_or(PIECE))];
         self.content.read_exact(&mut blob)?;
         digest.update(&blob);
         self.left -= blob.len() as u64;
-        Ok(Some(SnapshotResponse { remaining_bytes: self.left, blob: blob.into(), ..Default::default() }))
+        Ok(Some(message(blob, self.left)))
     }
+}
+
+/// One message of the stream; as in etcd, each carries the version.
+fn message(blob: Vec<u8>, remaining_bytes: u64) -> SnapshotResponse {
+    SnapshotResponse { header: None, remaining_bytes, blob: blob.into(), version: version::STORAGE.to_owned() }
 }
 
 /// Sends a copy, which goes with that. No thread waits for the client.

@@ -6,6 +6,7 @@
 //! - [`millpond`]: the Millpond binary as a child process.
 //! - [`subject`]: the server under test, and a plain etcd beside it that must answer the same.
 //! - [`fault`]: a TCP proxy that breaks connections in chosen ways.
+//! - [`pair`]: an etcd, and the embedded store with the same ids.
 //! - [`scene`]: an etcd and a Millpond with such a link between them.
 //! - [`etcdctl`]: the command line client.
 //! - [`raw`]: gRPC by hand, for bad input.
@@ -26,6 +27,7 @@ pub mod fault;
 pub mod informer;
 pub mod millpond;
 pub mod operation;
+pub mod pair;
 pub mod ports;
 pub mod process;
 pub mod random;

@@ -11,19 +11,15 @@ use crate::{
         MoveLeaderRequest, MoveLeaderResponse, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
         alarm_request::AlarmAction, downgrade_request::DowngradeAction, maintenance_server::Maintenance,
     },
-    sql::{hash, quota, snapshot, transaction::Transaction},
+    sql::{hash, quota, snapshot, transaction::Transaction, version},
     status::Status,
 };
-
-/// The etcd whose API this is: clients switch features on by it.
-pub const VERSION: &str = "3.7.1";
-/// What such an etcd says of its storage.
-const STORAGE_VERSION: &str = "3.7.0";
 
 const NO_MEMBER: Status = Status::fixed(Code::NotFound, "etcdserver: member not found");
 const BAD_TRANSFEREE: Status = Status::fixed(Code::FailedPrecondition, "etcdserver: bad leader transferee");
 const BAD_DOWNGRADE: Status = Status::fixed(Code::InvalidArgument, "etcdserver: invalid downgrade target version");
-const NO_DOWNGRADE: Status = Status::fixed(Code::FailedPrecondition, "etcdserver: no inflight downgrade job");
+const NO_VERSION: Status = Status::fixed(Code::InvalidArgument, "etcdserver: wrong downgrade target version format");
+const UNKNOWN_ACTION: Status = Status::fixed(Code::Unknown, "etcdserver: unknown method");
 
 /// The alarms that can be on.
 const ALARMS: [AlarmType; 2] = [AlarmType::Nospace, AlarmType::Corrupt];
@@ -50,7 +46,7 @@ impl Maintenance for Services {
         let index = state.position().current.cast_unsigned();
         Ok(Response::new(StatusResponse {
             header: Some(state.header()),
-            version: VERSION.to_owned(),
+            version: version::SERVER.to_owned(),
             db_size: size.total,
             leader: state.identity.member_id,
             raft_index: index,
@@ -59,7 +55,7 @@ impl Maintenance for Services {
             errors: self.alarms_on().iter().map(describe).collect(),
             db_size_in_use: size.used,
             is_learner: false,
-            storage_version: STORAGE_VERSION.to_owned(),
+            storage_version: version::STORAGE.to_owned(),
             db_size_quota: state.options.quota_bytes,
             downgrade_info: Some(DowngradeInfo::default()),
         }))
@@ -111,8 +107,18 @@ impl Maintenance for Services {
         &self,
         request: Request<DowngradeRequest>,
     ) -> Result<Response<DowngradeResponse>, tonic::Status> {
-        let cancels = DowngradeAction::try_from(request.into_inner().action) == Ok(DowngradeAction::Cancel);
-        Err(if cancels { NO_DOWNGRADE } else { BAD_DOWNGRADE }.into())
+        let DowngradeRequest { action, version } = request.into_inner();
+        match DowngradeAction::try_from(action) {
+            // None is ever under way; as in etcd, that is no error.
+            Ok(DowngradeAction::Cancel) => {
+                let header = Some(self.engine.state().header());
+                Ok(Response::new(DowngradeResponse { header, version: version::CLUSTER.to_owned() }))
+            }
+            // There is no older version to go back to, 3.6 neither.
+            Ok(_) if version::is_version(&version) => Err(BAD_DOWNGRADE.into()),
+            Ok(_) => Err(NO_VERSION.into()),
+            Err(_) => Err(UNKNOWN_ACTION.into()),
+        }
     }
 }
 
