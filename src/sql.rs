@@ -5,9 +5,10 @@
 //! - `checkpoint`: keeps SQLite's own log short.
 //! - `state`: what is known of an open store without reading it. `writer`, `transaction`: one thread that commits groups of writes; how each write is evaluated.
 //! - `range`, `counts`: how reads are evaluated. `history`, `watch`: how events reach watchers.
-//! - `leases`, `compaction`, `quota`, `clock`: what happens by the passing of time.
+//! - `leases`, `compaction`, `quota`, `alarms`, `clock`: what happens by the passing of time.
 //! - `service`: the gRPC services. `version`: what they say of theirs. `snapshot`, `transfer`, `check`: whole stores.
 
+mod alarms;
 pub mod backend;
 mod check;
 mod checkpoint;

@@ -21,6 +21,71 @@ async fn same(play: impl AsyncFn(&Client) -> Vec<String>) -> Vec<String> {
     expected
 }
 
+/// Alarms in one order, which etcd's answers are not in.
+async fn alarm(client: &Client, action: pb::alarm_request::AlarmAction, member_id: u64, alarm: i32) -> String {
+    let request = pb::AlarmRequest { action: action.into(), member_id, alarm };
+    let mut answer = client.maintenance.clone().alarm(request).await;
+    if let Ok(answer) = &mut answer {
+        answer.get_mut().alarms.sort_by_key(|alarm| (alarm.alarm, alarm.member_id));
+    }
+    tell(answer)
+}
+
+/// The errors that a status lists, in one order, and however etcd's library for messages spaces them.
+async fn errors(client: &Client) -> String {
+    let mut errors = client.status().await.unwrap().errors;
+    for error in &mut errors {
+        *error = error.split_whitespace().collect::<Vec<_>>().join(" ");
+    }
+    errors.sort();
+    errors.join(", ")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn alarms_are_etcds_whosever_they_are() {
+    use pb::alarm_request::AlarmAction::{Activate, Deactivate, Get};
+    const NOSPACE: i32 = pb::AlarmType::Nospace as i32;
+    const CORRUPT: i32 = pb::AlarmType::Corrupt as i32;
+    /// A member that there is not.
+    const STRANGER: u64 = 77;
+    same(async |client| {
+        let own = client.status().await.unwrap().header.unwrap().member_id;
+        let steps = [
+            (Deactivate, STRANGER, NOSPACE),
+            (Activate, STRANGER, NOSPACE),
+            (Activate, STRANGER, NOSPACE),
+            (Activate, 0, NOSPACE),
+            (Activate, own, NOSPACE),
+            (Activate, STRANGER, 0),
+            (Activate, 0, 0),
+            (Activate, 5, 9),
+            (Get, 0, 0),
+            (Get, STRANGER, NOSPACE),
+            (Get, 0, CORRUPT),
+            (Deactivate, own, NOSPACE),
+            (Deactivate, 78, NOSPACE),
+            (Deactivate, STRANGER, CORRUPT),
+            (Deactivate, 0, NOSPACE),
+            (Deactivate, 0, 0),
+            (Get, 0, 0),
+            (Deactivate, STRANGER, NOSPACE),
+            (Deactivate, STRANGER, NOSPACE),
+            (Activate, STRANGER, CORRUPT),
+            (Deactivate, STRANGER, CORRUPT),
+            (Deactivate, 5, 9),
+            (Get, 0, 0),
+        ];
+        let mut told = Vec::new();
+        for (action, member, kind) in steps {
+            told.push(alarm(client, action, member, kind).await);
+            told.push(errors(client).await);
+            told.push(tell(client.put("a", "1").await.map(|_| tonic::Response::new(()))));
+        }
+        told
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn downgrades_are_answered_as_etcd_does() {
     use pb::downgrade_request::DowngradeAction::{Cancel, Enable, Validate};

@@ -1,5 +1,5 @@
-//! What the engine asks of a database: a log of events in order, an index of every key's versions, leases and a few
-//! named numbers.
+//! What the engine asks of a database: a log of events in order, an index of every key's versions, leases, alarms and a
+//! few named numbers.
 //!
 //! The engine is written against these traits alone; [`super::sqlite`] is the first implementation.
 
@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 
 use bytes::{Bytes, BytesMut};
 
-use super::{error::SqlError, key::KeyRange};
+use super::{alarms::Alarm, error::SqlError, key::KeyRange};
 use crate::proto::mvccpb::{Event, KeyValue, event::EventType};
 
 /// Bits of an [`EventId`] that number the events of one revision.
@@ -140,8 +140,6 @@ pub enum Meta {
     CompactionDone,
     /// Where in the log the compaction under way stands.
     CompactionCursor,
-    /// Alarms that are on, one bit for each of etcd's alarm types.
-    Alarms,
 }
 
 impl Meta {
@@ -155,7 +153,6 @@ impl Meta {
             Self::Compacted => "compacted",
             Self::CompactionDone => "compaction_done",
             Self::CompactionCursor => "compaction_cursor",
-            Self::Alarms => "alarms",
         }
     }
 }
@@ -210,6 +207,8 @@ pub trait Reader: Send {
     fn leases(&mut self) -> Result<Vec<StoredLease>, SqlError>;
     /// The keys that hang on a lease, sorted.
     fn lease_keys(&mut self, lease: i64) -> Result<Vec<Bytes>, SqlError>;
+    /// All alarms.
+    fn alarms(&mut self) -> Result<Vec<Alarm>, SqlError>;
     /// The database's size.
     fn size(&mut self) -> Result<Size, SqlError>;
 }
@@ -242,6 +241,10 @@ pub trait Writer: Reader {
     fn attach(&mut self, lease: i64, key: &[u8]) -> Result<(), SqlError>;
     /// Takes a key off a lease.
     fn detach(&mut self, lease: i64, key: &[u8]) -> Result<(), SqlError>;
+    /// Adds an alarm, which may be there.
+    fn put_alarm(&mut self, alarm: Alarm) -> Result<(), SqlError>;
+    /// Removes an alarm.
+    fn delete_alarm(&mut self, alarm: Alarm) -> Result<(), SqlError>;
     /// Pages that commits have appended to the database's log since it last started over.
     fn log_pages(&mut self) -> Result<LogPages, SqlError>;
     /// Copies the pages of the log to where they stay, as far as no reader needs them where they are. Outside a transaction.

@@ -1,9 +1,9 @@
-//! The quota on the database's size and the alarms, as etcd has them: a write that needs room beyond the quota raises the
+//! The quota on the database's size and what alarms forbid, as etcd has them: a write that needs room beyond the quota raises the
 //! NOSPACE alarm, and while it is on only writes that free room are taken.
 
 use tonic::Code;
 
-use super::{Engine, error::Fault, transaction::Transaction};
+use super::{Engine, alarms::Alarm, error::Fault, transaction::Transaction};
 use crate::{
     proto::etcdserverpb::{AlarmType, PutRequest, RequestOp, TxnRequest, request_op::Request},
     status::Status,
@@ -14,11 +14,6 @@ const KEY_OVERHEAD: i64 = 256;
 
 /// What etcd reckons a lease takes.
 pub const LEASE_COST: i64 = 64;
-
-/// An alarm as a bit of the set of alarms that are on.
-pub fn bit(alarm: AlarmType) -> i64 {
-    1 << i32::from(alarm)
-}
 
 /// The room that a put may need, by etcd's reckoning.
 pub fn put_cost(request: &PutRequest) -> i64 {
@@ -46,9 +41,10 @@ pub async fn check(engine: &Engine, cost: i64) -> Result<(), Status> {
     if cost == 0 || quota <= 0 || engine.state().size().saturating_add(cost) < quota {
         return Ok(());
     }
-    if engine.state().alarms() & bit(AlarmType::Nospace) == 0 {
+    if !engine.state().alarms().any(AlarmType::Nospace) {
         tracing::warn!(quota, size = engine.state().size(), "the database has reached its quota: raising the alarm");
-        engine.write(0, |transaction| transaction.set_alarms(transaction.alarms() | bit(AlarmType::Nospace))).await?;
+        let alarm = Alarm { kind: AlarmType::Nospace.into(), member_id: engine.state().identity.member_id };
+        engine.write(0, move |transaction| transaction.activate(alarm)).await?;
     }
     Err(Status::NO_SPACE)
 }
@@ -56,10 +52,10 @@ pub async fn check(engine: &Engine, cost: i64) -> Result<(), Status> {
 /// Refuses a write while an alarm forbids it.
 pub fn admit(transaction: &Transaction<'_>, needs_room: bool) -> Result<(), Fault> {
     let alarms = transaction.alarms();
-    if alarms & bit(AlarmType::Corrupt) != 0 {
+    if alarms.any(AlarmType::Corrupt) {
         return Err(Status::fixed(Code::DataLoss, "etcdserver: corrupt cluster").into());
     }
-    if needs_room && alarms & bit(AlarmType::Nospace) != 0 {
+    if needs_room && alarms.any(AlarmType::Nospace) {
         return Err(Status::NO_SPACE.into());
     }
     Ok(())

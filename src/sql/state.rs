@@ -10,6 +10,7 @@ use tokio::sync::watch;
 
 use super::{
     SqlError, Trouble,
+    alarms::Alarms,
     backend::{Meta, Writer},
     counts::Counts,
     history::History,
@@ -45,7 +46,7 @@ pub struct State {
     revision: watch::Sender<i64>,
     compacted: watch::Sender<i64>,
     compaction_done: watch::Sender<i64>,
-    alarms: AtomicI64,
+    alarms: Mutex<Alarms>,
     size: AtomicI64,
 }
 
@@ -76,14 +77,14 @@ impl State {
         self.compacted.subscribe()
     }
 
-    /// The alarms that are on, a bit for each of etcd's alarm types.
-    pub fn alarms(&self) -> i64 {
-        self.alarms.load(Ordering::Acquire)
+    /// The alarms that are on.
+    pub fn alarms(&self) -> Alarms {
+        self.alarms.lock().clone()
     }
 
     /// Makes the alarms known.
-    pub fn set_alarms(&self, alarms: i64) {
-        self.alarms.store(alarms, Ordering::Release);
+    pub fn set_alarms(&self, alarms: Alarms) {
+        *self.alarms.lock() = alarms;
     }
 
     /// The last revision for which compaction has removed everything that it can.
@@ -160,7 +161,7 @@ pub fn load(store: &mut dyn Writer, options: Options) -> Result<State, SqlError>
         compacted: watch::Sender::new(compacted),
         compaction_done: watch::Sender::new(store.meta(Meta::CompactionDone)?.unwrap_or(-1)),
         size: AtomicI64::new(store.size()?.total),
-        alarms: AtomicI64::new(store.meta(Meta::Alarms)?.unwrap_or(0)),
+        alarms: Mutex::new(store.alarms()?.into_iter().collect()),
         options,
     };
     state.set_position(at);

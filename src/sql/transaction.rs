@@ -12,6 +12,7 @@ use tonic::Code;
 pub use txn::{is_read_only, read_only};
 
 use super::{
+    alarms::{Alarm, Alarms},
     backend::{EventId, MAX_EVENTS, MAX_REVISION, Meta, Record, Version, Writer},
     error::{Fault, SqlError},
     history::Revision,
@@ -34,7 +35,7 @@ pub struct Transaction<'a> {
     leases: &'a Mutex<Leases>,
     /// Leases granted (with their time to live) or revoked in this group.
     lease_changes: HashMap<i64, Option<i64>>,
-    alarms: i64,
+    alarms: Alarms,
     at: Position,
     /// What the operation under way has written so far.
     draft: Vec<Record>,
@@ -51,14 +52,14 @@ pub struct Changes {
     /// Leases granted (with their time to live) or revoked.
     pub lease_changes: HashMap<i64, Option<i64>>,
     /// The alarms that are on.
-    pub alarms: i64,
+    pub alarms: Alarms,
     /// Whether anything was written at all.
     pub wrote: bool,
 }
 
 impl<'a> Transaction<'a> {
     /// Starts on a store that has an open write transaction.
-    pub fn new(store: &'a mut dyn Writer, leases: &'a Mutex<Leases>, at: Position, alarms: i64) -> Self {
+    pub fn new(store: &'a mut dyn Writer, leases: &'a Mutex<Leases>, at: Position, alarms: Alarms) -> Self {
         let (lease_changes, draft, revisions) = Default::default();
         Self { store, leases, lease_changes, alarms, at, draft, revisions, wrote: false }
     }
@@ -74,16 +75,30 @@ impl<'a> Transaction<'a> {
         self.at.current
     }
 
-    /// The alarms that are on, a bit each.
-    pub fn alarms(&self) -> i64 {
-        self.alarms
+    /// The alarms that are on.
+    pub fn alarms(&self) -> &Alarms {
+        &self.alarms
     }
 
-    /// Turns alarms on and off, a bit each.
-    pub fn set_alarms(&mut self, alarms: i64) -> Result<(), Fault> {
+    /// Turns an alarm on, if it is off.
+    pub fn activate(&mut self, alarm: Alarm) -> Result<(), Fault> {
+        if self.alarms.contains(alarm) {
+            return Ok(());
+        }
         self.wrote = true;
-        self.alarms = alarms;
-        Ok(self.store.set_meta(Meta::Alarms, alarms)?)
+        self.alarms.insert(alarm);
+        Ok(self.store.put_alarm(alarm)?)
+    }
+
+    /// Turns an alarm off; whether it was on.
+    pub fn deactivate(&mut self, alarm: Alarm) -> Result<bool, Fault> {
+        if !self.alarms.contains(alarm) {
+            return Ok(false);
+        }
+        self.wrote = true;
+        self.alarms.remove(alarm);
+        self.store.delete_alarm(alarm)?;
+        Ok(true)
     }
 
     /// Bytes of the database, as far as this transaction has made it grow.

@@ -64,6 +64,54 @@ async fn the_quota_raises_an_alarm_that_only_freeing_room_survives() -> Result {
     Ok(())
 }
 
+/// The alarms that are on, as `(member, type)`.
+async fn alarms(store: &Store) -> Result<Vec<(u64, i32)>> {
+    let alarms = store.maintenance().alarm(AlarmRequest::default()).await?.into_inner().alarms;
+    Ok(alarms.into_iter().map(|alarm| (alarm.member_id, alarm.alarm)).collect())
+}
+
+#[tokio::test]
+async fn alarms_of_any_member_last_and_are_not_without_number() -> Result {
+    let store = Store::open().await?;
+    for (member_id, alarm) in [(77, 1), (0, 1), (u64::MAX, 2)] {
+        store.maintenance().alarm(AlarmRequest { action: 1, member_id, alarm }).await?;
+    }
+    let store = store.reopen(Options::default()).await?;
+    assert_eq!(alarms(&store).await?, [(0, 1), (77, 1), (u64::MAX, 2)]);
+    let off = AlarmRequest { action: 2, member_id: u64::MAX, alarm: 2 };
+    assert_eq!(store.maintenance().alarm(off).await?.into_inner().alarms.len(), 1);
+    let store = store.reopen(Options::default()).await?;
+    assert_eq!(alarms(&store).await?, [(0, 1), (77, 1)]);
+    let mut turned_on = 0;
+    let refused = loop {
+        let alarm = AlarmRequest { action: 1, member_id: 1000 + turned_on, alarm: 1 };
+        match store.maintenance().alarm(alarm).await {
+            Ok(_) => turned_on += 1,
+            Err(status) => break status,
+        }
+        assert!(turned_on < 10_000, "any number of alarms");
+    };
+    assert_eq!((refused.code(), refused.message()), (Code::ResourceExhausted, "etcdserver: too many alarms"));
+    let again = AlarmRequest { action: 1, member_id: 77, alarm: 1 };
+    assert_eq!(store.maintenance().alarm(again).await?.into_inner().alarms.len(), 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn alarms_of_the_first_layout_are_the_one_members() -> Result {
+    let store = Store::open().await?;
+    let member_id = store.range(everything()).await?.header.ok_or("no header")?.member_id;
+    store.engine.close().await;
+    let database = rusqlite::Connection::open(store.dir().join(millpond::sql::sqlite::FILE))?;
+    database.execute_batch("DROP TABLE alarms; INSERT INTO meta VALUES ('alarms', 2); PRAGMA user_version = 1")?;
+    drop(database);
+    let store = store.reopen(Options::default()).await?;
+    assert_eq!(alarms(&store).await?, [(member_id, 1)]);
+    let full = (Code::ResourceExhausted, "etcdserver: mvcc: database space exceeded".to_owned());
+    assert_eq!(refusal(store.kv().put(put("a", "1")).await), full);
+    Ok(())
+}
+
 #[tokio::test]
 async fn defragmentation_gives_room_back() -> Result {
     let store = Store::open().await?;

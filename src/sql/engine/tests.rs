@@ -15,6 +15,7 @@ use super::*;
 use crate::{
     proto::etcdserverpb::PutRequest,
     sql::{
+        alarms::Alarm,
         backend::{EventId, LogPages, Meta, Record, Size, StoredLease, Version, VisitRecord, VisitVersion},
         error::Trouble,
         key::KeyRange,
@@ -80,6 +81,9 @@ impl Reader for Faulty {
     fn lease_keys(&mut self, lease: i64) -> Result<Vec<Bytes>, SqlError> {
         self.inner.lease_keys(lease)
     }
+    fn alarms(&mut self) -> Result<Vec<Alarm>, SqlError> {
+        self.inner.alarms()
+    }
     fn size(&mut self) -> Result<Size, SqlError> {
         self.inner.size()
     }
@@ -127,6 +131,12 @@ impl Writer for Faulty {
     }
     fn detach(&mut self, lease: i64, key: &[u8]) -> Result<(), SqlError> {
         self.inner.detach(lease, key)
+    }
+    fn put_alarm(&mut self, alarm: Alarm) -> Result<(), SqlError> {
+        self.inner.put_alarm(alarm)
+    }
+    fn delete_alarm(&mut self, alarm: Alarm) -> Result<(), SqlError> {
+        self.inner.delete_alarm(alarm)
     }
     fn log_pages(&mut self) -> Result<LogPages, SqlError> {
         self.inner.log_pages()

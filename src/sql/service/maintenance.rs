@@ -11,30 +11,24 @@ use crate::{
         MoveLeaderRequest, MoveLeaderResponse, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
         alarm_request::AlarmAction, downgrade_request::DowngradeAction, maintenance_server::Maintenance,
     },
-    sql::{hash, quota, snapshot, transaction::Transaction, version},
+    sql::{alarms::Alarm, hash, snapshot, transaction::Transaction, version},
     status::Status,
 };
 
-const NO_MEMBER: Status = Status::fixed(Code::NotFound, "etcdserver: member not found");
+const TOO_MANY: Status = Status::fixed(Code::ResourceExhausted, "etcdserver: too many alarms");
 const BAD_TRANSFEREE: Status = Status::fixed(Code::FailedPrecondition, "etcdserver: bad leader transferee");
 const BAD_DOWNGRADE: Status = Status::fixed(Code::InvalidArgument, "etcdserver: invalid downgrade target version");
 const NO_VERSION: Status = Status::fixed(Code::InvalidArgument, "etcdserver: wrong downgrade target version format");
 const UNKNOWN_ACTION: Status = Status::fixed(Code::Unknown, "etcdserver: unknown method");
 
-/// The alarms that can be on.
-const ALARMS: [AlarmType; 2] = [AlarmType::Nospace, AlarmType::Corrupt];
-
 #[tonic::async_trait]
 impl Maintenance for Services {
     async fn alarm(&self, request: Request<AlarmRequest>) -> Result<Response<AlarmResponse>, tonic::Status> {
         let request = request.into_inner();
-        let alarm = AlarmType::try_from(request.alarm).unwrap_or(AlarmType::None);
+        let alarm = Alarm { kind: request.alarm, member_id: request.member_id };
         let alarms = match AlarmAction::try_from(request.action) {
-            Ok(AlarmAction::Get) => {
-                let all = self.alarms_on();
-                all.into_iter().filter(|on| request.alarm == 0 || on.alarm == request.alarm).collect()
-            }
-            Ok(action) => self.switch_alarm(action, request.member_id, alarm).await?,
+            Ok(AlarmAction::Get) => self.engine.state().alarms().of(alarm.kind).map(AlarmMember::from).collect(),
+            Ok(action) => self.switch_alarm(action, alarm).await?.into_iter().map(AlarmMember::from).collect(),
             Err(_) => Vec::new(),
         };
         Ok(Response::new(AlarmResponse { header: Some(self.engine.state().header()), alarms }))
@@ -52,7 +46,7 @@ impl Maintenance for Services {
             raft_index: index,
             raft_term: state.identity.term,
             raft_applied_index: index,
-            errors: self.alarms_on().iter().map(describe).collect(),
+            errors: state.alarms().of(0).map(describe).collect(),
             db_size_in_use: size.used,
             is_learner: false,
             storage_version: version::STORAGE.to_owned(),
@@ -123,42 +117,25 @@ impl Maintenance for Services {
 }
 
 impl Services {
-    fn alarms_on(&self) -> Vec<AlarmMember> {
-        let (on, member_id) = (self.engine.state().alarms(), self.engine.state().identity.member_id);
-        let on = ALARMS.into_iter().filter(|alarm| on & quota::bit(*alarm) != 0);
-        on.map(|alarm| AlarmMember { member_id, alarm: alarm.into() }).collect()
-    }
-
-    /// Switches an alarm and returns it if etcd would: when switched on, or off and it was on.
-    async fn switch_alarm(
-        &self,
-        action: AlarmAction,
-        member_id: u64,
-        alarm: AlarmType,
-    ) -> Result<Vec<AlarmMember>, Status> {
-        let is_self = member_id == self.engine.state().identity.member_id;
-        let (activates, bit) = (action == AlarmAction::Activate, quota::bit(alarm));
-        if activates && !is_self {
-            return Err(NO_MEMBER);
+    /// Turns an alarm on or off, and returns it if etcd would: when turned on, or off and it was on.
+    async fn switch_alarm(&self, action: AlarmAction, alarm: Alarm) -> Result<Option<Alarm>, Status> {
+        let activates = action == AlarmAction::Activate;
+        if alarm.kind == i32::from(AlarmType::None) || !activates && !self.engine.state().alarms().contains(alarm) {
+            return Ok(None);
         }
-        if alarm == AlarmType::None || !is_self {
-            return Ok(Vec::new());
-        }
-        let switch = move |transaction: &mut Transaction<'_>| {
-            let before = transaction.alarms();
-            let after = if activates { before | bit } else { before & !bit };
-            if after != before {
-                transaction.set_alarms(after)?;
-            }
-            Ok(activates || after != before)
+        let switch = move |transaction: &mut Transaction<'_>| match activates {
+            true if transaction.alarms().are_full() && !transaction.alarms().contains(alarm) => Err(TOO_MANY.into()),
+            true => transaction.activate(alarm).map(|()| true),
+            false => transaction.deactivate(alarm),
         };
         let shown = self.engine.write(0, switch).await?;
-        Ok(if shown { vec![AlarmMember { member_id, alarm: alarm.into() }] } else { Vec::new() })
+        Ok(shown.then_some(alarm))
     }
 }
 
-/// An alarm as etcd's Status prints it.
-fn describe(alarm: &AlarmMember) -> String {
-    let name = AlarmType::try_from(alarm.alarm).unwrap_or_default().as_str_name();
-    format!("memberID:{} alarm:{name}", alarm.member_id)
+/// An alarm as etcd's Status prints it: what is 0 is left out, and a type without a name is a number.
+fn describe(alarm: Alarm) -> String {
+    let member = if alarm.member_id == 0 { String::new() } else { format!("memberID:{} ", alarm.member_id) };
+    let kind = AlarmType::try_from(alarm.kind).map_or(alarm.kind.to_string(), |kind| kind.as_str_name().to_owned());
+    format!("{member}alarm:{kind}")
 }

@@ -5,6 +5,7 @@ use rusqlite::{OptionalExtension, Row, params, types::ValueRef};
 
 use super::{Sqlite, doing};
 use crate::sql::{
+    alarms::Alarm,
     backend::{EventId, Meta, Reader, Record, Size, StoredLease, Version, VisitRecord, VisitVersion},
     error::SqlError,
     key::{KeyRange, RangeEnd, successor},
@@ -121,6 +122,15 @@ impl Reader for Sqlite {
             statement.query_row([name.name()], |row| row.get(0)).optional()
         };
         find().map_err(doing("reading the store's numbers"))
+    }
+
+    fn alarms(&mut self) -> Result<Vec<Alarm>, SqlError> {
+        let alarm = |row: &Row<'_>| Ok(Alarm { kind: row.get(0)?, member_id: row.get::<_, i64>(1)?.cast_unsigned() });
+        let find = || -> rusqlite::Result<Vec<Alarm>> {
+            let mut statement = self.connection.prepare_cached("SELECT kind, member FROM alarms")?;
+            statement.query_map([], alarm)?.collect()
+        };
+        find().map_err(doing("reading the alarms"))
     }
 
     fn leases(&mut self) -> Result<Vec<StoredLease>, SqlError> {

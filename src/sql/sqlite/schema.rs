@@ -11,10 +11,11 @@ use super::doing;
 use crate::sql::{backend::Meta, error::SqlError};
 
 /// The layout that this program writes, kept as SQLite's `user_version`.
-pub const LAYOUT_VERSION: i64 = 1;
+pub const LAYOUT_VERSION: i64 = 2;
 
 /// Step `n` brings a file from layout version `n` to `n + 1`.
-const STEPS: [&str; LAYOUT_VERSION as usize] = ["
+const STEPS: [&str; LAYOUT_VERSION as usize] = [
+    "
     CREATE TABLE log (
         id INTEGER PRIMARY KEY,
         key BLOB NOT NULL,
@@ -34,7 +35,16 @@ const STEPS: [&str; LAYOUT_VERSION as usize] = ["
     CREATE TABLE leases (id INTEGER PRIMARY KEY, ttl INTEGER NOT NULL, remaining INTEGER NOT NULL);
     CREATE TABLE lease_keys (lease INTEGER NOT NULL, key BLOB NOT NULL, PRIMARY KEY (lease, key)) WITHOUT ROWID;
     CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-"];
+",
+    // The first layout kept the alarms of its one member as a number, a bit for each type.
+    "
+    CREATE TABLE alarms (kind INTEGER NOT NULL, member INTEGER NOT NULL, PRIMARY KEY (kind, member)) WITHOUT ROWID;
+    INSERT INTO alarms (kind, member)
+        SELECT kinds.column1, member.value FROM meta AS bits, meta AS member, (VALUES (1), (2)) AS kinds
+        WHERE bits.name = 'alarms' AND member.name = 'member_id' AND bits.value >> kinds.column1 & 1;
+    DELETE FROM meta WHERE name = 'alarms';
+",
+];
 
 /// Creates the tables or brings them up to date, in one transaction. A new file also gets its identity; one that is up to date
 /// is not written to, since its disk may be full.

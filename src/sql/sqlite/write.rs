@@ -4,6 +4,7 @@ use rusqlite::{Params, params};
 
 use super::{Sqlite, doing};
 use crate::sql::{
+    alarms::Alarm,
     backend::{EventId, LogPages, Meta, Record, StoredLease, Writer},
     error::SqlError,
 };
@@ -81,6 +82,17 @@ impl Writer for Sqlite {
     fn detach(&mut self, lease: i64, key: &[u8]) -> Result<(), SqlError> {
         self.run("DELETE FROM lease_keys WHERE lease = ?1 AND key = ?2", params![lease, key])
             .map_err(doing("detaching a key from a lease"))
+    }
+
+    fn put_alarm(&mut self, alarm: Alarm) -> Result<(), SqlError> {
+        let values = params![alarm.kind, alarm.member_id.cast_signed()];
+        self.run("INSERT OR IGNORE INTO alarms (kind, member) VALUES (?1, ?2)", values)
+            .map_err(doing("writing an alarm"))
+    }
+
+    fn delete_alarm(&mut self, alarm: Alarm) -> Result<(), SqlError> {
+        let values = params![alarm.kind, alarm.member_id.cast_signed()];
+        self.run("DELETE FROM alarms WHERE kind = ?1 AND member = ?2", values).map_err(doing("deleting an alarm"))
     }
 
     fn log_pages(&mut self) -> Result<LogPages, SqlError> {

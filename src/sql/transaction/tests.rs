@@ -284,7 +284,7 @@ proptest! {
         let mut store = Sqlite::open_writer(dir.path(), 1 << 20).expect("a new store");
         store.begin_write().expect("a transaction");
         let leases = Mutex::default();
-        let mut transaction = Transaction::new(&mut store, &leases, Position { current: 1, compacted: -1 }, 0);
+        let mut transaction = Transaction::new(&mut store, &leases, Position { current: 1, compacted: -1 }, Alarms::default());
         for id in LEASES {
             transaction.grant(&LeaseGrantRequest { id, ttl: 60 }).expect("a lease");
         }
