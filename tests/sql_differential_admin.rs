@@ -128,6 +128,124 @@ async fn downgrades_are_answered_as_etcd_does() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_without_a_proper_url_are_refused_as_etcd_does() {
+    let urls: [&[&str]; 25] = [
+        &[],
+        &[""],
+        &["::bad"],
+        &["http://"],
+        &["http://a"],
+        &["http://a:1/"],
+        &["http://a:1/x"],
+        &["http:a:1"],
+        &["ftp://a:1"],
+        &["a:1"],
+        &["http://a:1", "b"],
+        &["http://a:b"],
+        &["http://a:1:2"],
+        &["http://[::1]"],
+        &["http://a b:1"],
+        &["//a:1"],
+        &["http://a:1\n/"],
+        &["http://%zz:1"],
+        &["http://a:1#%zz"],
+        &["http://a:1"],
+        &[" https://a:2 "],
+        &["HTTP://[::1]:3"],
+        &["unix:a"],
+        &["http://a:?x#y"],
+        &["http://u:p@a:1?/"],
+    ];
+    let told = same(async |client| {
+        let mut told = Vec::new();
+        for urls in urls {
+            let peer_ur_ls = urls.iter().map(|url| (*url).to_owned()).collect();
+            // A learner, without which etcd goes on.
+            let request = pb::MemberAddRequest { peer_ur_ls, is_learner: true };
+            let refused = client.cluster.clone().member_add(request).await.err();
+            // What comes of the others is another matter.
+            let refused = refused.filter(|status| status.message().contains("URLs are invalid"));
+            told.push(format!("{urls:?}: {:?}", refused.map(|status| (status.code(), status.message().to_owned()))));
+        }
+        told
+    })
+    .await;
+    let taken = told.iter().filter(|told| told.ends_with("None")).count();
+    assert!(taken == 0 || taken > 4, "{taken}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn users_and_roles_that_cannot_be_are_refused_as_etcd_does() {
+    use millpond::proto::authpb;
+    same(async |client| {
+        let mut auth = client.auth.clone();
+        let user = |name: &str, password: String, no_password| pb::AuthUserAddRequest {
+            name: name.to_owned(),
+            password,
+            options: Some(authpb::UserAddOptions { no_password }),
+            ..Default::default()
+        };
+        let grant = |perm| pb::AuthRoleGrantPermissionRequest { name: "r".to_owned(), perm };
+        let range = |key: &str, end: &str| {
+            Some(authpb::Permission { key: key.to_owned().into(), range_end: end.to_owned().into(), perm_type: 0 })
+        };
+        let long = "p".repeat(73);
+        let mut told = vec![
+            tell(auth.auth_enable(pb::AuthEnableRequest {}).await),
+            tell(auth.user_add(pb::AuthUserAddRequest::default()).await),
+            tell(auth.user_add(user("", long.clone(), true)).await),
+            tell(auth.user_add(user("", long.clone(), false)).await),
+            tell(auth.user_add(user("u", long.clone(), false)).await),
+            tell(auth.role_add(pb::AuthRoleAddRequest::default()).await),
+        ];
+        let change =
+            |password| pb::AuthUserChangePasswordRequest { name: "u".to_owned(), password, ..Default::default() };
+        for password in [String::new(), "p".to_owned(), long] {
+            told.push(tell(auth.user_change_password(change(password)).await));
+        }
+        let ranges =
+            [range("a", ""), range("", ""), range("a", "b"), range("b", "a"), range("b", "\0"), range("\0", "\0")];
+        for perm in ranges.into_iter().chain([None, range("", "b"), range("a", "a")]) {
+            told.push(tell(auth.role_grant_permission(grant(perm)).await));
+        }
+        told
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_that_do_not_exist_are_named_as_etcd_does() {
+    let paths = [
+        "/etcdserverpb.KV/Nope",
+        "/etcdserverpb.Auth/Nope",
+        "/v3lockpb.Lock/range",
+        "/foo.Bar/Baz",
+        "/foo",
+        "/",
+        "/a/b/c",
+        "/etcdserverpb.KV/Range/",
+        "/etcdserverpb.KV/",
+        "/etcdserverpb.KV/Ran%20ge",
+        "//etcdserverpb.KV/Range",
+        "/grpc.reflection.v1.ServerReflection/Nope",
+        "/etcdserverpb.kv/Range",
+    ];
+    same(async |client| {
+        let mut told = Vec::new();
+        for path in paths {
+            let mut grpc = tonic::client::Grpc::new(client.channel.clone());
+            grpc.ready().await.unwrap();
+            let codec = tonic_prost::ProstCodec::<pb::RangeRequest, pb::RangeResponse>::default();
+            let answer =
+                grpc.unary(tonic::Request::new(pb::RangeRequest::default()), path.parse().unwrap(), codec).await;
+            told.push(format!("{path}: {}", tell(answer)));
+        }
+        told
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn snapshots_carry_etcds_storage_version() {
     same(async |client| {
         // etcd finds it out some time after its first start.

@@ -8,8 +8,10 @@ mod lease;
 mod limits;
 mod lock;
 mod maintenance;
+mod peer_url;
 mod session;
 mod watch;
+mod words;
 
 use std::{future::Future, io};
 
@@ -93,6 +95,6 @@ impl Engine {
             .add_service(LockServer::new(services.clone()).max_decoding_message_size(limit))
             .add_service(ElectionServer::new(services.clone()).max_decoding_message_size(limit))
             .add_service(AuthServer::new(services).max_decoding_message_size(limit));
-        limits::in_etcds_words(routes)
+        words::in_etcds_words(routes)
     }
 }

@@ -1,9 +1,11 @@
-//! The Auth service, as far as it goes without users: authentication is off and cannot be switched on yet.
+//! The Auth service, as far as it goes without users: authentication is off and cannot be switched on yet. What etcd refuses
+//! without looking for a user or a role is refused as there.
 
 use tonic::{Code, Request, Response};
 
 use super::Services;
 use crate::{
+    proto::authpb::Permission,
     proto::etcdserverpb::{
         AuthDisableRequest, AuthDisableResponse, AuthEnableRequest, AuthEnableResponse, AuthRoleAddRequest,
         AuthRoleAddResponse, AuthRoleDeleteRequest, AuthRoleDeleteResponse, AuthRoleGetRequest, AuthRoleGetResponse,
@@ -26,6 +28,26 @@ const UNSUPPORTED: Status =
 const NOT_ENABLED: Status = Status::fixed(Code::FailedPrecondition, "etcdserver: authentication is not enabled");
 const NO_USER: Status = Status::fixed(Code::FailedPrecondition, "etcdserver: user name not found");
 const NO_ROLE: Status = Status::fixed(Code::FailedPrecondition, "etcdserver: role name not found");
+
+const NO_ROOT: Status = Status::fixed(Code::FailedPrecondition, "etcdserver: root user does not exist");
+const ROLE_EMPTY: Status = Status::fixed(Code::InvalidArgument, "etcdserver: role name is empty");
+const NO_PERMISSION: Status = Status::fixed(Code::InvalidArgument, "etcdserver: permission not given");
+const BAD_RANGE: Status = Status::fixed(Code::InvalidArgument, "etcdserver: invalid auth management");
+const LONG_PASSWORD: Status = Status::fixed(Code::Unknown, "bcrypt: password length exceeds 72 bytes");
+
+/// The longest password, in bytes.
+const PASSWORD_LIMIT: usize = 72;
+
+/// Refuses a password that etcd cannot hash, which it does before it looks at anything else.
+fn check_password(password: &str) -> Result<(), Status> {
+    if password.len() > PASSWORD_LIMIT { Err(LONG_PASSWORD) } else { Ok(()) }
+}
+
+/// Whether a permission is for a key, or for a range with something in it or with no end.
+fn is_range(permission: &Permission) -> bool {
+    let (key, end) = (&permission.key, &permission.range_end);
+    !key.is_empty() && (end.is_empty() || key < end || end[..] == *b"\0")
+}
 
 /// What an RPC comes to.
 type Answer<T> = Result<Response<T>, tonic::Status>;
@@ -50,15 +72,19 @@ impl Auth for Services {
     }
 
     async fn auth_enable(&self, _: Request<AuthEnableRequest>) -> Answer<AuthEnableResponse> {
-        Err(UNSUPPORTED.into())
+        Err(NO_ROOT.into())
     }
 
     async fn authenticate(&self, _: Request<AuthenticateRequest>) -> Answer<AuthenticateResponse> {
         Err(NOT_ENABLED.into())
     }
 
-    async fn user_add(&self, _: Request<AuthUserAddRequest>) -> Answer<AuthUserAddResponse> {
-        Err(UNSUPPORTED.into())
+    async fn user_add(&self, request: Request<AuthUserAddRequest>) -> Answer<AuthUserAddResponse> {
+        let AuthUserAddRequest { name, password, options, .. } = request.into_inner();
+        if !options.is_some_and(|options| options.no_password) {
+            check_password(&password)?;
+        }
+        Err(if name.is_empty() { Status::USER_EMPTY } else { UNSUPPORTED }.into())
     }
 
     async fn user_get(&self, _: Request<AuthUserGetRequest>) -> Answer<AuthUserGetResponse> {
@@ -71,8 +97,9 @@ impl Auth for Services {
 
     async fn user_change_password(
         &self,
-        _: Request<AuthUserChangePasswordRequest>,
+        request: Request<AuthUserChangePasswordRequest>,
     ) -> Answer<AuthUserChangePasswordResponse> {
+        check_password(&request.into_inner().password)?;
         Err(NO_USER.into())
     }
 
@@ -84,8 +111,8 @@ impl Auth for Services {
         Err(NO_USER.into())
     }
 
-    async fn role_add(&self, _: Request<AuthRoleAddRequest>) -> Answer<AuthRoleAddResponse> {
-        Err(UNSUPPORTED.into())
+    async fn role_add(&self, request: Request<AuthRoleAddRequest>) -> Answer<AuthRoleAddResponse> {
+        Err(if request.into_inner().name.is_empty() { ROLE_EMPTY } else { UNSUPPORTED }.into())
     }
 
     async fn role_get(&self, _: Request<AuthRoleGetRequest>) -> Answer<AuthRoleGetResponse> {
@@ -98,9 +125,10 @@ impl Auth for Services {
 
     async fn role_grant_permission(
         &self,
-        _: Request<AuthRoleGrantPermissionRequest>,
+        request: Request<AuthRoleGrantPermissionRequest>,
     ) -> Answer<AuthRoleGrantPermissionResponse> {
-        Err(NO_ROLE.into())
+        let Some(permission) = request.into_inner().perm else { return Err(NO_PERMISSION.into()) };
+        Err(if is_range(&permission) { NO_ROLE } else { BAD_RANGE }.into())
     }
 
     async fn role_revoke_permission(

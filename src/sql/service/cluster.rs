@@ -2,7 +2,7 @@
 
 use tonic::{Code, Request, Response};
 
-use super::Services;
+use super::{Services, peer_url};
 use crate::{
     proto::etcdserverpb::{
         Member, MemberAddRequest, MemberAddResponse, MemberListRequest, MemberListResponse, MemberPromoteRequest,
@@ -30,7 +30,7 @@ impl Cluster for Services {
         &self,
         request: Request<MemberAddRequest>,
     ) -> Result<Response<MemberAddResponse>, tonic::Status> {
-        Err(if request.into_inner().peer_ur_ls.is_empty() { BAD_URLS } else { ONE_MEMBER }.into())
+        Err(if peer_url::are_valid(&request.into_inner().peer_ur_ls) { ONE_MEMBER } else { BAD_URLS }.into())
     }
 
     async fn member_remove(
