@@ -1,7 +1,9 @@
 //! Hashes of the store, by etcd's own algorithm: a CRC-32C over the revisions and pairs as etcd keeps them.
 //!
 //! Two stores with the same history compacted at the same revision have the same hash, whether the other one is an etcd or
-//! not.
+//! not, at every revision but those of compactions. Of its last ten, until its next start, an etcd answers with the hash that
+//! held just before, which a compaction of its own walks the whole store for. Here a compaction looks only at what came after the
+//! one before, so that hash is not known: at the compacted revision the answer is what a new walk finds, below it there is none.
 
 use std::ops::ControlFlow;
 
