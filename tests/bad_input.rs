@@ -378,7 +378,7 @@ async fn a_message_without_end_is_cut_off() {
     let mut subject = subject_with(&[]).await;
     let before = resident(&subject);
     let connection = RawConnection::open(&subject.endpoint(), 1 << 20).await;
-    for path in ["/etcdserverpb.KV/Range", "/etcdserverpb.KV/Put"] {
+    for path in ["/etcdserverpb.KV/Range", "/etcdserverpb.KV/Put", "/etcdserverpb.Lease/LeaseGrant"] {
         let body = framed_as(0, u32::MAX, &vec![b'x'; 64 * MIB as usize]);
         let (ending, _) = connection.call(path, body, &[]).await;
         let refused = Ending::Status(Code::ResourceExhausted as u32);
@@ -406,4 +406,27 @@ async fn half_sent_requests_do_not_hold_others_up() {
     assert_serves(&mut subject).await;
     drop((half, connection));
     eventually("service afterwards", async || subject.client().get("well").await.ok()).await;
+}
+
+/// A call that is open and asks nothing took the place of one that asks: a thousand of them, and nobody wrote any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_without_a_message_keep_nobody_from_writing() {
+    let mut subject = subject_with(&["--forward-limit=4"]).await;
+    let connection = RawConnection::open(&subject.endpoint(), 65_535).await;
+    let mut idle = Vec::new();
+    for path in ["Lease/LeaseGrant", "Cluster/MemberList", "Maintenance/Status", "Auth/AuthStatus"] {
+        for begin in [&b""[..], &[0, 0, 0, 0, 2]] {
+            let (answer, mut outgoing) = connection.open_call(&format!("/etcdserverpb.{path}"), &[]).await.unwrap();
+            outgoing.send_data(Bytes::from_static(begin), false).unwrap();
+            idle.push((answer, outgoing));
+        }
+    }
+    breathe(300).await;
+    assert_serves(&mut subject).await;
+    // The call is answered once it does ask.
+    let (answer, mut outgoing) = idle.swap_remove(0);
+    outgoing.send_data(framed(&pb::LeaseGrantRequest { ttl: 60, id: 7 }.encode_to_vec()), true).unwrap();
+    assert!(!answer.await.unwrap().headers().contains_key("grpc-status"));
+    let leases = subject.client().lease.clone().lease_leases(pb::LeaseLeasesRequest {}).await.unwrap().into_inner();
+    assert_eq!(leases.leases[0].id, 7);
 }

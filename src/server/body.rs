@@ -175,6 +175,14 @@ pub async fn read_only_message(request: &mut Request<Incoming>, limit: usize) ->
     }
 }
 
+/// A message behind the prefix of one that is not compressed.
+pub(super) fn framed(message: &Bytes) -> Bytes {
+    let mut framed = Vec::with_capacity(grpc::PREFIX + message.len());
+    framed.extend_from_slice(&grpc::prefix(message.len()));
+    framed.extend_from_slice(message);
+    framed.into()
+}
+
 const TWO_REQUESTS: Status = Status::fixed(
     Code::Internal,
     "cardinality violation: received multiple request messages for non-client-streaming RPC",

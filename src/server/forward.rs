@@ -14,14 +14,14 @@ use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use super::{
-    body::Body,
+    body::{Body, framed, read_message},
     listener::Connection,
     relay::{AnswerObserver, Encoding, Peek, Relay},
     response,
 };
 use crate::{
     status::Status,
-    upstream::{AuthHold, EndpointId, ForwardClass, Forwarded, RequestBody, Route, Upstream, grpc},
+    upstream::{AuthHold, EndpointId, ForwardClass, Forwarded, Incoming, RequestBody, Route, Upstream, grpc},
 };
 
 /// How long a member-bound call waits for the first probes.
@@ -76,6 +76,22 @@ impl Manner {
     }
 }
 
+/// A call with all that it asks, where that is one message of at most `limit` bytes: a client that sends none, or never the rest of it,
+/// is not to keep others from being forwarded.
+///
+/// # Errors
+/// As [`read_message`], and DeadlineExceeded.
+pub async fn whole(mut request: Request<Incoming>, limit: usize) -> Result<Request<RequestBody>, Status> {
+    if Manner::of(request.uri().path()).class == ForwardClass::Stream {
+        return Ok(request.map(RequestBody::from));
+    }
+    let deadline = grpc::deadline(request.headers());
+    let message = within(deadline, read_message(&mut request, limit)).await?;
+    // What is relayed is not compressed any more.
+    request.headers_mut().remove(grpc::ENCODING);
+    Ok(request.map(|_| RequestBody::full(framed(&message))))
+}
+
 /// Forwards a gRPC call and gives etcd's answer, or a failure in etcd's words.
 ///
 /// `observer` is told the header of the answer before the client can read that; it is for KV calls.
@@ -91,11 +107,7 @@ pub async fn forward(
     let hold = manner.enables_auth.then(|| upstream.suspect_auth());
     let stop = manner.endless.then(|| connection.stop().clone());
     let relaying = until_stopped(stop.clone(), Box::pin(relay(upstream, connection, manner, request.map(Into::into))));
-    let forwarded = match deadline {
-        Some(deadline) => timeout(deadline, relaying).await.unwrap_or(Err(DEADLINE)),
-        None => relaying.await,
-    };
-    match forwarded {
+    match within(deadline, relaying).await {
         Ok(forwarded) => {
             let end = stop.map(CancellationToken::cancelled_owned);
             answer(forwarded, encoding, observer, hold).map(|body| body.until(end))
@@ -113,6 +125,14 @@ fn encoding_of(path: &str) -> Encoding {
         Some((_, "RangeStream")) => Encoding::GrpcChunks,
         Some((_, "Watch" | "LeaseKeepAlive" | "Observe")) => Encoding::GrpcStream,
         _ => Encoding::Grpc,
+    }
+}
+
+/// What `work` gives, unless the time that the client gives it is over first.
+async fn within<T>(deadline: Option<Duration>, work: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    match deadline {
+        Some(deadline) => timeout(deadline, work).await.unwrap_or(Err(DEADLINE)),
+        None => work.await,
     }
 }
 

@@ -24,7 +24,7 @@ use prost::Message;
 use held::Holder;
 
 use super::{
-    body::{Body, read_message, read_only_message},
+    body::{Body, framed, read_message, read_only_message},
     forward::forward,
     listener::{BoxedRequest, Connection},
     relay::AnswerObserver,
@@ -146,7 +146,7 @@ impl Kv {
 
     /// Answers a call whose path begins with [`SERVICE`].
     pub async fn call(&self, connection: &Connection, mut request: BoxedRequest) -> Response<Body> {
-        let limit = self.settings.max_request_bytes + OVERHEAD;
+        let limit = self.longest_request();
         let method = Method::of(request.uri().path());
         let read = match method {
             Method::RangeStream => Box::pin(read_only_message(&mut request, limit)).await,
@@ -228,6 +228,11 @@ impl Kv {
         }
     }
 
+    /// The longest message that a unary call may carry, be it of this service or of another.
+    pub fn longest_request(&self) -> usize {
+        self.settings.max_request_bytes + OVERHEAD
+    }
+
     /// The longest answer.
     fn longest(&self) -> u64 {
         self.settings.max_response_bytes.min(response::LONGEST)
@@ -292,13 +297,6 @@ fn head_of(request: &Request<Incoming>) -> Request<()> {
     *head.version_mut() = request.version();
     *head.headers_mut() = request.headers().clone();
     head
-}
-
-fn framed(message: &Bytes) -> Bytes {
-    let mut framed = Vec::with_capacity(grpc::PREFIX + message.len());
-    framed.extend_from_slice(&grpc::prefix(message.len()));
-    framed.extend_from_slice(message);
-    framed.into()
 }
 
 /// Decodes a request. What cannot be decoded is an error in the words of Go's gRPC library.

@@ -15,7 +15,7 @@ use super::{body::Body, forward::forward, listener::Connection, response};
 use crate::{
     status::Status,
     upstream::{
-        Incoming, Upstream,
+        RequestBody, Upstream,
         grpc::{self, Compression, Deframer},
     },
 };
@@ -52,7 +52,7 @@ impl Members {
         &self,
         upstream: &Upstream,
         connection: &Connection,
-        request: Request<Incoming>,
+        request: Request<impl Into<RequestBody>>,
     ) -> Response<Body> {
         let answer = forward(upstream, connection, request, None).await;
         let Some(url) = &self.advertised else {
@@ -86,7 +86,7 @@ async fn rewritten(answer: Response<Body>, url: &str) -> Result<Response<Body>, 
     let message = deframer.pop()?.ok_or(UNREADABLE)?;
     let message = replace_in_list(&message, url).ok_or(UNREADABLE)?;
     let mut answer = response::unary(&message);
-    // etcd compresses its answer to a compressed request.
+    // An upstream may compress its answer.
     head.headers.remove(grpc::ENCODING);
     *answer.headers_mut() = head.headers;
     Ok(answer)

@@ -2,22 +2,22 @@
 
 use std::{sync::Arc, time::Duration};
 
-use ::http::{Response, Version};
+use ::http::{Request, Response, Version};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
     body::Body,
-    forward::forward,
+    forward::{forward, whole},
     health::{self, HealthService, Readiness},
     http,
     kv::{self, Kv, relayed_observer},
     listener::{BoxedRequest, Connection, Handler},
     members::{MEMBER_LIST, Members},
-    precheck,
+    precheck, response,
     watch::{PATH as WATCH, Watch},
 };
-use crate::{cache::Cache, feed::Phase};
+use crate::{cache::Cache, feed::Phase, upstream::Incoming};
 
 /// Answers every request of the client port.
 pub struct Router {
@@ -36,11 +36,10 @@ pub struct Router {
 impl Handler for Router {
     async fn call(self: &Arc<Self>, connection: &Arc<Connection>, request: BoxedRequest) -> Response<Body> {
         // A stream keeps the room that its call's future takes for as long as it lives, so only reads have theirs in place.
-        let upstream = self.cache.upstream();
         if request.version() < Version::HTTP_2 {
             let observer = Some(relayed_observer(&self.cache));
             let readiness = self.health.readiness();
-            return Box::pin(http::call(upstream, connection, &readiness, *request, observer)).await;
+            return Box::pin(http::call(self.cache.upstream(), connection, &readiness, *request, observer)).await;
         }
         if let Some(refusal) = precheck::refusal(&request) {
             return refusal;
@@ -48,11 +47,25 @@ impl Handler for Router {
         match request.uri().path() {
             path if path.starts_with(kv::SERVICE) => self.kv.call(connection, request).await,
             WATCH => Box::pin(self.watch.call(connection, *request)).await,
-            MEMBER_LIST => Box::pin(self.members.list(upstream, connection, *request)).await,
             path if path.starts_with(health::SERVICE) => Box::pin(self.health.call(*request)).await,
+            _ => Box::pin(self.relay(connection, *request)).await,
+        }
+    }
+}
+
+impl Router {
+    /// Has etcd answer.
+    async fn relay(&self, connection: &Connection, request: Request<Incoming>) -> Response<Body> {
+        let request = match whole(request, self.kv.longest_request()).await {
+            Ok(request) => request,
+            Err(status) => return response::error(&status),
+        };
+        let upstream = self.cache.upstream();
+        match request.uri().path() {
+            MEMBER_LIST => self.members.list(upstream, connection, request).await,
             path => {
                 let observer = tells_revisions(path).then(|| relayed_observer(&self.cache));
-                Box::pin(forward(upstream, connection, *request, observer)).await
+                forward(upstream, connection, request, observer).await
             }
         }
     }
