@@ -2,11 +2,11 @@
 //!
 //! - [`router`]: which of the following answers a request;
 //! - [`kv`], [`watch`]: what the cache answers, and relays where it cannot;
-//! - [`leader`]: streams that want a leader;
+//! - [`leader`]: calls that want a leader;
 //! - [`listener`]: accepts connections and serves HTTP/1.1 on them, `http2` HTTP/2; `keepalive`: clients that have vanished;
 //! - [`body`], [`response`]: what answers are made of;
 //! - [`forward`], [`relay`]: calls that etcd answers;
-//! - `precheck`: what is no gRPC call at all is refused as by etcd;
+//! - `precheck`: what is no gRPC call at all is refused as by etcd; `metadata`: what etcd looks at in that of every call;
 //! - [`members`]: MemberList, so that clients stay behind the proxy;
 //! - [`health`], [`http`]: `grpc.health.v1`, and what etcd serves over HTTP/1.1 on its client port;
 //! - [`admin`]: the operators' port.
@@ -23,6 +23,7 @@ pub mod kv;
 pub mod leader;
 pub mod listener;
 pub mod members;
+mod metadata;
 mod precheck;
 pub mod relay;
 pub mod response;

@@ -88,6 +88,8 @@ statuses! {
     TOO_MANY_OPS = InvalidArgument, "too many operations in txn request";
     /// Two writes to one key in a transaction.
     DUPLICATE_KEY = InvalidArgument, "duplicate key given in txn request";
+    /// A client version that is no text.
+    INVALID_CLIENT_API_VERSION = InvalidArgument, "invalid client api version";
     /// An unknown sort order or target.
     INVALID_SORT_OPTION = InvalidArgument, "invalid sort option";
     /// A request above the size limit.

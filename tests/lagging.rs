@@ -157,10 +157,11 @@ async fn reads_before(etcd: &Served) -> Served {
         stream_limit: 8,
     };
     let metrics = watch::Metrics::register(&registry).unwrap();
-    let watches = Watch::new(cache.clone(), settings, metrics, Leader::start(&upstream, stop.clone()), stop);
+    let leader = Leader::start(&upstream, stop.clone());
+    let watches = Watch::new(cache.clone(), settings, metrics, leader.clone(), stop);
     let settings = kv::Settings { max_request_bytes: 1 << 20, max_response_bytes: u64::MAX };
     let metrics = kv::Metrics::register(&registry).unwrap();
-    serve(Arc::new(Reads(Kv::new(cache, settings, metrics), watches)), listener::Settings::default()).await
+    serve(Arc::new(Reads(Kv::new(cache, settings, metrics, leader), watches)), listener::Settings::default()).await
 }
 
 /// What the etcd is asked, a client of the service before it, and both servers.

@@ -23,6 +23,7 @@ use millpond::{
     server::{
         body::{Body, BodyError},
         kv::{self, Kv},
+        leader::Leader,
         listener::{self, BoxedRequest, Connection, Handler},
         response,
     },
@@ -39,6 +40,7 @@ use proxy::{
 };
 use tokio::time::{sleep, timeout};
 use tokio_stream::StreamExt as _;
+use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 const STATUS: &str = "/etcdserverpb.Maintenance/Status";
@@ -152,7 +154,8 @@ async fn streamed(manner: Manner, limit: i64) -> Vec<RangeResponse> {
     let cache = cache_of(KeyRange::prefix(ELSEWHERE.into()), &etcd, &registry);
     let settings = kv::Settings { max_request_bytes: 1 << 20, max_response_bytes: u64::MAX };
     let metrics = kv::Metrics::register(&registry).unwrap();
-    let served = serve(Arc::new(Reads(Kv::new(cache, settings, metrics))), listener::Settings::default()).await;
+    let leader = Leader::start(cache.upstream(), CancellationToken::new());
+    let served = serve(Arc::new(Reads(Kv::new(cache, settings, metrics, leader))), listener::Settings::default()).await;
     let client = Upstream::start(Settings::new(vec![served.address.parse().unwrap()]), &Registry::new()).unwrap();
     let link = client.connect(AT).await.unwrap();
     let (sender, mut chunks) = link.open_stream("/etcdserverpb.KV/RangeStream", &[]).unwrap();

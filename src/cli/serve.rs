@@ -184,7 +184,7 @@ fn router(
     let leader = Leader::start(cache.upstream(), shutdown.clone());
     let watch_metrics = server::watch::Metrics::register(registry)?;
     Ok(Router {
-        kv: Kv::new(cache.clone(), kv_settings, kv::Metrics::register(registry)?),
+        kv: Kv::new(cache.clone(), kv_settings, kv::Metrics::register(registry)?, leader.clone()),
         watch: Watch::new(cache.clone(), watch_settings, watch_metrics, leader, shutdown.clone()),
         members: match config.endpoints.is_empty() {
             true => Members::embedded(),

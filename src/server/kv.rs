@@ -26,7 +26,9 @@ use held::Holder;
 use super::{
     body::{Body, framed, read_message, read_only_message},
     forward::forward,
+    leader::Leader,
     listener::{BoxedRequest, Connection},
+    metadata,
     relay::AnswerObserver,
     response,
 };
@@ -90,6 +92,7 @@ pub struct Kv {
     settings: Settings,
     metrics: Metrics,
     hot: IntCounter,
+    leader: Leader,
     holder: Arc<Holder>,
 }
 
@@ -117,6 +120,11 @@ impl Method {
             _ => Self::Other,
         }
     }
+
+    /// Whether a call may be answered here. Of others, etcd says whether it has a leader for them.
+    fn reads(self) -> bool {
+        matches!(self, Self::Range | Self::RangeStream | Self::Txn)
+    }
 }
 
 /// A call as it is passed from one step to the next: the request, whose body has been read, and the message that it was.
@@ -137,11 +145,11 @@ enum Consensus {
 
 impl Kv {
     /// The service on `cache`, within a runtime.
-    pub fn new(cache: Cache, settings: Settings, metrics: Metrics) -> Self {
+    pub fn new(cache: Cache, settings: Settings, metrics: Metrics, leader: Leader) -> Self {
         let hot = metrics.reads.with_label_values(&["Range", "memory"]);
         let holder = Holder::new(metrics.given_up.clone());
         cache.upstream().vital().spawn("holder", Holder::look_after(Arc::downgrade(&holder)));
-        Self { cache, settings, metrics, hot, holder }
+        Self { cache, settings, metrics, hot, leader, holder }
     }
 
     /// Answers a call whose path begins with [`SERVICE`].
@@ -156,6 +164,11 @@ impl Kv {
             Ok(message) => message,
             Err(status) => return response::error(&status),
         };
+        if method.reads()
+            && let Err(status) = metadata::check(request.headers(), &self.leader)
+        {
+            return response::error(&status);
+        }
         // What is relayed is not compressed any more.
         request.headers_mut().remove(grpc::ENCODING);
         let call = Call { connection, request, message };

@@ -1,6 +1,6 @@
-//! Streams that ask for a leader (`hasleader`, as Kubernetes sets on every watch) end when there is none: at opening, and
-//! once no endpoint has shown one for three election timeouts, as in etcd. When no endpoint can be reached at all they end too, so that
-//! their clients go on elsewhere if they can, but not with the word that there is no leader.
+//! Calls that ask for a leader (`hasleader`, as Kubernetes sets on every watch) are refused while a member says that there is none.
+//! Streams also end once no endpoint has shown one for three election timeouts, as in etcd. When no endpoint can be reached at all they
+//! end too, so that their clients go on elsewhere if they can, but not with the word that there is no leader.
 
 use std::time::Duration;
 
@@ -60,7 +60,7 @@ impl Leader {
     }
 
     /// Whether a member says that there is no leader.
-    fn is_denied(&self) -> bool {
+    pub fn is_denied(&self) -> bool {
         let health = self.health.borrow();
         health.reachable && !health.has_leader
     }

@@ -13,6 +13,8 @@ use crate::status::Status;
 
 const GRPC: &[u8] = b"application/grpc";
 const TIMEOUT: &str = "grpc-timeout";
+/// Values of metadata whose names end so are base64.
+const BINARY: &str = "-bin";
 const DEADLINE: Status = Status::fixed(Code::DeadlineExceeded, "context deadline exceeded");
 
 /// The refusal of an HTTP/2 request that is no gRPC call, or whose time is over before it begins.
@@ -21,22 +23,22 @@ pub fn refusal<B>(request: &Request<B>) -> Option<Response<Body>> {
     if request.method() == Method::CONNECT {
         return None;
     }
-    if let Err(why) = timeout(headers) {
-        let status = Status::new(Code::Internal, format!("malformed grpc-timeout: {why}"));
-        return Some(refuse(StatusCode::BAD_REQUEST, &status));
-    }
     let content_type = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
     if !is_grpc(content_type) {
         let content_type = String::from_utf8_lossy(content_type);
         let text = format!("invalid gRPC request content-type {content_type:?}");
         return Some(refuse(StatusCode::UNSUPPORTED_MEDIA_TYPE, &Status::new(Code::InvalidArgument, text)));
     }
+    let timeout = timeout(headers);
+    if let Some(why) = timeout.as_ref().err().or(malformed_binary(headers).as_ref()) {
+        return Some(refuse(StatusCode::BAD_REQUEST, &Status::new(Code::Internal, &**why)));
+    }
     if request.method() != Method::POST {
         let text =
             format!("Received a HEADERS frame with :method {:?} which should be POST", request.method().as_str());
         return Some(refuse(StatusCode::METHOD_NOT_ALLOWED, &Status::new(Code::Internal, text)));
     }
-    (timeout(headers) == Ok(Some(0))).then(|| response::error(&DEADLINE))
+    (timeout == Ok(Some(0))).then(|| response::error(&DEADLINE))
 }
 
 fn refuse(http: StatusCode, status: &Status) -> Response<Body> {
@@ -51,8 +53,43 @@ fn is_grpc(content_type: &[u8]) -> bool {
     behind.is_some_and(|(_, behind)| matches!(behind.first(), None | Some(b'+' | b';')))
 }
 
+/// What is wrong with a value that has to be base64, if there is such a value.
+fn malformed_binary(headers: &HeaderMap) -> Option<String> {
+    let mut binary = headers.iter().filter(|(name, _)| name.as_str().ends_with(BINARY));
+    binary.find_map(|(name, value)| {
+        let at = corrupt_at(value.as_bytes())?;
+        let value = String::from_utf8_lossy(value.as_bytes());
+        Some(format!(
+            "malformed binary metadata {value:?} in header \"{name}\": illegal base64 data at input byte {at}"
+        ))
+    })
+}
+
+/// The place at which Go's decoder finds that this is no base64. What has the length of padded base64 has to be padded, and
+/// nothing else may be.
+fn corrupt_at(text: &[u8]) -> Option<usize> {
+    let foreign = text.iter().position(|byte| !(byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/')));
+    let may_be_padded = text.len().is_multiple_of(4);
+    match foreign {
+        None => (text.len() % 4 == 1).then(|| text.len() - 1),
+        Some(at) if !may_be_padded || text.get(at) != Some(&b'=') => Some(at),
+        Some(at) => {
+            let padding = match at % 4 {
+                3 => 1,
+                2 if text.get(at + 1) == Some(&b'=') => 2,
+                _ => return Some(at),
+            };
+            (at + padding < text.len()).then_some(at + padding)
+        }
+    }
+}
+
 /// The number in `grpc-timeout`, if there is one.
 fn timeout(headers: &HeaderMap) -> Result<Option<u64>, String> {
+    timeout_in(headers).map_err(|why| format!("malformed grpc-timeout: {why}"))
+}
+
+fn timeout_in(headers: &HeaderMap) -> Result<Option<u64>, String> {
     let Some(value) = headers.get(TIMEOUT) else { return Ok(None) };
     let text = String::from_utf8_lossy(value.as_bytes());
     let (digits, unit) = text.split_at_checked(text.len().saturating_sub(1)).unwrap_or(("", ""));
@@ -99,6 +136,36 @@ mod tests {
         let (http, code, text) = refused("GET", &[("content-type", "application/grpc")]).unwrap();
         assert_eq!((http, &code[..]), (405, "13"));
         assert_eq!(text, "Received a HEADERS frame with :method \"GET\" which should be POST");
+    }
+
+    #[test]
+    fn binary_metadata_is_base64_as_go_reads_it() {
+        for (text, corrupt) in [
+            ("", None),
+            ("AAEC", None),
+            ("AAE=", None),
+            ("AA==", None),
+            ("AAE", None),
+            ("AA", None),
+            ("A", Some(0)),
+            ("AAECA", Some(4)),
+            ("!!!", Some(0)),
+            ("AA!A", Some(2)),
+            ("AA=A", Some(2)),
+            ("A===", Some(1)),
+            ("====", Some(0)),
+            ("AA=", Some(2)),
+            ("AA==AAEC", Some(4)),
+            ("AAE=AAEC", Some(4)),
+            ("AAE,AAE", Some(3)),
+            ("AA-_", Some(2)),
+        ] {
+            assert_eq!(corrupt_at(text.as_bytes()), corrupt, "{text}");
+        }
+        let (http, code, text) =
+            refused("POST", &[("content-type", "application/grpc"), ("x-bin", "!!!"), ("plain", "!!!")]).unwrap();
+        assert_eq!((http, &code[..]), (400, "13"));
+        assert_eq!(text, "malformed binary metadata \"!!!\" in header \"x-bin\": illegal base64 data at input byte 0");
     }
 
     #[test]

@@ -15,7 +15,9 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{body::Body, forward::forward, kv::relayed_observer, leader::Leader, listener::Connection, response};
+use super::{
+    body::Body, forward::forward, kv::relayed_observer, leader::Leader, listener::Connection, metadata, response,
+};
 use crate::{
     cache::Cache,
     fanout::{Hub, SessionSettings},
@@ -140,8 +142,14 @@ impl Watch {
     }
 
     async fn open(&self, request: Request<Incoming>) -> Response<Body> {
-        let asks_for_leader = request.headers().get("hasleader").is_some_and(|value| value == "true");
-        let end = if asks_for_leader { self.shared.leader.reign().await } else { Ok(self.shared.stop.clone()) };
+        if let Err(status) = metadata::check_version(request.headers()) {
+            return response::error(&status);
+        }
+        let end = if metadata::asks_for_leader(request.headers()) {
+            self.shared.leader.reign().await
+        } else {
+            Ok(self.shared.stop.clone())
+        };
         let compression = Compression::named(request.headers(), self.shared.settings.max_request_bytes + (512 << 10));
         match compression.and_then(|compression| Ok((compression, end?))) {
             Ok((compression, end)) => {

@@ -56,8 +56,12 @@ impl RawConnection {
         for (name, value) in extra {
             request = request.header(*name, *value);
         }
+        self.send(request.body(()).unwrap()).await
+    }
+
+    async fn send(&self, request: Request<()>) -> Result<(ResponseFuture, SendStream<Bytes>), h2::Error> {
         let mut ready = self.requests.clone().ready().await?;
-        ready.send_request(request.body(()).unwrap(), false)
+        ready.send_request(request, false)
     }
 
     /// A call with this body, sent as it is; how it ended, and the bytes of its answer.
@@ -74,6 +78,25 @@ impl RawConnection {
         let ended =
             timeout(PATIENCE, whole).await.unwrap_or_else(|_| panic!("no answer to {path} within {PATIENCE:?}"));
         ended.unwrap_or((Ending::Reset, Bytes::new()))
+    }
+
+    /// A call with this message and with metadata that need not be text: the HTTP status, the gRPC status, and its text.
+    pub async fn refusal(&self, path: &str, message: &[u8], metadata: &[(&str, &[u8])]) -> (u16, String, String) {
+        let mut request = Request::post(format!("http://{}{path}", self.endpoint)).header("te", "trailers");
+        for (name, value) in metadata {
+            request = request.header(*name, *value);
+        }
+        let (answer, mut outgoing) = self.send(request.body(()).unwrap()).await.unwrap();
+        // A server may refuse before it has read everything.
+        let _ = outgoing.send_data(framed(message), true);
+        let answer = timeout(PATIENCE, answer).await.expect("an answer").unwrap();
+        let (http, headers) = (answer.status().as_u16(), answer.headers().clone());
+        let (_, trailers) = read(answer.into_body()).await.unwrap();
+        let told = |name: &str| {
+            let value = trailers.get(name).or_else(|| headers.get(name));
+            value.map(|value| value.to_str().unwrap().to_owned()).unwrap_or_default()
+        };
+        (http, told("grpc-status"), told("grpc-message"))
     }
 }
 
