@@ -30,7 +30,7 @@ pub use prefix::Prefix;
 
 use crate::{
     feed::{Phase, Signals, serializable_question},
-    proto::etcdserverpb::{PutRequest, RangeResponse, ResponseHeader},
+    proto::etcdserverpb::{PutRequest, RangeResponse},
     signal::Told,
     store::{KeyRange, Limits, Responder, Revision, View},
     upstream::{AuthState, ConnectionNumber, Gate, Upstream},
@@ -393,28 +393,31 @@ impl Cache {
     }
 
     /// Who answers and the present, for a watcher of what no view has. The cluster says; if it cannot, because it has no quorum, what
-    /// one member says is as much as etcd's own watchers begin on. Waits as long as nobody says anything.
+    /// one member says is as much as etcd's own watchers begin on. Once somebody has waited in vain for the cluster, others do not, until
+    /// it answers again. Waits as long as nobody says anything.
     pub async fn begin_unseen(&self) -> (Responder, Revision) {
         loop {
-            if let Some(proof) = self.consensus().ask(Tense::Present).await {
-                self.note_relayed(proof.revision, proof.connection);
-                return (proof.responder, proof.revision);
-            }
-            if let Some((header, connection)) = self.ask_a_member().await {
-                self.note_relayed(Revision(header.revision), connection);
-                return ((&header).into(), self.told().max(Revision(header.revision)));
+            // The cluster is asked all the same: by its answer it is known that it answers again.
+            tokio::select! {
+                biased;
+                Some(proof) = self.consensus().ask(Tense::Present) => {
+                    self.note_relayed(proof.revision, proof.connection);
+                    return (proof.responder, proof.revision);
+                }
+                Some(word) = self.ask_a_member(), if self.consensus().is_unanswered() => return word,
+                else => {}
             }
         }
     }
 
-    /// What a member says of itself, and the connection that this came over. Of the cluster it proves nothing.
-    async fn ask_a_member(&self) -> Option<(ResponseHeader, ConnectionNumber)> {
-        let upstream = self.upstream();
-        let at = upstream.preferred(&[])?;
-        let question = serializable_question();
-        let asked = upstream.unary_numbered(at, "/etcdserverpb.KV/Range", &question, MEMBER_DEADLINE);
+    /// Who answers and the present, as far as one member knows, and clients were told. Of the cluster it proves nothing.
+    async fn ask_a_member(&self) -> Option<(Responder, Revision)> {
+        let (at, question) = (self.upstream().preferred(&[])?, serializable_question());
+        let asked = self.upstream().unary_numbered(at, "/etcdserverpb.KV/Range", &question, MEMBER_DEADLINE);
         let (answer, connection): (RangeResponse, _) = asked.await.ok()?;
-        answer.header.map(|header| (header, connection))
+        let header = answer.header?;
+        self.note_relayed(Revision(header.revision), connection);
+        Some(((&header).into(), self.told().max(Revision(header.revision))))
     }
 
     /// Whether the view of `prefix` has all that clients were told of, or cannot get there: the upstream is lost.

@@ -175,6 +175,43 @@ async fn a_watcher_begins_without_a_quorum() {
     uncached.until_revisions(&[third]).await;
 }
 
+/// They waited one after the other, each as long as a consistent read does, and so did what followed them on the stream.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn watchers_that_begin_without_a_quorum_wait_for_it_once() {
+    const PATIENCE: Duration = Duration::from_secs(3);
+    let mut cluster = Cluster::builder(Release::newest()).members(3).start().await;
+    let mut millpond = Millpond::start(&cluster.endpoints(), &["--read-timeout=3s", "--prefixes=k/"]).await;
+    let client = millpond.client();
+    put(&client, 1).await;
+    cluster.kill(1);
+    cluster.kill(2);
+    eventually("the loss of the quorum", async || {
+        let end = WatchStream::open_with(&client, &[("hasleader", "true")]).await;
+        breathe(200).await;
+        matches!(end.end(), Some(Err(status)) if status.message() == "etcdserver: no leader").then_some(())
+    })
+    .await;
+    let stream = WatchStream::open(&client).await;
+    for key in ["a", "b", "c", "d", "k/"] {
+        stream.create(create(key, format!("{key}0"), 0));
+    }
+    stream.until_count(1).await;
+    let began = Instant::now();
+    let created = stream.until_count(5).await;
+    assert!(began.elapsed() < PATIENCE, "{:?} after the first", began.elapsed());
+    assert!(created.iter().zip(0..).all(|(response, id)| response.created && response.watch_id == id), "{created:?}");
+    cluster.restart(1).await;
+    // With the first consistent answer, it is the cluster again that says where watchers begin.
+    eventually("a quorum", async || client.kv.clone().range(range("k/", "k0")).await.ok()).await;
+    let before = cluster.client(1).put("a", "v").await.unwrap();
+    let later = WatchStream::watching(&client, create("a", "", 0)).await;
+    assert!(later.responses()[0].header.as_ref().unwrap().revision >= before);
+    let after = client.put("a", "v").await.unwrap();
+    stream.until_revisions(&[before, after]).await;
+    later.until_revisions(&[after]).await;
+    millpond.assert_well();
+}
+
 /// Etcd's client repeats what was not sent, a hundred times within three seconds. Before an etcd that is away it would wait for longer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_has_the_patience_with_an_outage_that_it_has_with_etcd() {

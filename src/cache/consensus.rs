@@ -20,6 +20,7 @@ use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, oneshot},
     task::AbortHandle,
+    time::Instant,
 };
 
 use self::asker::Asker;
@@ -29,6 +30,9 @@ use crate::{
     store::{Responder, Revision},
     upstream::{ConnectionNumber, Upstream},
 };
+
+/// How long it is held against the cluster that it has not answered. Longer than the asker takes to find that it still does not.
+const MEMORY: Duration = Duration::from_secs(5);
 
 /// A point in the order of arrivals and departures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -87,6 +91,8 @@ struct Readers {
     queue: VecDeque<Reader>,
     /// How many of them the asker waits for; none: it is busy, and will look by itself.
     awaited: Option<usize>,
+    /// When a question was last without an answer, if readers were sent away and there was no answer since.
+    unanswered: Option<Instant>,
 }
 
 impl Consensus {
@@ -107,6 +113,11 @@ impl Consensus {
     /// Notes what the answer to a request that was sent at `sent` has shown. The request went through consensus.
     pub fn note(&self, sent: Stamp, proof: Proof) {
         self.waiting.note(sent, proof, Tense::Present);
+    }
+
+    /// Whether a reader's patience has run out not long ago, and nothing has been answered since.
+    pub fn is_unanswered(&self) -> bool {
+        self.waiting.is_unanswered()
     }
 
     /// Waits for the proof of a request sent after this call. None when patience has run out, or authentication is coming on.
@@ -144,6 +155,7 @@ impl Waiting {
 
     fn note(&self, sent: Stamp, proof: Proof, shown: Tense) {
         let mut readers = self.readers.lock();
+        readers.unanswered = None;
         let early = readers.early(sent);
         let (served, left): (Vec<_>, Vec<_>) = readers.queue.drain(..early).partition(|reader| reader.tense <= shown);
         left.into_iter().rev().for_each(|reader| readers.queue.push_front(reader));
@@ -158,7 +170,22 @@ impl Waiting {
     fn send_away(&self, mark: Stamp) {
         let mut readers = self.readers.lock();
         let gone = readers.early(mark);
-        readers.queue.drain(..gone);
+        // Who reads the past may have waited in vain for more than an answer.
+        let in_vain = readers.queue.drain(..gone).filter(|reader| reader.tense == Tense::Present).count();
+        if in_vain > 0 {
+            readers.unanswered = Some(Instant::now());
+        }
+    }
+
+    /// Notes that a question was not answered. Of a cluster that does answer, that says little.
+    fn note_failure(&self) {
+        if let Some(last) = &mut self.readers.lock().unanswered {
+            *last = Instant::now();
+        }
+    }
+
+    fn is_unanswered(&self) -> bool {
+        self.readers.lock().unanswered.is_some_and(|last| last.elapsed() < MEMORY)
     }
 
     /// How many readers wait who have not gone meanwhile.
@@ -195,7 +222,7 @@ impl Readers {
 
 #[cfg(test)]
 mod tests {
-    use tokio::time::{Instant, sleep, timeout};
+    use tokio::time::{sleep, timeout};
 
     use super::{asker::GATHERING, *};
 
@@ -238,6 +265,30 @@ mod tests {
         waiting.send_away(Stamp(0));
         assert_eq!(served(&waiting, Tense::Past), [true, false, true]);
         assert_eq!((later.try_recv(), waiting.count()), (Ok(PROOF), 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn that_nobody_answers_is_remembered_while_questions_fail_and_until_one_is_answered() {
+        let waiting = waiting();
+        waiting.note_failure();
+        waiting.send_away(waiting.stamp());
+        assert!(!waiting.is_unanswered(), "nobody has waited in vain");
+        let in_vain = || {
+            let _reader = waiting.enter(Tense::Present);
+            waiting.send_away(waiting.stamp());
+        };
+        in_vain();
+        for _ in 0..3 {
+            sleep(MEMORY / 2).await;
+            assert!(waiting.is_unanswered());
+            waiting.note_failure();
+        }
+        sleep(MEMORY).await;
+        assert!(!waiting.is_unanswered(), "that was long ago");
+        in_vain();
+        waiting.note(waiting.stamp(), PROOF, Tense::Present);
+        waiting.note_failure();
+        assert!(!waiting.is_unanswered());
     }
 
     #[test]

@@ -94,6 +94,7 @@ impl Asker {
         let Some(at) = self.upstream.preferred(&[]) else { return };
         // Nobody waits for the answer.
         if let Err(status) = self.look(at, LONGEST_DEADLINE).await {
+            self.waiting.note_failure();
             debug!(endpoint = self.upstream.name(at), %status, "whether there was a compaction is not known");
         }
     }
@@ -129,6 +130,7 @@ impl Asker {
             match self.look(at, deadline).await {
                 Ok(()) => return,
                 Err(status) => {
+                    self.waiting.note_failure();
                     self.waiting.metrics.questions.with_label_values(&["failed"]).inc();
                     debug!(endpoint = self.upstream.name(at), %status, "a consensus question was not answered");
                     if refuses_strangers(&status) {
