@@ -49,8 +49,9 @@ fn number(name: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|error| panic!("{name}={text}: {error}")))
 }
 
+/// The same each time, unless others are asked for: a failure is to come from a change.
 fn first_seed() -> u64 {
-    number("MILLPOND_TEST_SEED").unwrap_or_else(|| u64::from(rand::random::<u32>()))
+    number("MILLPOND_TEST_SEED").unwrap_or(1)
 }
 
 /// Runs the seeds from `first` on, on every core, until one fails or all have been run.

@@ -153,9 +153,11 @@ async fn follow(world: &World, mut call: Call, mut watched: Watched, seen: &Seen
     }
 }
 
-/// A relayed watch ends when nobody can tell whether its history goes on; nothing else does.
+/// A relayed watch ends when nobody can tell whether its history goes on; nothing else does. So is one of a cached range, while it
+/// begins before the window: what it ends with then is said of relays alone.
 fn judge_end(world: &World, is_cached: bool, status: &Status) {
-    if is_cached || status.code != Code::Unavailable {
+    let is_of_a_relay = !is_cached || status.message.contains("the upstream was lost");
+    if !is_of_a_relay || status.code != Code::Unavailable {
         world.0.trace.breach("a watch goes on", format!("it ended with {status}"));
     }
 }
