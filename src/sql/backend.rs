@@ -138,6 +138,8 @@ pub enum Meta {
     Compacted,
     /// The revision up to which the last finished compaction removed what it could.
     CompactionDone,
+    /// The revision that the compaction under way is for, or the last one was.
+    CompactionTarget,
     /// Where in the log the compaction under way stands.
     CompactionCursor,
 }
@@ -152,6 +154,7 @@ impl Meta {
             Self::Revision => "revision",
             Self::Compacted => "compacted",
             Self::CompactionDone => "compaction_done",
+            Self::CompactionTarget => "compaction_target",
             Self::CompactionCursor => "compaction_cursor",
         }
     }

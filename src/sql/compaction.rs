@@ -3,7 +3,10 @@
 //! A compaction at C keeps, of every key, its newest version at or before C, unless that is a deletion before C. The work
 //! walks the log from the last compaction to C: each event there makes the older versions of its key superfluous, and a
 //! deletion makes itself so. Like etcd since 3.5.18, a deletion exactly at C stays for watchers that resume there, and goes
-//! with the next compaction.
+//! with the next compaction, whose walk begins at C again.
+//!
+//! So a walk keeps the C that it began with, over restarts too. A later compaction that is announced meanwhile has a walk
+//! of its own afterwards: if this one went on to it, the deletions at C that it has passed would stay for good.
 
 mod pace;
 
@@ -20,8 +23,10 @@ use super::{
 /// Where compaction stands.
 #[derive(Clone, Copy, Debug)]
 struct Stand {
-    /// The revision that the last finished compaction was for.
+    /// The revision that the last finished walk was for.
     done: i64,
+    /// The revision that the walk under way is for; that of the last one when there is none.
+    target: i64,
     /// The next log entry to look at.
     cursor: EventId,
 }
@@ -36,19 +41,24 @@ pub struct Compaction {
 
 impl Compaction {
     /// Reads where the last run left off.
+    ///
+    /// Where the target is missing or behind, a version of this program ran last that keeps none and leaves deletions
+    /// behind; the next walk begins at the log's beginning.
     pub fn open(store: &mut dyn Reader) -> Result<Self, SqlError> {
         let done = store.meta(Meta::CompactionDone)?.unwrap_or(-1);
-        let cursor = EventId(store.meta(Meta::CompactionCursor)?.unwrap_or(0));
-        let stand = Stand { done, cursor };
+        let stand = match store.meta(Meta::CompactionTarget)?.filter(|target| *target >= done) {
+            Some(target) => Stand { done, target, cursor: EventId(store.meta(Meta::CompactionCursor)?.unwrap_or(0)) },
+            None => Stand { done, target: done, cursor: EventId(0) },
+        };
         Ok(Self { durable: stand, current: stand, pace: Pace::default() })
     }
 
-    /// Whether something remains to be removed for the compacted revision `target`.
-    pub fn is_pending(&self, target: i64) -> bool {
-        self.current.done < target
+    /// Whether something remains to be removed for the compacted revision `announced`.
+    pub fn is_pending(&self, announced: i64) -> bool {
+        self.current.done < announced
     }
 
-    /// The revision that the last finished compaction was for, -1 before the first.
+    /// The revision that the last finished walk was for, -1 before the first.
     pub fn done(&self) -> i64 {
         self.durable.done
     }
@@ -63,8 +73,14 @@ impl Compaction {
         self.pace.gap()
     }
 
-    /// Takes one step inside an open write transaction. Returns how many events it removed.
-    pub fn step(&mut self, store: &mut dyn Writer, target: i64) -> Result<u64, SqlError> {
+    /// Takes one step inside an open write transaction, of the walk under way or else of one for `announced`. Returns how
+    /// many events it removed.
+    pub fn step(&mut self, store: &mut dyn Writer, announced: i64) -> Result<u64, SqlError> {
+        if self.current.target <= self.current.done {
+            self.current.target = announced;
+            store.set_meta(Meta::CompactionTarget, announced)?;
+        }
+        let target = self.current.target;
         let limit = self.pace.step();
         let seen = upcoming(store, self.current.cursor, target, limit)?;
         let mut removed = 0;
@@ -81,7 +97,7 @@ impl Compaction {
         match seen.last() {
             Some((_, last, _)) if seen.len() == limit => self.current.cursor = EventId(last.0.saturating_add(1)),
             _ => {
-                self.current = Stand { done: target, cursor: EventId::first(target) };
+                self.current = Stand { done: target, target, cursor: EventId::first(target) };
                 store.set_meta(Meta::CompactionDone, target)?;
             }
         }
@@ -114,3 +130,6 @@ fn upcoming(
     })?;
     Ok(seen)
 }
+
+#[cfg(test)]
+mod tests;
