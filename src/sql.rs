@@ -6,7 +6,8 @@
 //! - `state`: what is known of an open store without reading it. `writer`, `transaction`: one thread that commits groups of writes; how each write is evaluated.
 //! - `range`, `counts`: how reads are evaluated. `history`, `watch`: how events reach watchers.
 //! - `leases`, `compaction`, `quota`, `alarms`, `clock`: what happens by the passing of time.
-//! - `service`: the gRPC services. `version`: what they say of theirs. `snapshot`, `transfer`, `check`: whole stores.
+//! - `service`: the gRPC services. `version`: what they say of theirs. `snapshot`, `transfer`, `check`: whole stores. `directory`:
+//!   where a store lies.
 
 mod alarms;
 pub mod backend;
@@ -15,6 +16,7 @@ mod checkpoint;
 mod clock;
 mod compaction;
 mod counts;
+mod directory;
 mod engine;
 mod error;
 mod hash;

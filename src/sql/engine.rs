@@ -1,14 +1,8 @@
 //! A store that is open: what it is in memory, how to read it and how to write it.
 
-use std::{
-    fs::{File, OpenOptions},
-    path::Path,
-    sync::Arc,
-    thread,
-};
+use std::{fs::File, path::Path, sync::Arc, thread};
 
 use parking_lot::Mutex;
-use rustix::fs::{FlockOperation, flock};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -18,6 +12,7 @@ use super::{
     checkpoint::{Checkpoints, Reads},
     clock,
     compaction::Compaction,
+    directory::lock,
     error::Fault,
     options::Options,
     range::Position,
@@ -28,9 +23,6 @@ use super::{
     writer::{Job, Write, WriterThread},
 };
 use crate::status::Status;
-
-/// The file in the data directory that one process holds locked.
-const LOCK: &str = "lock";
 
 /// Writes that may wait for the writer.
 const QUEUE: usize = 8192;
@@ -270,18 +262,6 @@ impl WeakEngine {
 pub fn spawn(name: &str, dir: &Path, run: impl FnOnce() + Send + 'static) -> Result<(), SqlError> {
     let started = thread::Builder::new().name(name.to_owned()).spawn(run);
     started.map(drop).map_err(|source| SqlError::Directory { dir: dir.to_owned(), source })
-}
-
-/// Takes the data directory for this process, creating it as needed. The lock lasts as long as the file is open.
-pub fn lock(dir: &Path) -> Result<File, SqlError> {
-    let failed = |source| SqlError::Directory { dir: dir.to_owned(), source };
-    std::fs::create_dir_all(dir).map_err(failed)?;
-    let file = OpenOptions::new().create(true).truncate(false).write(true).open(dir.join(LOCK)).map_err(failed)?;
-    flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
-        rustix::io::Errno::WOULDBLOCK => SqlError::InUse(dir.to_owned()),
-        other => failed(other.into()),
-    })?;
-    Ok(file)
 }
 
 #[cfg(test)]

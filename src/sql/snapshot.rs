@@ -14,7 +14,7 @@ use tonic::Code;
 
 use super::{
     Engine, SqlError,
-    engine::lock,
+    directory::{self, lock},
     sqlite::{self, Sqlite},
     version,
 };
@@ -44,10 +44,10 @@ const NAME: (&str, &str) = ("snapshot-", ".tmp");
 pub async fn stream(engine: &Engine) -> Result<Pieces, Status> {
     let permit = engine.copying().await?;
     let (pieces, stream) = mpsc::channel(4);
-    let copy = Copy::new(engine.dir());
     let dir = engine.dir().to_owned();
     let cache = engine.state().options.cache_bytes / 8;
     let made = blocking(move || {
+        let copy = Copy::new(&dir)?;
         let reader = Sqlite::open_reader(&dir, cache)?;
         reader.copy_to(&copy.0)?;
         Ok::<_, SqlError>(copy)
@@ -94,9 +94,12 @@ fn remove(file: &Path) {
 struct Copy(PathBuf);
 
 impl Copy {
-    fn new(dir: &Path) -> Self {
+    /// An empty one.
+    fn new(dir: &Path) -> Result<Self, SqlError> {
         let (begin, end) = NAME;
-        Self(dir.join(format!("{begin}{:016x}{end}", rand::random::<u64>())))
+        let copy = Self(dir.join(format!("{begin}{:016x}{end}", rand::random::<u64>())));
+        directory::create(&copy.0).map_err(|source| SqlError::Directory { dir: dir.to_owned(), source })?;
+        Ok(copy)
     }
 }
 
@@ -168,7 +171,7 @@ pub fn restore(snapshot: &Path, dir: &Path) -> Result<(), SqlError> {
         return Err(SqlError::Occupied(dir.to_owned()));
     }
     remove_leftovers(dir);
-    let copy = Copy::new(dir);
+    let copy = Copy::new(dir)?;
     let failed = |source| SqlError::Directory { dir: dir.to_owned(), source };
     copy_checked(snapshot, &copy.0)?;
     sqlite::adopt(&copy.0)?;

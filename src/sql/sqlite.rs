@@ -10,7 +10,10 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, config::DbConfig};
 
 pub use schema::LAYOUT_VERSION;
 
-use super::error::{SqlError, Trouble};
+use super::{
+    directory,
+    error::{SqlError, Trouble},
+};
 
 /// The database's file in the data directory.
 pub const FILE: &str = "millpond.db";
@@ -31,8 +34,10 @@ impl Sqlite {
     ///
     /// `cache_bytes` bounds the page cache. Errors with the layout too new, or what SQLite says.
     pub fn open_writer(dir: &Path, cache_bytes: usize) -> Result<Self, SqlError> {
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let mut sqlite = Self::open(&dir.join(FILE), flags, cache_bytes)?;
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let file = dir.join(FILE);
+        directory::create(&file).map_err(|source| SqlError::Directory { dir: dir.to_owned(), source })?;
+        let mut sqlite = Self::open(&file, flags, cache_bytes)?;
         sqlite.configure().map_err(doing("setting up the database"))?;
         schema::upgrade(&mut sqlite.connection)?;
         Ok(sqlite)
@@ -75,7 +80,7 @@ impl Sqlite {
         connection.pragma_update(None, "temp_store", "MEMORY")
     }
 
-    /// Writes a compact copy of the database, as of one moment, to `file`, which must not exist.
+    /// Writes a compact copy of the database, as of one moment, to `file`, which must be empty or not exist.
     pub fn copy_to(&self, file: &Path) -> Result<(), SqlError> {
         let copy = || self.connection.execute("VACUUM INTO ?1", [file.to_string_lossy()]);
         copy().map(drop).map_err(doing("copying the database"))

@@ -1,8 +1,16 @@
 //! Opening, closing, and what stays.
 
-use std::time::Duration;
+use std::{
+    collections::BTreeMap,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use millpond::sql::{Engine, Options, SqlError, backend::Reader};
+use millpond::{
+    proto::etcdserverpb::{SnapshotRequest, maintenance_client::MaintenanceClient},
+    sql::{Engine, Options, SqlError, backend::Reader},
+};
 use tokio::time::sleep;
 
 use crate::store::{Result, Store, everything, keys, range};
@@ -141,5 +149,57 @@ async fn the_log_is_emptied_though_there_is_always_somebody_who_reads() -> Resul
     }
     reading.iter().for_each(tokio::task::JoinHandle::abort);
     assert!(longest < 150 << 20, "240 MB were written and the log had {longest} bytes");
+    Ok(())
+}
+
+/// The mode of each file in a directory, and of the directory itself.
+fn modes(dir: &Path) -> Result<BTreeMap<PathBuf, u32>> {
+    let mut modes = BTreeMap::from([(dir.to_owned(), dir.metadata()?.mode() & 0o777)]);
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        modes.insert(entry.path(), entry.metadata()?.mode() & 0o777);
+    }
+    Ok(modes)
+}
+
+fn assert_private(dir: &Path, files: usize) -> Result {
+    let modes = modes(dir)?;
+    assert_eq!(modes.len(), files + 1, "{modes:?}");
+    for (path, mode) in modes {
+        assert_eq!(mode, if path == dir { 0o700 } else { 0o600 }, "{mode:o} {}", path.display());
+    }
+    Ok(())
+}
+
+/// Whoever could read the files could read all keys.
+#[tokio::test]
+async fn what_a_store_creates_is_for_its_user_only() -> Result {
+    let home = tempfile::tempdir()?;
+    let (dir, restored) = (home.path().join("new/store"), home.path().join("restored"));
+    let engine = Engine::open(&dir, Options::default())?;
+    let mut maintenance = MaintenanceClient::new(crate::store::channel(&engine).await?);
+    let mut pieces = maintenance.snapshot(SnapshotRequest {}).await?.into_inner();
+    // The copy goes when it has been read for sending, which may be soon.
+    let copies = modes(&dir)?.into_iter().filter(|(path, _)| path.extension().is_some_and(|end| end == "tmp"));
+    assert!(copies.into_iter().all(|(_, mode)| mode == 0o600));
+    let mut snapshot = Vec::new();
+    while let Some(piece) = pieces.message().await? {
+        snapshot.extend_from_slice(&piece.blob);
+    }
+    crate::store::eventually(async || Ok(modes(&dir)?.len() == 5)).await?;
+    // The database, its log and the log's index, and the lock.
+    assert_private(&dir, 4)?;
+    engine.close().await;
+    std::fs::write(home.path().join("snapshot"), snapshot)?;
+    millpond::sql::restore(&home.path().join("snapshot"), &restored)?;
+    assert_private(&restored, 2)
+}
+
+#[tokio::test]
+async fn a_directory_that_is_there_keeps_its_mode() -> Result {
+    let dir = tempfile::tempdir()?;
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o750))?;
+    Engine::open(dir.path(), Options::default())?.close().await;
+    assert_eq!(dir.path().metadata()?.mode() & 0o777, 0o750);
     Ok(())
 }
