@@ -24,11 +24,14 @@ use support::{
     random::seed,
 };
 use tempfile::TempDir;
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{net::TcpListener, sync::Mutex, task::JoinSet};
 use tonic::{Code, transport::Channel};
 
 const FULL: &str = "etcdserver: mvcc: database space exceeded";
 const VALUE: usize = 3000;
+
+/// For tests that limit the disk below SQLite, of which all databases of the process share one.
+static DISK: Mutex<()> = Mutex::const_new(());
 
 /// What is known of a store: the value of each key whose write was acknowledged, and those that were refused.
 #[derive(Default)]
@@ -116,6 +119,7 @@ async fn compare_with(dir: &Path, known: &Known) {
 /// Below SQLite, so it runs everywhere: files stop growing in the middle of a write, again and again, and power is cut then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_layer_without_room_refuses_writes_until_there_is_some() {
+    let _alone = DISK.lock().await;
     sql_disk::install();
     let mut rng = StdRng::seed_from_u64(seed());
     let home = TempDir::new().unwrap();
@@ -143,6 +147,59 @@ async fn a_file_layer_without_room_refuses_writes_until_there_is_some() {
     let last = revisions.iter().max().copied().unwrap_or(0);
     assert_eq!(last - 1, revisions.len() as i64, "a refused write takes no revision");
     println!("{} keys acknowledged, {} refused", known.acknowledged.len(), known.refused.len());
+}
+
+/// The files of a database as a process that is killed leaves them.
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for name in [sqlite::FILE.to_owned(), format!("{}-wal", sqlite::FILE)] {
+        fs::copy(from.join(&name), to.join(&name)).unwrap();
+    }
+}
+
+/// SQLite calls that an I/O error, and has written and synced the commit before. It was there after a restart.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_the_logs_index_had_no_room_for_does_not_come_back() {
+    let _alone = DISK.lock().await;
+    sql_disk::install();
+    let home = TempDir::new().unwrap();
+    let dir = home.path().join("store");
+    let engine = Engine::open(&dir, Options::default()).unwrap();
+    let (channel, mut known) = (serve(&engine).await.channel, Known::default());
+    sql_disk::limit_index(Some(1));
+    let mut number = 0;
+    while known.refused.is_empty() {
+        write_pairs(&channel, number..number + 1, &mut known).await;
+        number += 1;
+        assert!(number < 4000, "there was room for everything");
+    }
+    for round in 0..4 {
+        let killed = home.path().join(format!("killed-{round}"));
+        copy(&dir, &killed);
+        sql_disk::limit_index(None);
+        compare_with(&killed, &known).await;
+        sql_disk::limit_index(Some(1));
+        assert_eq!(write_pairs(&channel, number..number + 1, &mut known).await, 2);
+        number += 1;
+    }
+    sql_disk::limit_index(None);
+    assert_eq!(write_pairs(&channel, number..number + 50, &mut known).await, 0, "there is room again");
+    engine.close().await;
+    compare_with(&dir, &known).await;
+}
+
+/// It said that there was an I/O error.
+#[tokio::test]
+async fn a_start_without_room_for_the_logs_index_says_so() {
+    let _alone = DISK.lock().await;
+    sql_disk::install();
+    let home = TempDir::new().unwrap();
+    Engine::open(home.path(), Options::default()).unwrap().close().await;
+    sql_disk::limit_index(Some(0));
+    let refused = Engine::open(home.path(), Options::default()).err().map(|error| error.to_string());
+    sql_disk::limit_index(None);
+    assert!(refused.as_ref().is_some_and(|text| text.contains("no room on the disk")), "{refused:?}");
+    Engine::open(home.path(), Options::default()).unwrap().close().await;
 }
 
 /// `millpond serve` on a small file system of its own.
@@ -205,12 +262,9 @@ impl Island {
 
     /// The database and its log, where SQLite can reach them: it does not go through another's namespace.
     fn copy(&self) -> PathBuf {
-        let copy = self.home.path().join("copy");
-        fs::create_dir(&copy).unwrap();
-        for name in [sqlite::FILE.to_owned(), format!("{}-wal", sqlite::FILE)] {
-            fs::copy(outside(&self.holder, &self.data).join(&name), copy.join(&name)).unwrap();
-        }
-        copy
+        let to = self.home.path().join("copy");
+        copy(&outside(&self.holder, &self.data), &to);
+        to
     }
 
     /// Leaves not a byte.

@@ -142,6 +142,8 @@ pub enum Meta {
     CompactionTarget,
     /// Where in the log the compaction under way stands.
     CompactionCursor,
+    /// How often a commit that failed was written over in the database's log: something that differs each time.
+    WrittenOver,
 }
 
 impl Meta {
@@ -156,6 +158,7 @@ impl Meta {
             Self::CompactionDone => "compaction_done",
             Self::CompactionTarget => "compaction_target",
             Self::CompactionCursor => "compaction_cursor",
+            Self::WrittenOver => "written_over",
         }
     }
 }

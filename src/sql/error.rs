@@ -35,7 +35,7 @@ pub enum SqlError {
     #[error("not a usable snapshot: {0}")]
     BadSnapshot(String),
     /// The database refused an operation.
-    #[error("{context}: {source}")]
+    #[error("{context}: {source}{}", kind.explained())]
     Database {
         /// What was being done.
         context: &'static str,
@@ -62,6 +62,9 @@ pub enum SqlError {
 pub enum Trouble {
     /// No room left. Nothing of the write remains; it may work later.
     Full,
+    /// No room left for the index of the database's log. A commit that fails so is in the log all the same, and would be
+    /// found there after a restart, unless it is written over. It may work later.
+    Unindexed,
     /// The file or its file system is read-only. Reads go on.
     ReadOnly,
     /// The file is damaged.
@@ -70,6 +73,16 @@ pub enum Trouble {
     SyncFailed,
     /// Anything else.
     Other,
+}
+
+impl Trouble {
+    /// What the database's own words leave out.
+    fn explained(self) -> &'static str {
+        match self {
+            Self::Unindexed => ": no room on the disk for the index of the log",
+            _ => "",
+        }
+    }
 }
 
 impl SqlError {
@@ -84,7 +97,7 @@ impl SqlError {
     /// What a client is told: etcd's words where etcd has some.
     pub fn status(&self) -> Status {
         match self.trouble() {
-            Trouble::Full => Status::NO_SPACE,
+            Trouble::Full | Trouble::Unindexed => Status::NO_SPACE,
             Trouble::Corrupt => Status::fixed(Code::DataLoss, "etcdserver: corrupt cluster"),
             Trouble::ReadOnly => Status::unavailable("etcdserver: the store is read-only"),
             Trouble::SyncFailed | Trouble::Other => {

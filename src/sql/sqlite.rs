@@ -161,6 +161,7 @@ fn trouble(error: &rusqlite::Error) -> Trouble {
     let Some(code) = error.sqlite_error() else { return Trouble::Other };
     match (code.code, code.extended_code) {
         (_, ffi::SQLITE_IOERR_FSYNC | ffi::SQLITE_IOERR_DIR_FSYNC) => Trouble::SyncFailed,
+        (_, ffi::SQLITE_IOERR_SHMSIZE) => Trouble::Unindexed,
         (ErrorCode::DiskFull, _) => Trouble::Full,
         (ErrorCode::ReadOnly, _) => Trouble::ReadOnly,
         (ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase, _) => Trouble::Corrupt,

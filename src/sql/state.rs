@@ -131,7 +131,7 @@ impl State {
 fn keep_term(store: &mut dyn Writer, term: i64) -> Result<(), SqlError> {
     let kept = store.begin_write().and_then(|()| store.set_meta(Meta::Term, term)).and_then(|()| store.commit());
     match kept {
-        Err(error) if error.trouble() == Trouble::Full => {
+        Err(error) if matches!(error.trouble(), Trouble::Full | Trouble::Unindexed) => {
             tracing::warn!(%error, "the disk is full: reads go on, writes are refused until there is room");
             store.rollback()
         }

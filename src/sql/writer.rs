@@ -9,7 +9,7 @@ use std::{
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::{
-    backend::Writer,
+    backend::{Meta, Writer},
     checkpoint::Checkpoints,
     compaction::Compaction,
     error::{Fault, SqlError, Trouble},
@@ -311,13 +311,29 @@ impl WriterThread {
         } else {
             tracing::error!(%error, "a commit failed and was undone");
         }
-        let rolled_back = self.store.rollback();
+        let mut undone = self.store.rollback();
         self.compaction.rolled_back();
-        if error.trouble() == Trouble::SyncFailed || rolled_back.is_err() {
+        if error.trouble() == Trouble::Unindexed {
+            undone = undone.and_then(|()| self.write_over());
+        }
+        if error.trouble() == Trouble::SyncFailed || undone.is_err() {
             tracing::error!("the disk's content is unknown: no more writes until a restart");
             self.poisoned = Some(error.status());
         }
         error.status()
+    }
+
+    /// Commits something small in the place of a commit that is in the log without its index. Nobody may find that one after a
+    /// restart: its callers were told that it failed.
+    fn write_over(&mut self) -> Result<(), SqlError> {
+        self.store.begin_write()?;
+        let before = self.store.meta(Meta::WrittenOver)?.unwrap_or(0);
+        self.store.set_meta(Meta::WrittenOver, before.wrapping_add(1))?;
+        match self.store.commit() {
+            // Then this is in the log without its index, in the other's place.
+            Err(error) if error.trouble() == Trouble::Unindexed => self.store.rollback(),
+            committed => committed,
+        }
     }
 }
 

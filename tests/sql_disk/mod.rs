@@ -1,8 +1,8 @@
 //! A disk that can lose power and be full: SQLite's own file layer with a memory of what was written since the last sync, and
-//! a limit on how large all files together may grow.
+//! a limit on how large all files together, or the index of a log, may grow.
 //!
 //! Files are opened by SQLite's default layer, whose table of methods is then replaced, file by file, by a copy with write,
-//! truncate, sync and close going through here.
+//! truncate, sync, close and the mapping of the log's index going through here.
 
 #![allow(dead_code, reason = "each test uses a part")]
 #![allow(unsafe_code, reason = "SQLite's file layer is an interface of C")]
@@ -44,6 +44,8 @@ struct Disk {
     open: HashMap<usize, (PathBuf, usize)>,
     /// Bytes that all files together may have.
     room: Option<usize>,
+    /// Regions that the index of a log may have.
+    regions: Option<c_int>,
 }
 
 impl Disk {
@@ -104,6 +106,11 @@ pub fn limit(room: Option<usize>) {
     disk().room = room;
 }
 
+/// Lets the index of a log have this many regions, from now on; `None` is no limit.
+pub fn limit_index(regions: Option<c_int>) {
+    disk().regions = regions;
+}
+
 /// The files of `dir` as a power cut at this moment leaves them.
 pub fn cut(dir: &Path, rng: &mut StdRng) -> Vec<(String, Vec<u8>)> {
     let disk = disk();
@@ -154,6 +161,7 @@ unsafe extern "C" fn open(
             ours.xTruncate = Some(truncate);
             ours.xSync = Some(sync);
             ours.xClose = Some(close);
+            ours.xShmMap = Some(map);
             let mut disk = disk();
             disk.images.entry(path.clone()).or_default().size =
                 std::fs::metadata(&path).map_or(0, |file| file.len() as usize);
@@ -242,6 +250,27 @@ unsafe extern "C" fn sync(file: *mut sqlite3_file, flags: c_int) -> c_int {
             return rusqlite::ffi::SQLITE_IOERR;
         };
         real(file, flags)
+    }
+}
+
+/// A region of a log's index, which is a file without the other methods.
+unsafe extern "C" fn map(
+    file: *mut sqlite3_file,
+    region: c_int,
+    size: c_int,
+    extend: c_int,
+    out: *mut *mut c_void,
+) -> c_int {
+    let disk = disk();
+    if extend != 0 && disk.regions.is_some_and(|regions| region >= regions) {
+        return rusqlite::ffi::SQLITE_IOERR_SHMSIZE;
+    }
+    // SAFETY: the file is open.
+    unsafe {
+        let Some(real) = methods(&disk, file).and_then(|methods| methods.xShmMap) else {
+            return rusqlite::ffi::SQLITE_IOERR;
+        };
+        real(file, region, size, extend, out)
     }
 }
 
