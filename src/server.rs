@@ -8,10 +8,12 @@
 //! - [`forward`], [`relay`]: calls that etcd answers;
 //! - `precheck`: what is no gRPC call at all is refused as by etcd; `metadata`: what etcd looks at in that of every call;
 //! - [`members`]: MemberList, so that clients stay behind the proxy;
-//! - [`health`], [`http`]: `grpc.health.v1`, and what etcd serves over HTTP/1.1 on its client port;
+//! - [`health`], [`http`]: `grpc.health.v1`, and what etcd serves over HTTP/1.1 on its client port; `alarms`: those of the
+//!   embedded store;
 //! - [`admin`]: the operators' port.
 
 pub mod admin;
+mod alarms;
 pub mod body;
 pub mod data;
 pub mod forward;

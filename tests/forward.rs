@@ -12,10 +12,10 @@ use hyper_util::rt::TokioIo;
 use millpond::{
     proto::{
         etcdserverpb::{
-            AuthEnableRequest, AuthRoleAddRequest, AuthRoleGetRequest, AuthUserAddRequest, AuthUserGrantRoleRequest,
-            AuthenticateRequest, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse, MemberListRequest,
-            RangeRequest, SnapshotRequest, StatusRequest, WatchCreateRequest, WatchRequest, WatchResponse,
-            watch_request::RequestUnion,
+            AlarmRequest, AlarmType, AuthEnableRequest, AuthRoleAddRequest, AuthRoleGetRequest, AuthUserAddRequest,
+            AuthUserGrantRoleRequest, AuthenticateRequest, LeaseGrantRequest, LeaseKeepAliveRequest,
+            LeaseKeepAliveResponse, MemberListRequest, RangeRequest, SnapshotRequest, StatusRequest,
+            WatchCreateRequest, WatchRequest, WatchResponse, alarm_request::AlarmAction, watch_request::RequestUnion,
         },
         v3electionpb::{
             CampaignRequest, LeaderRequest, ProclaimRequest, ResignRequest, election_client::ElectionClient,
@@ -394,6 +394,8 @@ async fn the_embedded_store_is_asked_nothing_over_http() {
     let cluster = etcd().await;
     let mut millpond = Millpond::start(&[], &[]).await;
     let told = millpond.client().maintenance.clone().status(StatusRequest {}).await.unwrap().into_inner().version;
+    // The proxy's own calls within the process have one such connection, which this opens.
+    http_get(&millpond.endpoint, "/health").await.unwrap();
     let dials = millpond.metric(DIALS).await;
     for path in ["/health", "/livez", "/readyz", "/v2/keys", "/"] {
         let answers =
@@ -411,6 +413,28 @@ async fn the_embedded_store_is_asked_nothing_over_http() {
     }
     assert_eq!(millpond.metric(DIALS).await, dials);
     millpond.assert_well();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_alarm_of_the_embedded_store_shows_in_its_health_as_in_etcds() {
+    let (cluster, millpond) = (etcd().await, Millpond::start(&[], &[]).await);
+    let servers = [(cluster.client(0), cluster.endpoint(0)), (millpond.client(), millpond.endpoint.clone())];
+    for (action, well) in [(AlarmAction::Activate, 503), (AlarmAction::Deactivate, 200)] {
+        let mut answers = Vec::new();
+        for (client, endpoint) in &servers {
+            let status = client.maintenance.clone().status(StatusRequest {}).await.unwrap().into_inner();
+            let member_id = status.header.unwrap().member_id;
+            let request = AlarmRequest { action: action.into(), member_id, alarm: AlarmType::Nospace.into() };
+            client.maintenance.clone().alarm(request).await.unwrap();
+            let mut told = Vec::new();
+            for path in ["/health", "/health?exclude=NOSPACE", "/health?serializable=true&exclude=CORRUPT"] {
+                told.push(http_get(endpoint, path).await.unwrap());
+            }
+            answers.push(told);
+        }
+        assert_eq!(answers[0], answers[1]);
+        assert_eq!(answers[1].iter().map(|(status, _)| *status).collect::<Vec<_>>(), [well, 200, well]);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

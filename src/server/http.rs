@@ -1,6 +1,7 @@
 //! What etcd serves over HTTP/1.1 on its client port: `/health` is answered here, everything else is etcd's (`/version`,
 //! the JSON gateway under `/v3/`, `/metrics`) and forwarded as it is. The embedded store speaks gRPC only; in front of it `/version`,
-//! `/livez` and `/readyz` are answered here too, and the rest is not found, as at an etcd without its gateway.
+//! `/livez` and `/readyz` are answered here too, and the rest is not found, as at an etcd without its gateway. Its alarms are told by
+//! `/health`; those of an etcd are its own affair.
 
 use std::sync::Arc;
 
@@ -8,6 +9,7 @@ use ::http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header::AL
 use serde_json::json;
 
 use super::{
+    alarms,
     body::Body,
     forward::{answer, passable, pinned},
     health::Readiness,
@@ -34,7 +36,10 @@ pub async fn call(
     observer: Option<Arc<dyn AnswerObserver>>,
 ) -> Response<Body> {
     if request.uri().path() == "/health" {
-        return health(request.method(), readiness);
+        let asks = upstream.is_in_process() && request.method() == Method::GET;
+        let alarm =
+            if asks { alarms::complaint(upstream, request.uri().query().unwrap_or_default()).await } else { None };
+        return health(request.method(), alarm, readiness);
     }
     if upstream.is_in_process() {
         return embedded(upstream, readiness, request.method(), request.uri().path());
@@ -93,15 +98,15 @@ async fn relay(
     upstream.forward_http1(route, request).await
 }
 
-/// etcd's `/health`, about this proxy.
-fn health(method: &Method, readiness: &Readiness) -> Response<Body> {
+/// etcd's `/health`, about this proxy, and an alarm of the store within it.
+fn health(method: &Method, alarm: Option<String>, readiness: &Readiness) -> Response<Body> {
     if method != Method::GET {
         return not_allowed();
     }
-    if readiness.is_ready() {
+    let Some(reason) = alarm.or_else(|| (!readiness.is_ready()).then(|| readiness.reason.clone())) else {
         return response::plain(StatusCode::OK, JSON, r#"{"health":"true","reason":""}"#);
-    }
-    let text = json!({ "health": "false", "reason": readiness.reason });
+    };
+    let text = json!({ "health": "false", "reason": reason });
     response::plain(StatusCode::SERVICE_UNAVAILABLE, JSON, format!("{text}\n"))
 }
 
@@ -160,16 +165,16 @@ mod tests {
     #[tokio::test]
     async fn health_speaks_as_etcd_does() {
         let ready = Readiness { cache_warm: true, ..Readiness::default() };
-        let response = health(&Method::GET, &ready);
+        let response = health(&Method::GET, None, &ready);
         assert_eq!(response.status(), StatusCode::OK);
         assert_eq!(text(response).await, r#"{"health":"true","reason":""}"#);
 
         let down = Readiness { reason: "no \"etcd\"".to_owned(), ..Readiness::default() };
-        let response = health(&Method::GET, &down);
+        let response = health(&Method::GET, None, &down);
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(text(response).await, "{\"health\":\"false\",\"reason\":\"no \\\"etcd\\\"\"}\n");
 
-        let response = health(&Method::POST, &ready);
+        let response = health(&Method::POST, None, &ready);
         assert_eq!(
             (response.status(), &response.headers()[ALLOW]),
             (StatusCode::METHOD_NOT_ALLOWED, &HeaderValue::from_static("GET"))
