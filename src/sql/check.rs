@@ -5,7 +5,7 @@ use std::{io, path::Path};
 use super::{
     SqlError,
     backend::{Meta, Reader, Size},
-    sqlite::{FILE, Sqlite},
+    sqlite::{self, FILE, Sqlite},
 };
 
 /// What a check found.
@@ -21,16 +21,18 @@ pub struct Report {
     pub size: Size,
 }
 
-/// Reads every page of the store in `dir` and compares its index with its log. Harmless while the store is open.
+/// Reads every page of the store in `dir` and of SQLite's log, and compares the store's index with its own log. Harmless while the store is open.
 ///
 /// # Errors
-/// When there is no store, or it is too damaged to be read at all.
+/// When there is no store, or it or SQLite's log is too damaged to be read to its end.
 pub fn check(dir: &Path) -> Result<Report, SqlError> {
     let file = dir.join(FILE);
     if !file.is_file() {
         let source = io::Error::new(io::ErrorKind::NotFound, format!("there is no {FILE} in it"));
         return Err(SqlError::Directory { dir: dir.to_owned(), source });
     }
+    // First: what SQLite does not take from the log, nothing below may miss.
+    sqlite::check_log(dir)?;
     let mut sqlite = Sqlite::open_reader(dir, 16 << 20)?;
     let mut problems = sqlite.integrity_problems()?;
     problems.extend(sqlite.index_problems()?);

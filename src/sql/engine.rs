@@ -17,7 +17,7 @@ use super::{
     options::Options,
     range::Position,
     snapshot,
-    sqlite::Sqlite,
+    sqlite::{self, Sqlite},
     state::{State, load},
     transaction::Transaction,
     writer::{Job, Write, WriterThread},
@@ -63,6 +63,7 @@ impl Engine {
     pub fn open(dir: &Path, options: Options) -> Result<Self, SqlError> {
         let lock = lock(dir)?;
         snapshot::remove_leftovers(dir);
+        sqlite::admit_log(dir)?;
         let store = Sqlite::open_writer(dir, options.cache_bytes / 2)?;
         Self::start(dir, lock, Box::new(store), options)
     }

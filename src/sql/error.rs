@@ -34,6 +34,14 @@ pub enum SqlError {
     /// A file that should be a snapshot is none, or is damaged.
     #[error("not a usable snapshot: {0}")]
     BadSnapshot(String),
+    /// The log is damaged, and commits behind that place were acknowledged. To go on without them would give out their revisions again.
+    #[error("{} is damaged at byte {offset}, and writes that were acknowledged follow: restore a snapshot into another directory", file.display())]
+    DamagedLog {
+        /// The log.
+        file: PathBuf,
+        /// Where.
+        offset: u64,
+    },
     /// The database refused an operation.
     #[error("{context}: {source}{}", kind.explained())]
     Database {

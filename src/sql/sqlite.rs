@@ -1,10 +1,14 @@
 //! The backend on SQLite: one connection that writes, a few that read, in WAL mode with every commit synced.
 
+mod log;
 mod read;
 mod schema;
 mod write;
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, config::DbConfig};
 
@@ -149,6 +153,39 @@ pub fn adopt(file: &Path) -> Result<(), SqlError> {
     let mut sqlite = Sqlite::open(file, flags, 4 << 20)?;
     schema::upgrade(&mut sqlite.connection)?;
     schema::new_identity(&sqlite.connection).map_err(doing("giving the copy its own ids"))
+}
+
+/// Looks at the log of a database that nobody has open, before SQLite takes what it can use of it.
+///
+/// # Errors
+/// When durable commits lie behind damage in it, or it cannot be read.
+pub fn admit_log(dir: &Path) -> Result<(), SqlError> {
+    let file = log_of(dir);
+    log::settle(&file).map_err(|source| SqlError::Directory { dir: dir.to_owned(), source })?;
+    match damage(dir)? {
+        Some(offset) => Err(SqlError::DamagedLog { file, offset }),
+        None => Ok(()),
+    }
+}
+
+/// Looks at the log of a database that may be in use.
+///
+/// # Errors
+/// As [`admit_log`].
+pub fn check_log(dir: &Path) -> Result<(), SqlError> {
+    match damage(dir)? {
+        // What is being written at the moment looks damaged once.
+        Some(offset) if damage(dir)? == Some(offset) => Err(SqlError::DamagedLog { file: log_of(dir), offset }),
+        _ => Ok(()),
+    }
+}
+
+fn damage(dir: &Path) -> Result<Option<u64>, SqlError> {
+    log::damage(&log_of(dir)).map_err(|source| SqlError::Directory { dir: dir.to_owned(), source })
+}
+
+fn log_of(dir: &Path) -> PathBuf {
+    dir.join(format!("{FILE}-wal"))
 }
 
 /// Says what was being done when SQLite failed.
