@@ -169,11 +169,6 @@ impl Config {
         self.endpoints.is_empty()
     }
 
-    /// The embedded store's directory, the default one unless another was named.
-    pub fn data_dir(&self) -> PathBuf {
-        self.data_dir.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_DATA_DIR))
-    }
-
     /// The embedded store's quota in bytes; etcd's default of 2 GiB unless another was given.
     pub fn quota_bytes(&self) -> u64 {
         self.quota_backend_bytes.filter(|&bytes| bytes > 0).unwrap_or(2 << 30)

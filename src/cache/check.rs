@@ -114,10 +114,9 @@ impl Cache {
             let page = self.page(&request).await?;
             keys += page.kvs.len() as u64;
             for theirs in &page.kvs {
-                while ours
-                    .next_if(|ours| ours.key() < &theirs.key[..])
-                    .is_some_and(|extra| name(extra.key(), &mut differing))
-                {}
+                while let Some(extra) = ours.next_if(|ours| ours.key() < &theirs.key[..]) {
+                    name(extra.key(), &mut differing);
+                }
                 let same = ours.next_if(|ours| ours.key() == &theirs.key[..]).is_some_and(|ours| agree(ours, theirs));
                 if !same {
                     name(&theirs.key, &mut differing);
@@ -147,12 +146,11 @@ fn agree(ours: &Record, theirs: &KeyValue) -> bool {
     ours.mod_revision().0 == theirs.mod_revision
 }
 
-/// Notes a differing key, if there is room. Always true.
-fn name(key: &[u8], differing: &mut Vec<String>) -> bool {
+/// Notes a differing key, if there is room.
+fn name(key: &[u8], differing: &mut Vec<String>) {
     if differing.len() < NAMED {
         differing.push(String::from_utf8_lossy(key).into_owned());
     }
-    true
 }
 
 /// Checks now and then, with jitter, for as long as the cache lives.

@@ -56,11 +56,6 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// The environment variable, e.g. `MILLPOND_HISTORY_BYTES`.
-    pub fn env_name(&self) -> String {
-        format!("{ENV_PREFIX}{}", self.name.replace('-', "_").to_uppercase())
-    }
-
     /// The default with its unit, or what happens without a value.
     pub fn default_text(&self) -> String {
         if let Some(unset) = self.unset {

@@ -134,7 +134,7 @@ impl Hub {
         self.registry.lock().curious.len()
     }
 
-    /// Follows the store for as long as it lives.
+    /// Follows the store until its task is aborted.
     pub async fn run(self: Arc<Self>) {
         let mut position = self.store.position();
         loop {

@@ -139,11 +139,6 @@ impl Leases {
         self.leases.entry(id).and_modify(|lease| lease.revoking = false);
     }
 
-    /// When the next lease runs out.
-    pub fn next_expiry(&self) -> Option<Instant> {
-        self.queue.first().map(|(expiry, _)| *expiry)
-    }
-
     /// The leases that have been running for at least `running` since their last renewal, so that what remains of them
     /// deserves to be kept.
     pub fn long_running(&self, running: Duration, now: Instant) -> Vec<i64> {

@@ -338,7 +338,7 @@ impl WriterThread {
 }
 
 impl State {
-    /// Makes durable changes visible: to reads first, then to watchers.
+    /// Makes durable changes visible: the recent events first, then the position, which reads and watchers follow.
     fn publish(&self, changes: Changes) {
         {
             let mut leases = self.leases.lock();

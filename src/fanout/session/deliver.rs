@@ -220,11 +220,6 @@ impl Session {
             self.behind.push(slot);
         }
     }
-
-    /// The first revision that a relayed watcher has not seen.
-    pub fn relay_next(&mut self, slot: u32, serial: u64) -> Option<Revision> {
-        self.relayed_watcher(slot, serial).map(|watcher| watcher.next)
-    }
 }
 
 /// An entry on its way to the watchers of one group.
@@ -370,10 +365,5 @@ fn put_decoded(
         let _ = event.encode_length_delimited(&mut encoded);
         lengths.push(encoded.len() - start);
     }
-    let envelope = Envelope { watch_id: watcher.id, ..Envelope::default() };
-    if watcher.options.fragment && envelope.message_len(header, encoded.len()) >= fragment_bytes {
-        put_fragments(envelope, header, &encoded, lengths.into_iter(), fragment_bytes, out);
-    } else {
-        envelope.put(out.append(), header, &encoded);
-    }
+    respond(watcher, header, &encoded, || lengths.iter().copied(), fragment_bytes, out);
 }

@@ -236,10 +236,5 @@ fn large(
     Ok(response::framed(list))
 }
 
-/// How long `RangeStreamResponse`s and their like are around an inner message of `length` bytes.
-pub(super) fn wrapped_len(length: usize) -> usize {
-    bytes_field_len(length)
-}
-
 #[cfg(test)]
 mod tests;

@@ -13,7 +13,7 @@ use tonic::Code;
 
 use super::{
     Call, Kv,
-    answer::{Values, put_record, record_len, wrapped_len},
+    answer::{Values, put_record, record_len},
     decode,
     held::{Held, Holder},
     reads::check,
@@ -33,7 +33,7 @@ use crate::{
     store::{
         Responder, Revision, View,
         range::{Records, Selection, has_custom_order, has_filters, range_of},
-        wire::{put_bytes_head, put_int_field},
+        wire::{bytes_field_len, put_bytes_head, put_int_field},
     },
     upstream::{
         ForwardClass, ForwardedBody, PageSize, RequestBody, Route, Sizing, TooLarge, Upstream, grpc, is_refusal_of_size,
@@ -147,8 +147,8 @@ impl Chunks {
             put_int_field(&mut tail, 4, self.count as i64);
         }
         let length = head.len() + records.len() + tail.len();
-        let mut out = BytesMut::with_capacity(grpc::PREFIX + wrapped_len(length));
-        out.put_slice(&grpc::prefix(wrapped_len(length)));
+        let mut out = BytesMut::with_capacity(grpc::PREFIX + bytes_field_len(length));
+        out.put_slice(&grpc::prefix(bytes_field_len(length)));
         put_bytes_head(&mut out, 1, length);
         [&head, records, &tail].into_iter().for_each(|part| out.put_slice(part));
         out.freeze()

@@ -24,6 +24,7 @@ use crate::{
         WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse, watch_create_request::FilterType,
         watch_request::RequestUnion,
     },
+    server::listener::Counted,
     status::Status,
     store::Revision,
     upstream::{ConnectionNumber, StreamReceiver, StreamSender},
@@ -130,8 +131,7 @@ impl Task {
 
     /// Relays for as long as the client makes room. Gives what it has made none for; none: the relay is over.
     async fn run_with(&mut self, _permit: OwnedSemaphorePermit) -> Option<Report> {
-        self.shared.metrics.relays.inc();
-        let _counted = scopeguard(|metrics| metrics.relays.dec(), self.shared.metrics.clone());
+        let _counted = Counted::new(&self.shared.metrics.relays);
         let mut pause = FIRST_PAUSE;
         loop {
             let before = self.next;
@@ -399,15 +399,4 @@ async fn ask_for_progress(sender: &StreamSender<WatchRequest>) {
     // A stream that has broken shows that at its receiving end; one that is stuck is not to be waited for, since it may be
     // waiting for us.
     let _ = timeout(PATIENCE, sender.send(&WatchRequest { request_union: Some(union) })).await;
-}
-
-/// Runs `leave` on `value` at the end of the scope, however that comes.
-fn scopeguard<T>(leave: fn(&T), value: T) -> impl Drop {
-    struct Guard<T>(fn(&T), T);
-    impl<T> Drop for Guard<T> {
-        fn drop(&mut self) {
-            (self.0)(&self.1);
-        }
-    }
-    Guard(leave, value)
 }
