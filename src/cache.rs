@@ -205,8 +205,9 @@ impl Cache {
     /// Notes that a client is told that `request` was done at `revision`: this is to be found in the history that the
     /// cache goes on with.
     pub fn note_put(&self, request: &PutRequest, revision: Revision) {
-        // Of keys that no prefix has, what watchers were sent is kept: puts would soon take its place.
-        if let Some(prefix) = self.0.prefixes.iter().find(|prefix| prefix.range().contains(&request.key)) {
+        // As with what watchers were sent, the first prefix decides over keys that none has.
+        let covering = self.0.prefixes.iter().find(|prefix| prefix.range().contains(&request.key));
+        if let Some(prefix) = covering.or(self.0.prefixes.first()) {
             prefix.note_put(request, revision);
         }
     }

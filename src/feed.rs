@@ -209,6 +209,7 @@ impl Feed {
     fn note(&mut self, at: EndpointId, end: &End) {
         let (endpoint, revision) = (self.upstream.name(at), self.writer.position().revision.0);
         self.metrics.attempts.inc();
+        self.floor.hold();
         match end {
             End::Again(reason) => info!(endpoint, revision, reason, "feed begins again"),
             End::Barred => self.enter(Phase::Barred),
@@ -314,6 +315,7 @@ impl Feed {
         self.rebuilt = rebuilds;
         self.condemned = false;
         self.note_responder(&header);
+        self.floor.let_go();
         self.end_proof();
         self.follow(&link).await
     }

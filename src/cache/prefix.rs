@@ -110,7 +110,7 @@ impl Prefix {
     /// Notes that a client is told that `request` was done at `revision`.
     pub(super) fn note_put(&self, request: &PutRequest, revision: Revision) {
         // What the view knows already needs no other witness.
-        if self.store.view().revision() < revision {
+        if self.store.view().revision() < revision || !self.range.contains(&request.key) {
             self.floor.note_put(request, revision);
         }
     }

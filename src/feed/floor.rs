@@ -44,12 +44,21 @@ struct Heard {
     revisions: BTreeMap<ConnectionNumber, (Revision, Mark)>,
     /// Of the prefix's keys, and of others.
     newest: [Newest; 2],
+    /// The same when the feed ended. What is noted until it has found its way back may be of another history, and is not to take
+    /// the place of what was known of ours.
+    held: Option<[Newest; 2]>,
 }
 
 impl Heard {
     fn mark(&mut self) -> Mark {
         self.now.0 += 1;
         self.now
+    }
+
+    /// Forgets the events of which `is_over` is true.
+    fn forget(&mut self, is_over: impl Fn(Mark, &Seen) -> bool + Copy) {
+        let held = self.held.iter_mut().flatten();
+        self.newest.iter_mut().chain(held).for_each(|newest| newest.forget(is_over));
     }
 }
 
@@ -116,9 +125,27 @@ impl Floor {
         self.range.contains(&seen.key)
     }
 
-    /// The newest events that clients know of: of the prefix's keys and of others, and the newest puts among them.
+    /// The newest events that clients know of: of the prefix's keys and of others, and the newest puts among them; and those
+    /// that are held.
     pub(super) fn events(&self) -> Vec<Seen> {
-        self.heard.lock().newest.iter().flat_map(Newest::events).cloned().collect()
+        let heard = self.heard.lock();
+        let mut events: Vec<Seen> = heard.newest.iter().flat_map(Newest::events).cloned().collect();
+        let held: Vec<&Seen> = heard.held.iter().flatten().flat_map(Newest::events).collect();
+        events.extend(held.into_iter().filter(|seen| !events.contains(seen)).cloned().collect::<Vec<_>>());
+        events
+    }
+
+    /// The feed has ended: what is known now is held until [`Floor::let_go`].
+    pub(super) fn hold(&self) {
+        let mut heard = self.heard.lock();
+        if heard.held.is_none() {
+            heard.held = Some(heard.newest.clone());
+        }
+    }
+
+    /// The feed follows a history in which everything that clients know has been looked for, or that is another.
+    pub(super) fn let_go(&self) {
+        self.heard.lock().held = None;
     }
 
     /// Now, for [`Floor::sink`].
@@ -132,7 +159,7 @@ impl Floor {
     pub(super) fn sink(&self, begun: Mark, listed: Mark) {
         let mut heard = self.heard.lock();
         heard.revisions.retain(|_, (_, mark)| *mark > listed);
-        heard.newest.iter_mut().for_each(|newest| newest.forget(|mark, _| mark < begun));
+        heard.forget(|mark, _| mark < begun);
         self.lower(&heard);
     }
 
@@ -142,7 +169,7 @@ impl Floor {
         let mut heard = self.heard.lock();
         heard.revisions.retain(|_, (revision, mark)| *mark > asked || *revision <= present);
         let is_over = |mark, seen: &Seen| mark < asked && seen.revision > present;
-        heard.newest.iter_mut().for_each(|newest| newest.forget(is_over));
+        heard.forget(is_over);
         self.lower(&heard);
     }
 
@@ -249,6 +276,23 @@ mod tests {
         floor.note_events(&[event("a", 8, 1), event("b", 9, 1), event("c", 9, 0), event("b", 9, 0)]);
         assert_eq!(floor.events(), [seen("b", 9, 0), seen("a", 8, 1)], "9 has not left what it put");
         floor.note_events(&[]);
+    }
+
+    #[test]
+    fn what_was_known_when_the_feed_ended_is_held_until_it_has_found_its_way_back() {
+        let floor = floor();
+        floor.note_events(&[event("other", 7, 1)]);
+        floor.hold();
+        assert_eq!(floor.events(), [seen("other", 7, 1)]);
+        floor.note_events(&[event("other", 9, 1)]);
+        // It failed to come back, and tries again.
+        floor.hold();
+        assert_eq!(floor.events(), [seen("other", 9, 1), seen("other", 7, 1)]);
+        floor.let_go();
+        assert_eq!(floor.events(), [seen("other", 9, 1)]);
+        floor.hold();
+        sink(&floor);
+        assert_eq!(floor.events(), []);
     }
 
     /// The list of a prefix has nothing of other keys.

@@ -71,7 +71,7 @@ fn fingerprint(value: &[u8]) -> u64 {
 }
 
 /// The newest events that clients know of.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Newest {
     event: Option<(Mark, Seen)>,
     /// The newest one that was a put: deletions look alike.
