@@ -3,7 +3,8 @@
 //! - [`Engine`]: a store opened from a data directory, and its gRPC face.
 //! - [`backend`]: what the engine asks of a database; [`sqlite`] is the one that exists.
 //! - `checkpoint`: keeps SQLite's own log short.
-//! - `state`: what is known of an open store without reading it. `writer`, `transaction`: one thread that commits groups of writes; how each write is evaluated.
+//! - `state`: what is known of an open store without reading it. `writer`, `transaction`: one thread that commits groups of
+//!   writes; how each write is evaluated.
 //! - `range`, `counts`: how reads are evaluated. `history`, `watch`: how events reach watchers.
 //! - `leases`, `compaction`, `quota`, `alarms`, `clock`: what happens by the passing of time.
 //! - `service`: the gRPC services. `version`: what they say of theirs. `snapshot`, `transfer`, `check`: whole stores. `directory`:

@@ -21,7 +21,8 @@ pub struct Report {
     pub size: Size,
 }
 
-/// Reads every page of the store in `dir` and of SQLite's log, and compares the store's index with its own log. Harmless while the store is open.
+/// Reads every page of the store in `dir` and of SQLite's log, and compares the store's index with its own log. Harmless while
+/// the store is open.
 ///
 /// # Errors
 /// When there is no store, or it or SQLite's log is too damaged to be read to its end.
