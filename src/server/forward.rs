@@ -110,6 +110,8 @@ pub async fn forward(
     match within(deadline, relaying).await {
         Ok(forwarded) => {
             let end = stop.map(CancellationToken::cancelled_owned);
+            // The first hold may have been over before etcd answered, and the client is about to know.
+            let hold = hold.map(|_| upstream.suspect_auth());
             answer(forwarded, encoding, observer, hold).map(|body| body.until(end))
         }
         Err(status) => {

@@ -52,6 +52,8 @@ pub async fn call(
         Ok(forwarded) if is_version && forwarded.response.status() == StatusCode::NOT_FOUND => version(upstream),
         Ok(forwarded) => {
             let observer = observer.filter(|_| call == Gateway::Revision);
+            // As for a gRPC call: the first may be over.
+            let hold = hold.map(|_| upstream.suspect_auth());
             answer(forwarded, Encoding::Json, observer, hold)
         }
         Err(_) if is_version => version(upstream),
