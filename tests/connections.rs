@@ -18,10 +18,12 @@ use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt, StreamBody};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use millpond::{
-    proto::etcdserverpb::{Member, MemberListResponse, PutResponse, ResponseHeader, WatchRequest},
+    proto::etcdserverpb::{
+        AuthEnableRequest, AuthEnableResponse, Member, MemberListResponse, PutResponse, ResponseHeader, WatchRequest,
+    },
     server::{body::Body, listener, response},
     status::Status,
-    upstream::{Endpoint, ForwardClass, Incoming, Route, Settings, Upstream, grpc},
+    upstream::{AuthState, Endpoint, ForwardClass, Incoming, Route, Settings, Upstream, grpc},
 };
 use prometheus::Registry;
 use proxy::{
@@ -294,4 +296,38 @@ async fn a_client_that_never_reads_gives_its_permit_back() {
     assert_eq!(put(&client(&proxy)).await, Ok(PutResponse::default()), "the only permit is free again");
     let end = unread.into_body().collect().await.unwrap();
     assert_eq!(end.trailers().and_then(grpc::outcome).unwrap().unwrap_err().code, tonic::Code::Unavailable);
+}
+
+/// By then, what was held when it was asked for may have been let go, and members may have said that authentication is off.
+#[tokio::test]
+async fn authentication_is_not_off_when_an_answer_tells_that_it_is_on_however_late_that_comes() {
+    const LATE: Duration = Duration::from_secs(11);
+    let enabled = Arc::new(AtomicBool::new(false));
+    let upstream = {
+        let enabled = enabled.clone();
+        let handler = Answering(move |request: Request<Incoming>| {
+            let (probe, enabled) = (probe_answer(request.uri().path()), enabled.clone());
+            async move {
+                match probe {
+                    // Nobody hears from a member before the client does.
+                    Some(_) if enabled.load(Ordering::SeqCst) => std::future::pending().await,
+                    Some(response) => response,
+                    None => {
+                        sleep(LATE).await;
+                        enabled.store(true, Ordering::SeqCst);
+                        response::framed(grpc::frame(&AuthEnableResponse::default()))
+                    }
+                }
+            }
+        });
+        serve(Arc::new(handler), listener::Settings::default()).await
+    };
+    let proxy = Proxy::before(&[&upstream.address]).await;
+    proxy.until("off", |health| health.auth == AuthState::Off).await;
+    let enabling = async {
+        let path = "/etcdserverpb.Auth/AuthEnable";
+        client(&proxy).unary::<_, AuthEnableResponse>(AT, path, &AuthEnableRequest {}, PATIENCE).await
+    };
+    assert_eq!(enabling.await, Ok(AuthEnableResponse::default()));
+    assert_eq!(proxy.upstream.auth().now(), AuthState::Changing);
 }
