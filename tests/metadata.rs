@@ -5,12 +5,7 @@ mod support;
 use millpond::proto::etcdserverpb as pb;
 use prost::Message;
 use support::{
-    client::{Client, eventually},
-    etcd::Cluster,
-    millpond::Millpond,
-    operation::range,
-    raw::RawConnection,
-    subject::Twins,
+    client::eventually, etcd::Cluster, millpond::Millpond, operation::range, raw::RawConnection, subject::Twins,
     toolchain::Release,
 };
 use tonic::Code;
@@ -71,7 +66,15 @@ async fn metadata_that_cannot_be_read_is_refused_as_by_etcd() {
 async fn a_read_that_asks_for_a_leader_is_refused_while_there_is_none() {
     let mut cluster = Cluster::builder(Release::newest()).members(3).start().await;
     let mut millpond = Millpond::start(&cluster.endpoints(), &[]).await;
-    Client::new(&millpond.endpoint).put("k", "v").await.unwrap();
+    let client = millpond.client();
+    client.put("k", "v").await.unwrap();
+    // A view without the put would have nothing to serve once nobody can be asked.
+    eventually("an answer from memory", async || {
+        client.get("k").await.ok()?;
+        let answered = millpond.metric("millpond_server_reads_total{answered=\"memory\"").await;
+        (answered > 0.0).then_some(())
+    })
+    .await;
     cluster.kill(0);
     cluster.kill(1);
     let connection = RawConnection::open(&millpond.endpoint, 1 << 20).await;
