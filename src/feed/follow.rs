@@ -12,7 +12,12 @@ use futures_util::FutureExt;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
-    DEADLINE, Demand, End, Feed, Phase, RANGE, decode::Response, floor::Mark, list::examine, serializable_question,
+    DEADLINE, Demand, End, Feed, Phase, RANGE,
+    decode::Response,
+    floor::Mark,
+    index::{Lacking, TRY_INDEX},
+    list::{count, examine},
+    serializable_question,
 };
 use crate::{
     aside,
@@ -66,7 +71,14 @@ struct Shown {
 }
 
 /// A question under way.
-type Asking<'a> = Option<Pin<Box<dyn Future<Output = Result<Shown, End>> + Send + 'a>>>;
+type Asking<'a, T> = Option<Pin<Box<dyn Future<Output = Result<T, End>> + Send + 'a>>>;
+
+/// The questions under way, with the watch open beside them.
+#[derive(Default)]
+struct Questions<'a> {
+    present: Asking<'a, Shown>,
+    count: Asking<'a, u64>,
+}
 
 impl Feed {
     /// Follows the upstream from the writer's position on.
@@ -78,22 +90,20 @@ impl Feed {
         let mut auth = self.upstream.auth().changes();
         let doubts = self.demand.borrow().doubts;
         self.heed(doubts)?;
-        let (mut chase, mut asking): (_, Asking<'_>) = (None, None);
+        let (mut chase, mut questions) = (None, Questions::default());
         let mut housekeeping = Instant::now() + HOUSEKEEPING;
         loop {
             let heard = Heard { messages: self.heard, bytes: stream.receiver.incomplete() };
             chase = self.chase(at, heard, chase)?;
-            if asking.is_none() && self.is_asked_to_confirm() {
-                asking = Some(Box::pin(ask_again(link, self.upstream.newest_connection())));
+            if questions.present.is_none() && self.is_asked_to_confirm() {
+                questions.present = Some(Box::pin(ask_again(link, self.upstream.newest_connection())));
             }
             let wake = chase.map_or(housekeeping, |chase: Chase| chase.ask.min(housekeeping));
             tokio::select! {
                 message = stream.receiver.next() => self.take_batch(&mut stream, message)?,
                 Ok(()) = self.demand.changed() => self.heed(doubts)?,
-                shown = answer(&mut asking) => {
-                    asking = None;
-                    self.take_shown(&shown?);
-                }
+                shown = answer(&mut questions.present) => self.take_shown(&shown?),
+                counted = answer(&mut questions.count) => self.take_count(counted)?,
                 Ok(()) = auth.changed() => {
                     if *auth.borrow_and_update() == AuthState::On {
                         return Err(End::Barred);
@@ -102,11 +112,7 @@ impl Feed {
                 () = sleep_until(wake) => {
                     if Instant::now() >= housekeeping {
                         housekeeping = Instant::now() + HOUSEKEEPING;
-                        self.keep_house(link).await?;
-                        if asking.is_none() && self.floor.revision() > self.writer.position().revision {
-                            let (newest, mark) = (self.upstream.newest_connection(), self.floor.mark());
-                            asking = Some(Box::pin(ask_for_present(link, newest, mark)));
-                        }
+                        self.keep_house(link, &mut questions)?;
                     }
                     if let Some(chase) = &mut chase {
                         self.ask_for_progress(&stream.sender, chase).await?;
@@ -114,6 +120,22 @@ impl Feed {
                 }
             }
         }
+    }
+
+    /// Cuts the history by age, and begins to ask what there is to be asked now and then.
+    fn keep_house<'a>(&mut self, link: &'a Link, questions: &mut Questions<'a>) -> Result<(), End> {
+        self.publish();
+        match self.lacking() {
+            Lacking::Nothing => {}
+            Lacking::Count if questions.count.is_some() => {}
+            Lacking::Count => questions.count = Some(Box::pin(count(link, self.list_request(Revision::ZERO)))),
+            Lacking::List => return Err(TRY_INDEX),
+        }
+        if questions.present.is_none() && self.floor.revision() > self.writer.position().revision {
+            let (newest, mark) = (self.upstream.newest_connection(), self.floor.mark());
+            questions.present = Some(Box::pin(ask_for_present(link, newest, mark)));
+        }
+        Ok(())
     }
 
     /// Asks for whole responses. To cut one, etcd measures all events of a fragment again with each event, which for a
@@ -265,15 +287,6 @@ impl Feed {
             self.floor.trim(mark, present);
         }
     }
-
-    /// Cuts the history by age, and tries again to build an index that was too large.
-    async fn keep_house(&mut self, link: &Link) -> Result<(), End> {
-        self.publish();
-        if self.wants_index(link).await? {
-            return Err(End::Again("trying whether the keyspace fits the cache limit again"));
-        }
-        Ok(())
-    }
 }
 
 /// Asks something over the feed's own connection, when the connection `newest` has been opened. The answer shows that both
@@ -289,9 +302,10 @@ async fn ask_for_present(link: &Link, confirmed: ConnectionNumber, mark: Mark) -
     Ok(Shown { confirmed, present: Some((mark, Revision(header.revision))) })
 }
 
-async fn answer(asking: &mut Asking<'_>) -> Result<Shown, End> {
-    match asking {
-        Some(question) => question.await,
-        None => pending().await,
-    }
+/// The answer to a question, which is no longer under way then.
+async fn answer<T>(asking: &mut Asking<'_, T>) -> Result<T, End> {
+    let Some(question) = asking else { return pending().await };
+    let answer = question.await;
+    *asking = None;
+    answer
 }

@@ -12,21 +12,44 @@ use crate::{aside, store::Tree, upstream::Link};
 const FIRST_WAIT: Duration = Duration::from_secs(60);
 const LONGEST_WAIT: Duration = Duration::from_secs(1800);
 
+/// Ends an attempt, so that the next lists.
+pub(super) const TRY_INDEX: End = End::Again("trying whether the keyspace fits the cache limit again");
+
+/// What is lacking of an index that was too large.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lacking {
+    /// Nothing, or it is too early.
+    Nothing,
+    /// The number of keys.
+    Count,
+    /// Everything.
+    List,
+}
+
 impl Feed {
     /// How many records an index for that of the current view comes and goes with.
     pub(super) fn exchanged(&self, tree: Option<&Tree>) -> u64 {
         tree.map_or(0, Tree::len) + self.writer.store().view().tree.as_ref().map_or(0, Tree::len)
     }
 
-    /// Whether an index that was too large is to be tried again now. Watchers wait while a list is made, so that is not done in
-    /// vain: there have to be fewer keys than were too many. Values may have shrunk as well, so after the longest wait nobody asks.
-    pub(super) async fn wants_index(&mut self, link: &Link) -> Result<bool, End> {
-        let Some((_, wait)) = self.retry_index.filter(|(when, _)| Instant::now() >= *when) else { return Ok(false) };
-        let is_hopeless = wait < LONGEST_WAIT && self.count(link).await? >= self.too_many;
-        if is_hopeless {
-            self.note_size(None);
+    /// What an index that was too large waits for. Watchers wait while a list is made, so that is not done in vain: there have to be
+    /// fewer keys than were too many. Values may have shrunk as well, so after the longest wait nobody asks.
+    pub(super) fn lacking(&self) -> Lacking {
+        match self.retry_index {
+            Some((when, _)) if Instant::now() < when => Lacking::Nothing,
+            Some((_, wait)) if wait < LONGEST_WAIT => Lacking::Count,
+            Some(_) => Lacking::List,
+            None => Lacking::Nothing,
         }
-        Ok(!is_hopeless)
+    }
+
+    /// Takes the number of keys, which a server that has much to do may fail to tell.
+    pub(super) fn take_count(&mut self, counted: Result<u64, End>) -> Result<(), End> {
+        if counted.is_ok_and(|keys| keys < self.too_many) {
+            return Err(TRY_INDEX);
+        }
+        self.note_size(None);
+        Ok(())
     }
 
     /// Tries again to build an index that was too large, for the revision at which the history stands.

@@ -67,7 +67,7 @@ impl Feed {
         Ok(listed)
     }
 
-    fn list_request(&self, revision: Revision) -> RangeRequest {
+    pub(super) fn list_request(&self, revision: Revision) -> RangeRequest {
         let range = &self.settings.range;
         let (key, range_end) = (range.request_key(), range.request_end());
         RangeRequest { key, range_end, revision: revision.0, ..Default::default() }
@@ -129,13 +129,6 @@ impl Feed {
         Ok(Listed { revision, tree: Some(filling.tree) })
     }
 
-    /// How many keys there are.
-    pub(super) async fn count(&self, link: &Link) -> Result<u64, End> {
-        let request = RangeRequest { count_only: true, ..self.list_request(Revision::ZERO) };
-        let message = link.unary_raw(RANGE, &request, PAGE_DEADLINE).await?;
-        Ok(Page::decode(&message)?.count)
-    }
-
     /// One page; none when it is too large, and a smaller one is to be asked for.
     async fn ask_for_page(&mut self, link: &Link, request: &RangeRequest) -> Result<Option<Bytes>, End> {
         let can_shrink = request.limit > 1;
@@ -161,6 +154,13 @@ impl Feed {
         let header = examine(link).await?;
         Ok(Listed { revision: Revision(header.revision), tree: None })
     }
+}
+
+/// How many keys a list by `request` would have.
+pub(super) async fn count(link: &Link, request: RangeRequest) -> Result<u64, End> {
+    let request = RangeRequest { count_only: true, ..request };
+    let message = link.unary_raw(RANGE, &request, PAGE_DEADLINE).await?;
+    Ok(Page::decode(&message)?.count)
 }
 
 /// Asks, through consensus, who answers and how far the cluster has got. A question that a change of the leader has overtaken is

@@ -423,3 +423,24 @@ fn a_keyspace_over_the_limit_is_tried_again_in_its_own_history() {
         settle(&world);
     });
 }
+
+/// The number of keys is asked before that. Until the answer came, for a minute where none did, watchers stood still.
+#[test]
+fn events_come_while_the_keys_are_counted() {
+    simulated(async {
+        let world = with_room(200);
+        let revision = || world.0.cache.prefixes()[0].store().view().revision();
+        put(&world, &["a/1", "a/2", "a/3", "a/4", "a/5"]).await;
+        sleep(Duration::from_secs(10)).await;
+        assert_eq!(revision(), Revision(6));
+        world.0.cluster.look().counts_hang = true;
+        for expected in 7..200 {
+            sleep(Duration::from_secs(1)).await;
+            put(&world, &["a/1"]).await;
+            sleep(Duration::from_secs(1)).await;
+            assert_eq!(revision(), Revision(expected));
+        }
+        assert_eq!(world.0.cluster.look().lists, 1, "nobody could tell whether there are fewer keys");
+        settle(&world);
+    });
+}

@@ -76,6 +76,8 @@ pub struct Inner {
     marked: i64,
     /// How many lists have been asked for.
     pub lists: usize,
+    /// A count of a range gets no answer.
+    pub counts_hang: bool,
 }
 
 impl Inner {
@@ -171,6 +173,7 @@ impl Cluster {
             compactions: vec![0],
             marked: 0,
             lists: 0,
+            counts_hang: false,
         };
         let cluster = Self(Arc::new(Shared { inner: Mutex::new(inner), changed: Notify::new() }));
         for at in 0..members {
