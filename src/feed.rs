@@ -119,7 +119,7 @@ pub struct Feed {
     /// Of lists; it outlives an attempt, so that one that fails because of a page helps the next.
     page_size: PageSize,
     /// How many messages with events have come.
-    heard: u64,
+    arrived: u64,
     /// How many demands to rebuild have been met.
     rebuilt: u64,
     /// The state may not be served, whether the upstream is there or not: it is known to be of another history, or was cached
@@ -167,7 +167,7 @@ impl Feed {
             retry_index: None,
             too_many: 0,
             page_size: PageSize::new(PAGES),
-            heard: 0,
+            arrived: 0,
             rebuilt: 0,
             condemned: false,
         };

@@ -31,15 +31,15 @@ pub(super) struct Mark(u64);
 pub struct Floor {
     /// The keys of the prefix. It also decides over the watchers of keys that no prefix has.
     range: KeyRange,
-    /// The highest of `heard`. Changed under its lock.
+    /// The highest of `notes`. Changed under their lock.
     revision: AtomicI64,
-    heard: Mutex<Heard>,
+    notes: Mutex<Notes>,
 }
 
 #[derive(Debug, Default)]
-struct Heard {
+struct Notes {
     now: Mark,
-    /// The highest revision over each connection, and when something was heard over it last. A connection leads to one
+    /// The highest revision over each connection, and when something was noted over it last. A connection leads to one
     /// server for as long as it lives, and so to one history.
     revisions: BTreeMap<ConnectionNumber, (Revision, Mark)>,
     /// Of the prefix's keys, and of others.
@@ -49,7 +49,7 @@ struct Heard {
     held: Option<[Newest; 2]>,
 }
 
-impl Heard {
+impl Notes {
     fn mark(&mut self) -> Mark {
         self.now.0 += 1;
         self.now
@@ -65,7 +65,7 @@ impl Heard {
 impl Floor {
     /// The floor of the prefix with the keys of `range`.
     pub fn new(range: KeyRange) -> Self {
-        Self { range, revision: AtomicI64::new(0), heard: Mutex::default() }
+        Self { range, revision: AtomicI64::new(0), notes: Mutex::default() }
     }
 
     /// The highest revision that a client was told.
@@ -75,13 +75,13 @@ impl Floor {
 
     /// Notes what a client is told over `connection`.
     pub fn raise(&self, revision: Revision, connection: ConnectionNumber) {
-        let mut heard = self.heard.lock();
-        let mark = heard.mark();
-        let highest = heard.revisions.entry(connection).or_default();
+        let mut notes = self.notes.lock();
+        let mark = notes.mark();
+        let highest = notes.revisions.entry(connection).or_default();
         *highest = (revision.max(highest.0), mark);
-        if heard.revisions.len() > REMEMBERED
-            && let Some((_, oldest)) = heard.revisions.pop_first()
-            && let Some(mut next) = heard.revisions.first_entry()
+        if notes.revisions.len() > REMEMBERED
+            && let Some((_, oldest)) = notes.revisions.pop_first()
+            && let Some(mut next) = notes.revisions.first_entry()
         {
             // Counted with a newer connection, it may survive its history: the floor is too high then, never too low.
             let both = (oldest.0.max(next.get().0), oldest.1.max(next.get().1));
@@ -111,13 +111,13 @@ impl Floor {
     /// Of an event that many watchers are sent, `what` it was is looked at once.
     fn note(&self, key: &[u8], revision: Revision, is_put: bool, what: impl FnOnce() -> What) {
         let of = usize::from(!self.range.contains(key));
-        if !self.heard.lock().newest[of].is_news(revision, is_put) {
+        if !self.notes.lock().newest[of].is_news(revision, is_put) {
             return;
         }
         let seen = Seen { key: Bytes::copy_from_slice(key), revision, what: what() };
-        let mut heard = self.heard.lock();
-        let mark = heard.mark();
-        heard.newest[of].note(mark, &seen);
+        let mut notes = self.notes.lock();
+        let mark = notes.mark();
+        notes.newest[of].note(mark, &seen);
     }
 
     /// Whether the event is of one of the prefix's keys.
@@ -128,53 +128,53 @@ impl Floor {
     /// The newest events that clients know of: of the prefix's keys and of others, and the newest puts among them; and those
     /// that are held.
     pub(super) fn events(&self) -> Vec<Seen> {
-        let heard = self.heard.lock();
-        let mut events: Vec<Seen> = heard.newest.iter().flat_map(Newest::events).cloned().collect();
-        let held: Vec<&Seen> = heard.held.iter().flatten().flat_map(Newest::events).collect();
+        let notes = self.notes.lock();
+        let mut events: Vec<Seen> = notes.newest.iter().flat_map(Newest::events).cloned().collect();
+        let held: Vec<&Seen> = notes.held.iter().flatten().flat_map(Newest::events).collect();
         events.extend(held.into_iter().filter(|seen| !events.contains(seen)).cloned().collect::<Vec<_>>());
         events
     }
 
     /// The feed has ended: what is known now is held until [`Floor::let_go`].
     pub(super) fn hold(&self) {
-        let mut heard = self.heard.lock();
-        if heard.held.is_none() {
-            heard.held = Some(heard.newest.clone());
+        let mut notes = self.notes.lock();
+        if notes.held.is_none() {
+            notes.held = Some(notes.newest.clone());
         }
     }
 
     /// The feed follows a history in which everything that clients know has been looked for, or that is another.
     pub(super) fn let_go(&self) {
-        self.heard.lock().held = None;
+        self.notes.lock().held = None;
     }
 
     /// Now, for [`Floor::sink`].
     pub(super) fn mark(&self) -> Mark {
-        self.heard.lock().mark()
+        self.notes.lock().mark()
     }
 
     /// The history is another, and was listed since `listed`. Connections that have been silent since then led to the old
     /// one, or told nothing that the list does not have. Of events the list has only those of the prefix's keys, so what was
     /// noted since `begun`, when the new history was already being looked at, is kept.
     pub(super) fn sink(&self, begun: Mark, listed: Mark) {
-        let mut heard = self.heard.lock();
-        heard.revisions.retain(|_, (_, mark)| *mark > listed);
-        heard.forget(|mark, _| mark < begun);
-        self.lower(&heard);
+        let mut notes = self.notes.lock();
+        notes.revisions.retain(|_, (_, mark)| *mark > listed);
+        notes.forget(|mark, _| mark < begun);
+        self.lower(&notes);
     }
 
     /// The cluster was asked after `asked`, and is at `present`: what had been noted of anything newer was late word of a
     /// history that has ended.
     pub(super) fn trim(&self, asked: Mark, present: Revision) {
-        let mut heard = self.heard.lock();
-        heard.revisions.retain(|_, (revision, mark)| *mark > asked || *revision <= present);
+        let mut notes = self.notes.lock();
+        notes.revisions.retain(|_, (revision, mark)| *mark > asked || *revision <= present);
         let is_over = |mark, seen: &Seen| mark < asked && seen.revision > present;
-        heard.forget(is_over);
-        self.lower(&heard);
+        notes.forget(is_over);
+        self.lower(&notes);
     }
 
-    fn lower(&self, heard: &Heard) {
-        let highest = heard.revisions.values().map(|(revision, _)| *revision).max().unwrap_or_default();
+    fn lower(&self, notes: &Notes) {
+        let highest = notes.revisions.values().map(|(revision, _)| *revision).max().unwrap_or_default();
         self.revision.store(highest.0, Ordering::Release);
     }
 }
@@ -196,8 +196,8 @@ mod tests {
         Floor::new(KeyRange::prefix(Bytes::from_static(b"k")))
     }
 
-    fn raise(floor: &Floor, heard: &[(i64, u64)]) {
-        heard.iter().for_each(|(revision, connection)| floor.raise(Revision(*revision), ConnectionNumber(*connection)));
+    fn raise(floor: &Floor, told: &[(i64, u64)]) {
+        told.iter().for_each(|(revision, connection)| floor.raise(Revision(*revision), ConnectionNumber(*connection)));
     }
 
     /// The history has ended, just now.
@@ -244,9 +244,9 @@ mod tests {
     fn of_many_connections_the_oldest_are_taken_together() {
         let floor = floor();
         let listed = floor.mark();
-        let heard: Vec<_> = (0..10 * REMEMBERED as u64).map(|number| (5000 - number as i64, number)).collect();
-        raise(&floor, &heard);
-        assert_eq!(floor.heard.lock().revisions.len(), REMEMBERED);
+        let told: Vec<_> = (0..10 * REMEMBERED as u64).map(|number| (5000 - number as i64, number)).collect();
+        raise(&floor, &told);
+        assert_eq!(floor.notes.lock().revisions.len(), REMEMBERED);
         floor.sink(listed, listed);
         assert_eq!(floor.revision(), Revision(5000));
     }

@@ -48,14 +48,14 @@ struct Stream {
 #[derive(Clone, Copy, Debug)]
 struct Chase {
     since: Instant,
-    heard: Heard,
+    arrived: Arrived,
     ask: Instant,
     pause: Duration,
 }
 
 /// What has come of the events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Heard {
+struct Arrived {
     /// Messages that had any.
     messages: u64,
     /// Bytes of the message that is on its way. One that deletes a large range has many.
@@ -93,8 +93,8 @@ impl Feed {
         let (mut chase, mut questions) = (None, Questions::default());
         let mut housekeeping = Instant::now() + HOUSEKEEPING;
         loop {
-            let heard = Heard { messages: self.heard, bytes: stream.receiver.incomplete() };
-            chase = self.chase(at, heard, chase)?;
+            let arrived = Arrived { messages: self.arrived, bytes: stream.receiver.incomplete() };
+            chase = self.chase(at, arrived, chase)?;
             if questions.present.is_none() && self.is_asked_to_confirm() {
                 questions.present = Some(Box::pin(ask_again(link, self.upstream.newest_connection())));
             }
@@ -191,7 +191,7 @@ impl Feed {
             }
             return Ok(());
         }
-        self.heard += 1;
+        self.arrived += 1;
         self.metrics.events.inc_by(response.changes.len() as u64);
         let now = self.started.elapsed().as_millis() as u64;
         self.apply(response.changes, now);
@@ -239,7 +239,7 @@ impl Feed {
     }
 
     /// Whether somebody waits for a revision that the view has not reached, and for how long it may stay so.
-    fn chase(&self, endpoint: EndpointId, heard: Heard, chase: Option<Chase>) -> Result<Option<Chase>, End> {
+    fn chase(&self, endpoint: EndpointId, arrived: Arrived, chase: Option<Chase>) -> Result<Option<Chase>, End> {
         let (Position { epoch, revision: goal }, at) = (self.demand.borrow().goal, self.writer.position());
         if epoch != at.epoch || goal <= at.revision {
             return Ok(None);
@@ -247,11 +247,11 @@ impl Feed {
         let now = Instant::now();
         let patience =
             if self.settings.range == KeyRange::everything() { PATIENCE_WITH_EVENTS } else { Duration::ZERO };
-        let fresh = Chase { since: now, heard, ask: now + patience, pause: Duration::from_millis(1) };
+        let fresh = Chase { since: now, arrived, ask: now + patience, pause: Duration::from_millis(1) };
         let mut chase = chase.unwrap_or(fresh);
-        if chase.heard != heard {
+        if chase.arrived != arrived {
             // It catches up, however slowly. Answers about progress are no such sign: a member that is cut off gives them.
-            (chase.since, chase.heard) = (now, heard);
+            (chase.since, chase.arrived) = (now, arrived);
         }
         if now.duration_since(chase.since) > self.stall_limit(endpoint) {
             return Err(End::Stalled { at: at.revision, goal });

@@ -8,7 +8,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 
 use super::{
     held::{Holder, Rest},
-    pieces::{Manner, Pieces, Section},
+    pieces::{Form, Pieces, Section},
 };
 use crate::{
     aside,
@@ -149,7 +149,7 @@ fn without_values(
         out.put_slice(&tail);
         return Ok(response::framed(out.freeze()));
     }
-    let section = Section { head: out.freeze(), rest, length: left, manner: Manner::Copied(values), tail: tail.into() };
+    let section = Section { head: out.freeze(), rest, length: left, form: Form::Copied(values), tail: tail.into() };
     Ok(response::pieces(Pieces::new(holder, [section])))
 }
 
@@ -174,9 +174,9 @@ pub(super) fn nested_range(view: &View, selection: Selection, values: Values) ->
     let sums = (values == Values::Sent).then(|| selection.records.sums());
     let keys = selection.records.len();
     let rest = Rest::from(selection.records);
-    let (length, manner) = match sums {
-        Some(sums) => (sums.wire, manner(sums)),
-        None => (length_of(&rest, keys, values), Manner::Copied(values)),
+    let (length, form) = match sums {
+        Some(sums) => (sums.wire, form_of(sums)),
+        None => (length_of(&rest, keys, values), Form::Copied(values)),
     };
     let header = int_field_len(view.revision().0);
     let answer = bytes_field_len(header) + length as usize + tail.len();
@@ -185,7 +185,7 @@ pub(super) fn nested_range(view: &View, selection: Selection, values: Values) ->
     put_bytes_head(&mut head, RESPONSE_RANGE, answer);
     put_bytes_head(&mut head, HEADER, header);
     put_int_field(&mut head, REVISION, view.revision().0);
-    Section { head: head.freeze(), rest, length, manner, tail: tail.into() }
+    Section { head: head.freeze(), rest, length, form, tail: tail.into() }
 }
 
 /// An answer of `sections`, which are `length` bytes.
@@ -206,8 +206,8 @@ fn is_referred(sums: Sums) -> bool {
     sums.wire > SHORT && sums.wire >= sums.keys * LARGE
 }
 
-fn manner(sums: Sums) -> Manner {
-    if is_referred(sums) { Manner::Referred } else { Manner::Copied(Values::Sent) }
+fn form_of(sums: Sums) -> Form {
+    if is_referred(sums) { Form::Referred } else { Form::Copied(Values::Sent) }
 }
 
 fn large(
@@ -226,7 +226,7 @@ fn large(
     head.put_slice(&header);
     let (head, mut rest) = (head.freeze(), Rest::from(records));
     if sums.wire > EAGER {
-        let section = Section { head, rest, length: sums.wire, manner: manner(sums), tail };
+        let section = Section { head, rest, length: sums.wire, form: form_of(sums), tail };
         return Ok(response::pieces(Pieces::new(holder, [section])));
     }
     let mut list = List::default();

@@ -27,14 +27,14 @@ pub(super) struct Section {
     /// How many bytes they take.
     pub length: u64,
     /// How they are handed over.
-    pub manner: Manner,
+    pub form: Form,
     /// What stands behind them.
     pub tail: Bytes,
 }
 
 /// How records are handed over.
 #[derive(Clone, Copy)]
-pub(super) enum Manner {
+pub(super) enum Form {
     /// As they lie.
     Referred,
     /// Copied together.
@@ -43,8 +43,8 @@ pub(super) enum Manner {
 
 impl From<Bytes> for Section {
     fn from(head: Bytes) -> Self {
-        let (rest, manner) = (Rest::List(Vec::new().into_iter()), Manner::Referred);
-        Self { head, rest, length: 0, manner, tail: Bytes::new() }
+        let (rest, form) = (Rest::List(Vec::new().into_iter()), Form::Referred);
+        Self { head, rest, length: 0, form, tail: Bytes::new() }
     }
 }
 
@@ -56,9 +56,9 @@ impl Section {
 
     /// Appends all of it.
     pub fn copy_to(self, out: &mut BytesMut) {
-        let values = match self.manner {
-            Manner::Referred => Values::Sent,
-            Manner::Copied(values) => values,
+        let values = match self.form {
+            Form::Referred => Values::Sent,
+            Form::Copied(values) => values,
         };
         out.put_slice(&self.head);
         self.rest.for_each(|record| put_record(out, record, values));
@@ -76,7 +76,7 @@ pub(super) struct Pieces {
 
 struct Around {
     head: Bytes,
-    manner: Manner,
+    form: Form,
     tail: Bytes,
 }
 
@@ -84,8 +84,8 @@ impl Pieces {
     /// Puts the records into the care of `holder`.
     pub fn new(holder: &Holder, sections: impl IntoIterator<Item = Section>) -> Self {
         let parts = |section: Section| {
-            let Section { head, rest, manner, tail, .. } = section;
-            (Around { head, manner, tail }, rest)
+            let Section { head, rest, form, tail, .. } = section;
+            (Around { head, form, tail }, rest)
         };
         let (around, rests): (VecDeque<_>, VecDeque<_>) = sections.into_iter().map(parts).unzip();
         Self { around, held: Some(holder.hold(rests)) }
@@ -97,9 +97,9 @@ impl Pieces {
             && piece.len() < PIECE
         {
             piece.push_bytes(take(&mut around.head));
-            let last = match around.manner {
-                Manner::Referred => held.refer(piece, LONG_PIECE)?,
-                Manner::Copied(values) => copy(held, values, piece)?,
+            let last = match around.form {
+                Form::Referred => held.refer(piece, LONG_PIECE)?,
+                Form::Copied(values) => copy(held, values, piece)?,
             };
             if !last {
                 return Ok(());
