@@ -132,7 +132,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 /// For one question to an endpoint.
 const DEADLINE: Duration = Duration::from_secs(5);
-const RANGE: &str = "/etcdserverpb.KV/Range";
 
 impl Feed {
     /// A feed that fills `writer`'s store. `floor` has what clients are told by others. [`Feed::run`] is to be spawned.

@@ -2,8 +2,9 @@
 //!
 //! One upstream watch fills an in-memory copy of an etcd keyspace; any number of clients list, read and watch from it.
 //!
-//! - [`proto`]: the etcd v3 messages.
+//! - [`proto`]: the etcd v3 messages, and the paths of methods.
 //! - [`status`]: outcomes in etcd's words.
+//! - [`grpc`]: gRPC over HTTP/2 as far as a proxy needs it.
 //! - [`store`]: records, the counted copy-on-write index, the history window, views.
 //! - [`upstream`]: talking to etcd.
 //! - [`feed`]: list, watch, resume, resync; the only writer of a store.
@@ -22,6 +23,7 @@ pub mod cli;
 pub mod config;
 pub mod fanout;
 pub mod feed;
+pub mod grpc;
 pub mod proto;
 pub mod server;
 pub mod signal;

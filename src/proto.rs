@@ -1,6 +1,9 @@
-//! The etcd v3 messages and service stubs, generated at build time from `proto/`. Bytes fields are reference-counted.
+//! The etcd v3 messages and service stubs, generated at build time from `proto/`, and the paths of methods. Bytes fields
+//! are reference-counted.
 
 #![allow(missing_docs, clippy::all)]
+
+pub mod paths;
 
 /// Keys, values and events.
 pub mod mvccpb {

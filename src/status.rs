@@ -70,8 +70,12 @@ macro_rules! statuses {
 }
 
 impl Status {
-    /// No member can be reached. By this text etcd's client knows that not even a write was sent, and tries again; a Watch stream that
-    /// ends so it opens again, there or elsewhere, and its user does not notice.
+    /// The time that a client gives its call is over, as gRPC says it.
+    pub const DEADLINE: Self = Self::fixed(Code::DeadlineExceeded, "context deadline exceeded");
+    /// The client has given its call up, as gRPC says it.
+    pub const CANCELLED: Self = Self::fixed(Code::Cancelled, "context canceled");
+    /// No member can be reached. By this text etcd's client knows that not even a write was sent, and tries again; a
+    /// Watch stream that ends so it opens again, there or elsewhere, and its user does not notice.
     pub const NO_CONNECTION: Self = Self::fixed(Code::Unavailable, "there is no connection available");
 }
 

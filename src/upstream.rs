@@ -5,8 +5,9 @@
 //! - `connection`, `pool`: HTTP connections, by class of traffic; `pings`: how often their servers are pinged; `sender`: a
 //!   connection, or a server in this process;
 //! - `health`, `roster`, `probe`, `version`: which endpoints may be used, which cluster they are, whether authentication is on;
-//! - `call`, `grpc`, `body`: our own calls; `pages`: how much of a list to ask for at a time;
-//! - `forward`, `limits`: clients' calls, moved as they are; `incoming`: what clients send with them.
+//! - `call`: our own calls; `pages`: how much of a list to ask for at a time;
+//! - `forward`, `limits`: clients' calls, moved as they are;
+//! - `body`: what the requests of both carry.
 //!
 //! A call that may have been applied is never repeated here. A forwarded call moves to another endpoint only while nothing
 //! of it was handed to a live connection.
@@ -23,9 +24,7 @@ mod call;
 mod connection;
 mod endpoint;
 mod forward;
-pub mod grpc;
 mod health;
-mod incoming;
 mod limits;
 mod metrics;
 mod pages;
@@ -38,12 +37,11 @@ mod shared;
 mod version;
 
 pub use self::{
-    body::{BodyError, RequestBody},
+    body::RequestBody,
     call::{StreamReceiver, StreamSender},
     endpoint::{Dial, DialFuture, Endpoint, EndpointId, Io, Serve, ServeFuture},
     forward::{Forwarded, ForwardedBody, Route},
     health::{AuthState, EndpointHealth, Health, Report, Standing},
-    incoming::Incoming,
     limits::ForwardClass,
     pages::{PageSize, Sizing, TooLarge, is_refusal_of_size},
     pool::ConnectionNumber,
@@ -56,7 +54,7 @@ use self::{
     shared::{Shared, decode},
 };
 pub(crate) use self::{forward::ABSENCE, probe::refuses_strangers};
-use crate::{signal::Told, status::Status, vital::Vital};
+use crate::{grpc, signal::Told, status::Status, vital::Vital};
 
 /// Why an upstream cannot be set up.
 #[derive(Debug, thiserror::Error)]

@@ -18,12 +18,13 @@ use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt, StreamBody};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use millpond::{
+    grpc::{self, Incoming},
     proto::etcdserverpb::{
         AuthEnableRequest, AuthEnableResponse, Member, MemberListResponse, PutResponse, ResponseHeader, WatchRequest,
     },
     server::{body::Body, listener, response},
     status::Status,
-    upstream::{AuthState, Endpoint, ForwardClass, Incoming, Route, Settings, Upstream, grpc},
+    upstream::{AuthState, Endpoint, ForwardClass, Route, Settings, Upstream},
 };
 use prometheus::Registry;
 use proxy::{

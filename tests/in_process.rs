@@ -12,6 +12,7 @@ use std::{
 
 use http::Request;
 use millpond::{
+    grpc,
     proto::{
         etcdserverpb::{
             PutRequest, PutResponse, RangeRequest, RangeResponse, WatchCreateRequest, WatchRequest, WatchResponse,
@@ -22,7 +23,7 @@ use millpond::{
     sql::{Engine, Options},
     upstream::{
         Dial, DialFuture, Endpoint, EndpointId, ForwardClass, RequestBody, Route, Serve, ServeFuture, Settings,
-        Upstream, grpc,
+        Upstream,
     },
 };
 use prometheus::Registry;

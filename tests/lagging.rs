@@ -14,13 +14,14 @@ use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use millpond::{
     cache::{self, Cache},
+    grpc::{self, BodyError, Deframer, Incoming},
     proto::etcdserverpb::{
         RangeRequest, RangeResponse, RequestOp, ResponseHeader, TxnRequest, TxnResponse, WatchCreateRequest,
         WatchProgressRequest, WatchRequest, WatchResponse, request_op::Request as Operation,
         watch_request::RequestUnion,
     },
     server::{
-        body::{Body, BodyError},
+        body::Body,
         kv::{self, Kv},
         leader::Leader,
         listener::{self, BoxedRequest, Connection, Handler},
@@ -29,10 +30,7 @@ use millpond::{
     },
     status::Status,
     store::{KeyRange, Limits},
-    upstream::{
-        Incoming, Settings, StreamReceiver, Upstream,
-        grpc::{self, Deframer},
-    },
+    upstream::{Settings, StreamReceiver, Upstream},
 };
 use prometheus::Registry;
 use prost::Message;

@@ -14,6 +14,7 @@ use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use millpond::{
     cache::{self, Cache},
+    grpc::{self, BodyError, Incoming},
     proto::{
         etcdserverpb::{
             RangeRequest, RangeResponse, RangeStreamResponse, ResponseHeader, StatusResponse, WatchResponse,
@@ -21,7 +22,7 @@ use millpond::{
         mvccpb::KeyValue,
     },
     server::{
-        body::{Body, BodyError},
+        body::Body,
         kv::{self, Kv},
         leader::Leader,
         listener::{self, BoxedRequest, Connection, Handler},
@@ -29,7 +30,7 @@ use millpond::{
     },
     status::Status,
     store::{KeyRange, Limits},
-    upstream::{Incoming, Settings, Upstream, grpc},
+    upstream::{Settings, Upstream},
 };
 use prometheus::Registry;
 use prost::Message;

@@ -18,13 +18,10 @@ use http::{HeaderMap, Request};
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use millpond::{
+    grpc::{self, BodyError, Incoming, success_trailers},
     proto::etcdserverpb::{PutResponse, WatchRequest},
-    server::{
-        body::{Body, BodyError, success_trailers},
-        data::Data,
-        response,
-    },
-    upstream::{ForwardClass, Incoming, Route, Settings, Upstream, grpc},
+    server::{body::Body, data::Data, response},
+    upstream::{ForwardClass, Route, Settings, Upstream},
 };
 use prometheus::Registry;
 use proxy::{

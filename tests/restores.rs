@@ -10,11 +10,11 @@ use std::{
 
 use bytes::Bytes;
 use millpond::{
+    grpc::Deframer,
     proto::{
         etcdserverpb::{self as pb, RangeRequest},
         mvccpb::Event,
     },
-    upstream::grpc::Deframer,
 };
 use prost::Message;
 use support::{

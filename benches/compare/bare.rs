@@ -17,11 +17,12 @@ use http_body_util::{BodyExt, StreamBody, combinators::BoxBody};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use millpond::{
-    cli::bench::{messages::framed, writer::PUT},
     config::Config,
+    grpc,
     proto::{
         etcdserverpb::{PutRequest, PutResponse, WatchResponse},
         mvccpb::{Event, KeyValue},
+        paths,
     },
     socket::Gather,
 };
@@ -33,8 +34,6 @@ use tokio::{
 use tokio_stream::{StreamExt, iter, wrappers::BroadcastStream};
 
 use super::Outcome;
-
-const WATCH: &str = "/etcdserverpb.Watch/Watch";
 
 /// Windows as large as Millpond's clients could ask for, so that flow control costs nothing.
 const WINDOW: u32 = 8 << 20;
@@ -82,18 +81,18 @@ async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<BoxBody<Bytes, Infallible>>, Infallible> {
     let path = request.uri().path();
-    let body = if path == WATCH {
+    let body = if path == paths::WATCH {
         watch(bare.events.subscribe(), request.into_body()).boxed()
-    } else if path == PUT {
+    } else if path == paths::PUT {
         let put = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
         let _ = bare.events.send(event(&put));
-        Answer::new(framed(&PutResponse::default())).boxed()
+        Answer::new(grpc::frame(&PutResponse::default())).boxed()
     } else {
         let _ = request.into_body().collect().await;
         Answer::new(bare.answer.clone()).boxed()
     };
     let mut response = Response::new(body);
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(grpc::MEDIA_TYPE));
     Ok(response)
 }
 
@@ -102,12 +101,12 @@ fn event(put: &[u8]) -> Bytes {
     let put = put.get(5..).and_then(|message| PutRequest::decode(message).ok()).unwrap_or_default();
     let kv = KeyValue { key: put.key, value: put.value, version: 1, ..Default::default() };
     let event = Event { kv: Some(kv), ..Default::default() };
-    framed(&WatchResponse { events: vec![event], ..Default::default() })
+    grpc::frame(&WatchResponse { events: vec![event], ..Default::default() })
 }
 
 /// One watcher was created; then whatever is put. The request stays open for as long as the answer does.
 fn watch(events: Receiver<Bytes>, request: Incoming) -> impl Body<Data = Bytes, Error = Infallible> {
-    let created = framed(&WatchResponse { created: true, ..Default::default() });
+    let created = grpc::frame(&WatchResponse { created: true, ..Default::default() });
     let events = BroadcastStream::new(events).filter_map(Result::ok);
     StreamBody::new(iter([created]).chain(events).map(move |bytes| {
         let _held = &request;

@@ -5,17 +5,19 @@ use std::time::Duration;
 use bytes::Bytes;
 use millpond::{
     cli::bench::{
-        RANGE,
         drive::{Conduct, Load, drive},
         fill::Filler,
         loads::{CallLoad, Delivery, WatchLoad},
-        messages::framed,
         report::{Deliveries, Report},
         requests::{Keys, Ready, Source},
         watchers::Fleet,
         wire::Manners,
     },
-    proto::etcdserverpb::{RangeRequest, kv_client::KvClient},
+    grpc,
+    proto::{
+        etcdserverpb::{RangeRequest, kv_client::KvClient},
+        paths,
+    },
 };
 use tokio::runtime::Runtime;
 
@@ -97,7 +99,7 @@ impl World {
         let answer = self.runtime.block_on(async {
             let client = KvClient::connect(format!("http://{}", self.etcd.endpoint)).await?;
             let answer = client.max_decoding_message_size(usize::MAX).range(request.clone()).await?;
-            Outcome::Ok(framed(answer.get_ref()))
+            Outcome::Ok(grpc::frame(answer.get_ref()))
         })?;
         Server::bare(&answer)
     }
@@ -139,7 +141,7 @@ fn warm_millpond(upstream: &str) -> Option<Server> {
 
 /// Runs ranges in a closed loop.
 pub fn ranges(server: &Server, requests: &[RangeRequest], loading: Loading) -> Outcome<Report> {
-    calls(server, RANGE, &|_| Box::new(Ready::new(requests)), loading)
+    calls(server, paths::RANGE, &|_| Box::new(Ready::new(requests)), loading)
 }
 
 /// Runs unary calls in a closed loop.
@@ -194,5 +196,5 @@ pub fn fleet(connections: usize, streams: usize, watchers: usize) -> Fleet {
 
 /// An answer of nothing, for a bare server that only watches.
 pub fn nothing() -> Bytes {
-    framed(&millpond::proto::etcdserverpb::RangeResponse::default())
+    grpc::frame(&millpond::proto::etcdserverpb::RangeResponse::default())
 }

@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-use millpond::cli::bench::{
-    TXN,
-    drive::{Conduct, drive},
-    loads::CallLoad,
-    report::Report,
-    requests::{GuardedUpdates, Keys, Ready, Source, writes},
-    wire::Manners,
-    writer::PUT,
+use millpond::{
+    cli::bench::{
+        drive::{Conduct, drive},
+        loads::CallLoad,
+        report::Report,
+        requests::{GuardedUpdates, Keys, Ready, Source, writes},
+        wire::Manners,
+    },
+    proto::paths,
 };
 
 use super::{
@@ -44,7 +45,7 @@ pub fn load(server: &Server, work: Work, (connections, in_flight): InFlight, dur
         Work::Puts(_) => Box::new(Ready::new(&puts)) as Box<dyn Source>,
         Work::Updates => Box::new(GuardedUpdates::new("/registry/", connection, in_flight, VALUE)),
     };
-    let path = if work == Work::Updates { TXN } else { PUT };
+    let path = if work == Work::Updates { paths::TXN } else { paths::PUT };
     let endpoints = [server.endpoint.clone()];
     let load = CallLoad { endpoints: &endpoints, path, connections, in_flight, manners: Manners::Go, source: &source };
     let conduct = Conduct { threads: 1, warmup: WARMUP, duration, pid: Some(server.pid()) };

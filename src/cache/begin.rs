@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Cache, Prefix, consensus::Tense};
 use crate::{
     feed::serializable_question,
-    proto::etcdserverpb::RangeResponse,
+    proto::{etcdserverpb::RangeResponse, paths},
     store::{Responder, Revision},
 };
 
@@ -52,7 +52,7 @@ impl Cache {
     /// Who answers and the present, as far as one member knows, and clients were told. Of the cluster it proves nothing.
     async fn ask_a_member(&self) -> Option<(Responder, Revision)> {
         let (at, question) = (self.upstream().preferred(&[])?, serializable_question());
-        let asked = self.upstream().unary_numbered(at, "/etcdserverpb.KV/Range", &question, MEMBER_DEADLINE);
+        let asked = self.upstream().unary_numbered(at, paths::RANGE, &question, MEMBER_DEADLINE);
         let (answer, connection): (RangeResponse, _) = asked.await.ok()?;
         let header = answer.header?;
         self.note_relayed(Revision(header.revision), connection);

@@ -16,6 +16,7 @@ use crate::{
     proto::{
         etcdserverpb::{RangeRequest, RangeResponse},
         mvccpb::KeyValue,
+        paths,
     },
     status::Status,
     store::{KeyRange, Record, View},
@@ -138,7 +139,7 @@ impl Cache {
     async fn page(&self, request: &RangeRequest) -> Result<RangeResponse, CheckError> {
         let upstream = self.upstream();
         let at = upstream.preferred(&[]).ok_or(CheckError::Unreachable)?;
-        Ok(upstream.unary(at, "/etcdserverpb.KV/Range", request, DEADLINE).await?)
+        Ok(upstream.unary(at, paths::RANGE, request, DEADLINE).await?)
     }
 }
 

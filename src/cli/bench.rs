@@ -24,6 +24,7 @@ use self::{
     requests::{GuardedUpdates, Keys, Ready, Source},
     watchers::Fleet,
 };
+use crate::proto::paths;
 
 mod arguments;
 pub mod calls;
@@ -38,11 +39,6 @@ pub mod tally;
 pub mod watchers;
 pub mod wire;
 pub mod writer;
-
-/// The gRPC path of a range.
-pub const RANGE: &str = "/etcdserverpb.KV/Range";
-/// The gRPC path of a transaction.
-pub const TXN: &str = "/etcdserverpb.KV/Txn";
 
 /// Why a load could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +81,7 @@ fn run_range(runtime: &tokio::runtime::Runtime, range: &Range) -> Result<Report,
         runtime.block_on(filler.probe(request.clone()))?;
     }
     let source = |_| Box::new(Ready::new(&requests)) as Box<dyn Source>;
-    let outcome = call(&range.common, RANGE, range.in_flight, &source)?;
+    let outcome = call(&range.common, paths::RANGE, range.in_flight, &source)?;
     tidy(runtime, &range.common, &mut filler, &keys, range.no_fill)?;
     let consistency = if range.linearizable { "linearizable" } else { "serializable" };
     let what = format!("range, {:?}, {consistency}, {} keys", range.shape, range.keys).to_lowercase();
@@ -96,13 +92,13 @@ fn run_put(runtime: &tokio::runtime::Runtime, write: &Write) -> Result<Report, B
     let keys = Keys { prefix: write.common.prefix.clone(), count: write.keys };
     let requests = requests::writes(&keys, write.value_size.0 as usize);
     let source = |_| Box::new(Ready::new(&requests)) as Box<dyn Source>;
-    run_writes(runtime, write, "put", writer::PUT, &source)
+    run_writes(runtime, write, "put", paths::PUT, &source)
 }
 
 fn run_txn(runtime: &tokio::runtime::Runtime, write: &Write) -> Result<Report, BenchError> {
     let (prefix, in_flight, size) = (&write.common.prefix, write.in_flight, write.value_size.0 as usize);
     let source = |connection| Box::new(GuardedUpdates::new(prefix, connection, in_flight, size)) as Box<dyn Source>;
-    run_writes(runtime, write, "guarded update", TXN, &source)
+    run_writes(runtime, write, "guarded update", paths::TXN, &source)
 }
 
 fn run_writes(

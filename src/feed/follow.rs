@@ -12,7 +12,7 @@ use futures_util::FutureExt;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
-    DEADLINE, Demand, End, Feed, Phase, RANGE,
+    DEADLINE, Demand, End, Feed, Phase,
     decode::Response,
     floor::Mark,
     index::{Lacking, TRY_INDEX},
@@ -21,7 +21,10 @@ use super::{
 };
 use crate::{
     aside,
-    proto::etcdserverpb::{WatchCreateRequest, WatchProgressRequest, WatchRequest, watch_request::RequestUnion},
+    proto::{
+        etcdserverpb::{WatchCreateRequest, WatchProgressRequest, WatchRequest, watch_request::RequestUnion},
+        paths,
+    },
     status::Status,
     store::{Change, KeyRange, Position, Revision},
     upstream::{AuthState, ConnectionNumber, EndpointId, Link, StreamReceiver, StreamSender},
@@ -141,9 +144,8 @@ impl Feed {
     /// Asks for whole responses. To cut one, etcd measures all events of a fragment again with each event, which for a
     /// range of 100,000 small keys that is deleted at once takes it minutes (3.7.1), and the watch stands still for so long.
     async fn open_watch(&mut self, link: &Link) -> Result<Stream, End> {
-        let path = "/etcdserverpb.Watch/Watch";
         let metadata = [("hasleader", "true")];
-        let (sender, receiver) = link.open_stream(path, &metadata)?;
+        let (sender, receiver) = link.open_stream(paths::WATCH, &metadata)?;
         let range = &self.settings.range;
         let create = WatchCreateRequest {
             key: range.request_key(),
@@ -292,7 +294,7 @@ impl Feed {
 /// Asks something over the feed's own connection, when the connection `newest` has been opened. The answer shows that both
 /// lead to the same server.
 async fn ask_again(link: &Link, confirmed: ConnectionNumber) -> Result<Shown, End> {
-    link.unary_raw(RANGE, &serializable_question(), DEADLINE).await?;
+    link.unary_raw(paths::RANGE, &serializable_question(), DEADLINE).await?;
     Ok(Shown { confirmed, present: None })
 }
 

@@ -7,10 +7,13 @@ use tokio::time::sleep;
 use tonic::Code;
 use tracing::debug;
 
-use super::{DEADLINE, End, Feed, RANGE, decode::Page};
+use super::{DEADLINE, End, Feed, decode::Page};
 use crate::{
     aside,
-    proto::etcdserverpb::{RangeRequest, ResponseHeader},
+    proto::{
+        etcdserverpb::{RangeRequest, ResponseHeader},
+        paths,
+    },
     status::Status,
     store::{Record, Revision, Tree},
     upstream::{Link, Sizing, TooLarge, is_refusal_of_size},
@@ -79,8 +82,7 @@ impl Feed {
         mut revision: Revision,
         mut filling: Filling,
     ) -> Result<Listed, End> {
-        let path = "/etcdserverpb.KV/RangeStream";
-        let (sender, mut chunks) = link.open_stream(path, &[])?;
+        let (sender, mut chunks) = link.open_stream(paths::RANGE_STREAM, &[])?;
         sender.send(&self.list_request(revision)).await?;
         sender.finish();
         let pinned = revision > Revision::ZERO;
@@ -133,7 +135,7 @@ impl Feed {
     async fn ask_for_page(&mut self, link: &Link, request: &RangeRequest) -> Result<Option<Bytes>, End> {
         let can_shrink = request.limit > 1;
         let most = if can_shrink { HEAVIEST_PAGE } else { usize::MAX };
-        match link.unary_up_to(RANGE, request, PAGE_DEADLINE, most).await {
+        match link.unary_up_to(paths::RANGE, request, PAGE_DEADLINE, most).await {
             Ok(Ok(message)) => return Ok(Some(message)),
             Ok(Err(TooLarge { announced })) => self.page_size.weighed(request.limit, announced),
             Err(status) if can_shrink && is_refusal_of_size(&status) => self.page_size.refused(request.limit),
@@ -159,7 +161,7 @@ impl Feed {
 /// How many keys a list by `request` would have.
 pub(super) async fn count(link: &Link, request: RangeRequest) -> Result<u64, End> {
     let request = RangeRequest { count_only: true, ..request };
-    let message = link.unary_raw(RANGE, &request, PAGE_DEADLINE).await?;
+    let message = link.unary_raw(paths::RANGE, &request, PAGE_DEADLINE).await?;
     Ok(Page::decode(&message)?.count)
 }
 
@@ -169,7 +171,7 @@ pub(super) async fn examine(link: &Link) -> Result<ResponseHeader, End> {
     let question = RangeRequest { key: Bytes::from_static(&[0]), count_only: true, ..Default::default() };
     let mut repeats = 0..MOST_REPEATS;
     let message = loop {
-        match link.unary_raw(RANGE, &question, DEADLINE).await {
+        match link.unary_raw(paths::RANGE, &question, DEADLINE).await {
             Err(status) if status == Status::LEADER_CHANGED && repeats.next().is_some() => sleep(BEFORE_REPEAT).await,
             answer => break answer?,
         }

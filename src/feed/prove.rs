@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::{
-    DEADLINE, End, Feed, RANGE,
+    DEADLINE, End, Feed,
     decode::Page,
     list::Listed,
     seen::{Seen, What},
@@ -16,7 +16,10 @@ use super::{
 };
 use crate::{
     aside,
-    proto::etcdserverpb::{RangeRequest, ResponseHeader},
+    proto::{
+        etcdserverpb::{RangeRequest, ResponseHeader},
+        paths,
+    },
     status::Status,
     store::{Entry, Event, EventKind, Record, Revision, Tree, Window},
     upstream::Link,
@@ -55,7 +58,7 @@ impl Feed {
     /// be able to say. False: that is not known.
     pub(super) async fn is_witnessed(&self, link: &Link) -> bool {
         let term = self.writer.store().view().responder.raft_term;
-        let answered = link.unary_raw(RANGE, &serializable_question(), SHORT_DEADLINE).await;
+        let answered = link.unary_raw(paths::RANGE, &serializable_question(), SHORT_DEADLINE).await;
         let header = answered.ok().and_then(|message| Page::decode(&message).ok()?.header);
         if header.is_none_or(|header| header.raft_term < term || !self.is_same_cluster(&header)) {
             return false;
@@ -254,7 +257,7 @@ impl Feed {
         request: RangeRequest,
     ) -> Result<Result<Page, Continuity>, End> {
         let request = RangeRequest { serializable: witness == Witness::Member, ..request };
-        match link.unary_raw(RANGE, &request, DEADLINE).await {
+        match link.unary_raw(paths::RANGE, &request, DEADLINE).await {
             Ok(message) => Ok(Ok(Page::decode(&message)?)),
             Err(status) if status == Status::COMPACTED => Ok(Err(COMPACTED)),
             Err(status) if status == Status::FUTURE_REVISION && witness == Witness::Member => {

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use crate::{
-    proto::etcdserverpb::{AlarmRequest, AlarmResponse, AlarmType},
+    proto::{
+        etcdserverpb::{AlarmRequest, AlarmResponse, AlarmType},
+        paths,
+    },
     upstream::Upstream,
 };
-
-const PATH: &str = "/etcdserverpb.Maintenance/Alarm";
 
 /// It is a look into memory.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -15,7 +16,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// Why a server within the process is not healthy: the first alarm that is on and that `query` does not exclude.
 pub async fn complaint(upstream: &Upstream, query: &str) -> Option<String> {
     let at = upstream.endpoints().next()?;
-    let answer: Result<AlarmResponse, _> = upstream.unary(at, PATH, &AlarmRequest::default(), DEADLINE).await;
+    let answer: Result<AlarmResponse, _> = upstream.unary(at, paths::ALARM, &AlarmRequest::default(), DEADLINE).await;
     match answer {
         Ok(answer) => unexcused(answer.alarms.iter().map(|on| on.alarm()), query),
         Err(status) => Some(format!("ALARM ERROR:{}", status.message)),

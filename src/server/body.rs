@@ -2,53 +2,20 @@
 
 use std::{
     pin::Pin,
-    sync::LazyLock,
     task::{Context, Poll},
 };
 
-use ::http::{HeaderMap, HeaderValue, Request};
+use ::http::Request;
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt;
 use tonic::Code;
 
 use super::{data::Data, relay::Relay};
-pub use crate::upstream::BodyError;
 use crate::{
+    grpc::{BodyError, Compression, Deframer, Incoming, success_trailers},
     status::Status,
-    upstream::{
-        Incoming,
-        grpc::{self, Compression, Deframer},
-    },
 };
-
-/// The trailers of every success.
-static SUCCESS: LazyLock<HeaderMap> = LazyLock::new(|| {
-    let mut trailers = HeaderMap::with_capacity(1);
-    trailers.insert("grpc-status", HeaderValue::from_static("0"));
-    trailers
-});
-
-/// The trailers of a success.
-pub fn success_trailers() -> HeaderMap {
-    SUCCESS.clone()
-}
-
-/// The trailers of a failure.
-pub fn failure_trailers(status: &Status) -> HeaderMap {
-    let mut trailers = HeaderMap::with_capacity(2);
-    write_status(&mut trailers, status);
-    trailers
-}
-
-/// Puts a failure into headers or trailers.
-pub(super) fn write_status(headers: &mut HeaderMap, status: &Status) {
-    headers.insert("grpc-status", HeaderValue::from(status.code as i32));
-    // Escaped text is printable ASCII, which every header value may be.
-    if let Ok(message) = HeaderValue::try_from(grpc::escape(&status.message)) {
-        headers.insert("grpc-message", message);
-    }
-}
 
 /// The body of an answer.
 pub enum Body {
@@ -175,14 +142,6 @@ pub async fn read_only_message(request: &mut Request<Incoming>, limit: usize) ->
     }
 }
 
-/// A message behind the prefix of one that is not compressed.
-pub(super) fn framed(message: &Bytes) -> Bytes {
-    let mut framed = Vec::with_capacity(grpc::PREFIX + message.len());
-    framed.extend_from_slice(&grpc::prefix(message.len()));
-    framed.extend_from_slice(message);
-    framed.into()
-}
-
 const TWO_REQUESTS: Status = Status::fixed(
     Code::Internal,
     "cardinality violation: received multiple request messages for non-client-streaming RPC",
@@ -190,26 +149,15 @@ const TWO_REQUESTS: Status = Status::fixed(
 
 async fn next_message(deframer: &mut Deframer, body: &mut Incoming, limit: usize) -> Result<Bytes, Status> {
     loop {
-        check_announced(deframer, limit)?;
+        deframer.check_announced(limit)?;
         if let Some(message) = deframer.pop()? {
             return Ok(message);
         }
         let Some(frame) = body.frame().await else { break };
-        let frame = frame.map_err(|_| Status::fixed(Code::Cancelled, "context canceled"))?;
+        let frame = frame.map_err(|_| Status::CANCELLED)?;
         if let Ok(data) = frame.into_data() {
             deframer.push(data);
         }
     }
     Err(Status::fixed(Code::Unknown, if deframer.announced().is_some() { "unexpected EOF" } else { "EOF" }))
-}
-
-/// Refuses the next message if it announces more than `limit` bytes, as Go's gRPC library words it.
-pub(super) fn check_announced(deframer: &Deframer, limit: usize) -> Result<(), Status> {
-    match deframer.announced() {
-        Some(length) if length > limit => Err(Status::new(
-            Code::ResourceExhausted,
-            format!("grpc: received message larger than max ({length} vs. {limit})"),
-        )),
-        _ => Ok(()),
-    }
 }

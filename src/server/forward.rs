@@ -14,19 +14,19 @@ use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use super::{
-    body::{Body, framed, read_message},
+    body::{Body, read_message},
     listener::Connection,
     relay::{AnswerObserver, Encoding, Peek, Relay},
     response,
 };
 use crate::{
+    grpc::{self, Incoming},
     status::Status,
-    upstream::{AuthHold, EndpointId, ForwardClass, Forwarded, Incoming, RequestBody, Route, Upstream, grpc},
+    upstream::{AuthHold, EndpointId, ForwardClass, Forwarded, RequestBody, Route, Upstream},
 };
 
 /// How long a member-bound call waits for the first probes.
 const PATIENCE: Duration = Duration::from_secs(5);
-const DEADLINE: Status = Status::fixed(Code::DeadlineExceeded, "context deadline exceeded");
 const NO_METHOD: Status = Status::fixed(Code::Unimplemented, "CONNECT is not a gRPC method");
 
 /// How a path is forwarded.
@@ -89,7 +89,7 @@ pub async fn whole(mut request: Request<Incoming>, limit: usize) -> Result<Reque
     let message = within(deadline, read_message(&mut request, limit)).await?;
     // What is relayed is not compressed any more.
     request.headers_mut().remove(grpc::ENCODING);
-    Ok(request.map(|_| RequestBody::full(framed(&message))))
+    Ok(request.map(|_| RequestBody::full(grpc::frame_encoded(&message))))
 }
 
 /// Forwards a gRPC call and gives etcd's answer, or a failure in etcd's words.
@@ -133,7 +133,7 @@ fn encoding_of(path: &str) -> Encoding {
 /// What `work` gives, unless the time that the client gives it is over first.
 async fn within<T>(deadline: Option<Duration>, work: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
     match deadline {
-        Some(deadline) => timeout(deadline, work).await.unwrap_or(Err(DEADLINE)),
+        Some(deadline) => timeout(deadline, work).await.unwrap_or(Err(Status::DEADLINE)),
         None => work.await,
     }
 }

@@ -13,12 +13,12 @@ use tonic::Code;
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus};
 
 use super::{
-    body::{Body, BodyError, failure_trailers, read_message},
+    body::{Body, read_message},
     response,
 };
 use crate::{
+    grpc::{self, BodyError, Incoming, failure_trailers},
     status::Status,
-    upstream::{Incoming, grpc},
 };
 
 /// The path of every method of the service begins so.

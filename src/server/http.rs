@@ -18,8 +18,9 @@ use super::{
     response,
 };
 use crate::{
+    grpc::Incoming,
     status::Status,
-    upstream::{Forwarded, Incoming, RequestBody, Route, Upstream},
+    upstream::{Forwarded, RequestBody, Route, Upstream},
 };
 
 const JSON: &str = "application/json";

@@ -30,14 +30,13 @@ use tokio::{
 };
 
 use super::{
-    body::BodyError,
     data::Data,
     keepalive::KeepAlive,
     listener::{Ended, Farewell, Settings},
 };
 use crate::{
+    grpc::{self, BodyError, Incoming},
     socket::{Call, GREETING, Gather, NewCalls},
-    upstream::{Incoming, grpc},
 };
 
 const STREAM_WINDOW: u32 = 256 << 10;

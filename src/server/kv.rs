@@ -24,7 +24,7 @@ use prost::Message;
 use held::Holder;
 
 use super::{
-    body::{Body, framed, read_message, read_only_message},
+    body::{Body, read_message, read_only_message},
     forward::forward,
     leader::Leader,
     listener::{BoxedRequest, Connection},
@@ -34,16 +34,15 @@ use super::{
 };
 use crate::{
     cache::{Cache, Proof, Stamp, Tense, Unserved},
+    grpc::{self, Incoming},
     proto::etcdserverpb::{CompactionRequest, PutRequest, ResponseHeader},
     status::Status,
     store::{KeyRange, Revision, View},
-    upstream::{ConnectionNumber, Incoming, RequestBody, grpc},
+    upstream::{ConnectionNumber, RequestBody},
 };
 
 /// The path of every method of the service begins so.
 pub const SERVICE: &str = "/etcdserverpb.KV/";
-/// What etcd's gRPC layer allows above the maximum request size.
-const OVERHEAD: usize = 512 << 10;
 
 /// What the service is told.
 #[derive(Clone, Copy, Debug)]
@@ -192,7 +191,7 @@ impl Kv {
 
     async fn relay_noting(&self, call: Call<'_>, consensus: Consensus, write: Write) -> Response<Body> {
         let observer = Arc::new(self.observer(consensus, write));
-        let request = call.request.map(|_| RequestBody::full(framed(&call.message)));
+        let request = call.request.map(|_| RequestBody::full(grpc::frame_encoded(&call.message)));
         Box::pin(forward(self.cache.upstream(), call.connection, request, Some(observer))).await
     }
 
@@ -201,14 +200,14 @@ impl Kv {
     async fn relay_hearsay(&self, call: Call<'_>, ask: impl FnOnce() -> Vec<u8>) -> Response<Body> {
         let (told, again) = (self.cache.told(), head_of(&call.request));
         let (upstream, observer) = (self.cache.upstream(), Arc::new(self.observer(Consensus::Hearsay, Write::Other)));
-        let request = call.request.map(|_| RequestBody::full(framed(&call.message)));
+        let request = call.request.map(|_| RequestBody::full(grpc::frame_encoded(&call.message)));
         let mut response = Box::pin(forward(upstream, call.connection, request, Some(observer.clone()))).await;
         response.body_mut().read_ahead().await;
         if observer.revision.get().is_none_or(|revision| *revision >= told) {
             return response;
         }
         let observer = Arc::new(self.observer(Consensus::Proof, Write::Other));
-        let request = again.map(|()| RequestBody::full(framed(&ask().into())));
+        let request = again.map(|()| RequestBody::full(grpc::frame_encoded(&ask())));
         Box::pin(forward(upstream, call.connection, request, Some(observer))).await
     }
 
@@ -243,7 +242,7 @@ impl Kv {
 
     /// The longest message that a unary call may carry, be it of this service or of another.
     pub fn longest_request(&self) -> usize {
-        self.settings.max_request_bytes + OVERHEAD
+        grpc::largest_message(self.settings.max_request_bytes)
     }
 
     /// The longest answer.

@@ -26,14 +26,11 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{
-    body::{Body, BodyError},
-    data::Data,
-    http2,
-};
+use super::{body::Body, data::Data, http2};
 use crate::{
+    grpc::{BodyError, Incoming},
     socket::{Calls, Gather, Outlet, Protocol, detect_dead_peer},
-    upstream::{EndpointId, Incoming},
+    upstream::EndpointId,
 };
 
 /// For the head of an HTTP/1.1 request, once it has begun.

@@ -13,15 +13,11 @@ use tonic::Code;
 
 use super::{body::Body, forward::forward, listener::Connection, response};
 use crate::{
+    grpc::{self, Compression, Deframer},
     status::Status,
-    upstream::{
-        RequestBody, Upstream,
-        grpc::{self, Compression, Deframer},
-    },
+    upstream::{RequestBody, Upstream},
 };
 
-/// The path of the call.
-pub const MEMBER_LIST: &str = "/etcdserverpb.Cluster/MemberList";
 /// A member takes a few hundred bytes.
 const ANSWER_LIMIT: usize = 4 << 20;
 /// `MemberListResponse.members`.

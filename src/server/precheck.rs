@@ -1,6 +1,6 @@
 //! What Go's gRPC library, and so etcd, refuses before a call reaches any service: what is no gRPC call at all.
 
-use std::num::ParseIntError;
+use std::time::Duration;
 
 use ::http::{
     HeaderValue, Method, Request, Response, StatusCode,
@@ -9,13 +9,13 @@ use ::http::{
 use tonic::Code;
 
 use super::{body::Body, response};
-use crate::status::Status;
+use crate::{
+    grpc::{MEDIA_TYPE, checked_deadline},
+    status::Status,
+};
 
-const GRPC: &[u8] = b"application/grpc";
-const TIMEOUT: &str = "grpc-timeout";
 /// Values of metadata whose names end so are base64.
 const BINARY: &str = "-bin";
-const DEADLINE: Status = Status::fixed(Code::DeadlineExceeded, "context deadline exceeded");
 
 /// The refusal of an HTTP/2 request that is no gRPC call, or whose time is over before it begins.
 pub fn refusal<B>(request: &Request<B>) -> Option<Response<Body>> {
@@ -29,8 +29,8 @@ pub fn refusal<B>(request: &Request<B>) -> Option<Response<Body>> {
         let text = format!("invalid gRPC request content-type {content_type:?}");
         return Some(refuse(StatusCode::UNSUPPORTED_MEDIA_TYPE, &Status::new(Code::InvalidArgument, text)));
     }
-    let timeout = timeout(headers);
-    if let Some(why) = timeout.as_ref().err().or(malformed_binary(headers).as_ref()) {
+    let deadline = checked_deadline(headers).map_err(|why| format!("malformed grpc-timeout: {why}"));
+    if let Some(why) = deadline.as_ref().err().or(malformed_binary(headers).as_ref()) {
         return Some(refuse(StatusCode::BAD_REQUEST, &Status::new(Code::Internal, &**why)));
     }
     if request.method() != Method::POST {
@@ -38,7 +38,7 @@ pub fn refusal<B>(request: &Request<B>) -> Option<Response<Body>> {
             format!("Received a HEADERS frame with :method {:?} which should be POST", request.method().as_str());
         return Some(refuse(StatusCode::METHOD_NOT_ALLOWED, &Status::new(Code::Internal, text)));
     }
-    (timeout == Ok(Some(0))).then(|| response::error(&DEADLINE))
+    (deadline == Ok(Some(Duration::ZERO))).then(|| response::error(&Status::DEADLINE))
 }
 
 fn refuse(http: StatusCode, status: &Status) -> Response<Body> {
@@ -47,9 +47,10 @@ fn refuse(http: StatusCode, status: &Status) -> Response<Body> {
     refusal
 }
 
-/// `application/grpc`, alone or with a format or parameters behind it.
+/// The type of gRPC, alone or with a format or parameters behind it.
 fn is_grpc(content_type: &[u8]) -> bool {
-    let behind = content_type.split_at_checked(GRPC.len()).filter(|(begin, _)| begin.eq_ignore_ascii_case(GRPC));
+    let grpc = MEDIA_TYPE.as_bytes();
+    let behind = content_type.split_at_checked(grpc.len()).filter(|(begin, _)| begin.eq_ignore_ascii_case(grpc));
     behind.is_some_and(|(_, behind)| matches!(behind.first(), None | Some(b'+' | b';')))
 }
 
@@ -82,30 +83,6 @@ fn corrupt_at(text: &[u8]) -> Option<usize> {
             (at + padding < text.len()).then_some(at + padding)
         }
     }
-}
-
-/// The number in `grpc-timeout`, if there is one.
-fn timeout(headers: &HeaderMap) -> Result<Option<u64>, String> {
-    timeout_in(headers).map_err(|why| format!("malformed grpc-timeout: {why}"))
-}
-
-fn timeout_in(headers: &HeaderMap) -> Result<Option<u64>, String> {
-    let Some(value) = headers.get(TIMEOUT) else { return Ok(None) };
-    let text = String::from_utf8_lossy(value.as_bytes());
-    let (digits, unit) = text.split_at_checked(text.len().saturating_sub(1)).unwrap_or(("", ""));
-    match text.len() {
-        0 | 1 => Err(format!("transport: timeout string is too short: {text:?}")),
-        2..=9 if !matches!(unit, "H" | "M" | "S" | "m" | "u" | "n") => {
-            Err(format!("transport: timeout unit is not recognized: {text:?}"))
-        }
-        2..=9 if digits.starts_with('+') => Err(unreadable(digits)),
-        2..=9 => digits.parse().map(Some).map_err(|_: ParseIntError| unreadable(digits)),
-        _ => Err(format!("transport: timeout string is too long: {text:?}")),
-    }
-}
-
-fn unreadable(digits: &str) -> String {
-    format!("strconv.ParseUint: parsing {digits:?}: invalid syntax")
 }
 
 #[cfg(test)]
@@ -170,7 +147,7 @@ mod tests {
 
     #[test]
     fn a_timeout_that_cannot_be_read_is_refused_and_one_of_nothing_is_over() {
-        let with = |timeout: &str| refused("POST", &[("content-type", "application/grpc"), (TIMEOUT, timeout)]);
+        let with = |timeout: &str| refused("POST", &[("content-type", "application/grpc"), ("grpc-timeout", timeout)]);
         for passes in ["1n", "20S", "99999999H", "1500m"] {
             assert_eq!(with(passes), None, "{passes}");
         }

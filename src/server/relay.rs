@@ -15,11 +15,11 @@ use prost::{
     encoding::{WireType, decode_key, decode_varint},
 };
 
-use super::body::failure_trailers;
 use crate::{
+    grpc::{self, BodyError, failure_trailers},
     proto::etcdserverpb::ResponseHeader,
     status::Status,
-    upstream::{AuthHold, BodyError, ConnectionNumber, ForwardedBody, grpc},
+    upstream::{AuthHold, ConnectionNumber, ForwardedBody},
 };
 
 /// A response header is below 50 bytes of protobuf, and below 200 of JSON.

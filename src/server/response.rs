@@ -4,21 +4,21 @@ use ::http::{
     HeaderValue, Response, StatusCode,
     header::{CONTENT_TYPE, HeaderMap},
 };
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use http_body::Frame;
 use http_body_util::StreamBody;
 use tonic::Code;
 
 use super::{
-    body::{Body, BodyError, UnaryBody, success_trailers, write_status},
+    body::{Body, UnaryBody},
     data::Data,
 };
 use crate::{
+    grpc::{BodyError, MEDIA_TYPE, frame_encoded, success_trailers, write_status},
     status::Status,
-    upstream::grpc::{PREFIX, prefix},
 };
 
-const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
+const GRPC: HeaderValue = HeaderValue::from_static(MEDIA_TYPE);
 
 /// A unary success with a message that has its five-byte prefix already.
 pub fn framed(message: impl Into<Data>) -> Response<Body> {
@@ -27,10 +27,7 @@ pub fn framed(message: impl Into<Data>) -> Response<Body> {
 
 /// A unary success. The message is copied behind its prefix; [`framed`] spares that.
 pub fn unary(message: &[u8]) -> Response<Body> {
-    let mut whole = BytesMut::with_capacity(PREFIX + message.len());
-    whole.put_slice(&prefix(message.len()));
-    whole.put_slice(message);
-    framed(whole.freeze())
+    framed(frame_encoded(message))
 }
 
 /// A gRPC answer whose body ends with its own trailers.
@@ -91,7 +88,7 @@ mod tests {
     use http_body_util::BodyExt;
 
     use super::*;
-    use crate::upstream::grpc;
+    use crate::grpc;
 
     #[tokio::test]
     async fn a_unary_answer_is_one_framed_message_and_a_success() {

@@ -13,11 +13,11 @@ use super::{
     http,
     kv::{self, Kv, relayed_observer},
     listener::{BoxedRequest, Connection, Handler},
-    members::{MEMBER_LIST, Members},
+    members::Members,
     precheck, response,
-    watch::{PATH as WATCH, Watch},
+    watch::Watch,
 };
-use crate::{cache::Cache, feed::Phase, upstream::Incoming};
+use crate::{cache::Cache, feed::Phase, grpc::Incoming, proto::paths};
 
 /// Answers every request of the client port.
 pub struct Router {
@@ -46,7 +46,7 @@ impl Handler for Router {
         }
         match request.uri().path() {
             path if path.starts_with(kv::SERVICE) => self.kv.call(connection, request).await,
-            WATCH => Box::pin(self.watch.call(connection, *request)).await,
+            paths::WATCH => Box::pin(self.watch.call(connection, *request)).await,
             path if path.starts_with(health::SERVICE) => Box::pin(self.health.call(*request)).await,
             _ => Box::pin(self.relay(connection, *request)).await,
         }
@@ -62,7 +62,7 @@ impl Router {
         };
         let upstream = self.cache.upstream();
         match request.uri().path() {
-            MEMBER_LIST => self.members.list(upstream, connection, request).await,
+            paths::MEMBER_LIST => self.members.list(upstream, connection, request).await,
             path => {
                 let observer = tells_revisions(path).then(|| relayed_observer(&self.cache));
                 forward(upstream, connection, request, observer).await

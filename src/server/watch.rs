@@ -21,13 +21,12 @@ use super::{
 use crate::{
     cache::Cache,
     fanout::{Hub, SessionSettings},
+    grpc::{Compression, Incoming, largest_message},
     status::Status,
-    upstream::{AuthState, Incoming, grpc::Compression},
+    upstream::AuthState,
 };
 use stream::Stream;
 
-/// The path of the only method.
-pub const PATH: &str = "/etcdserverpb.Watch/Watch";
 /// How long a stream waits at its opening for the first probes to say whether authentication is on.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// When authentication is off, forwarded streams end within this time: not all at once, or all would come back at once.
@@ -94,7 +93,7 @@ struct Shared {
 
 impl Shared {
     fn session_settings(&self) -> SessionSettings {
-        SessionSettings { fragment_bytes: self.settings.max_request_bytes + (512 << 10) }
+        SessionSettings { fragment_bytes: largest_message(self.settings.max_request_bytes) }
     }
 }
 
@@ -150,7 +149,8 @@ impl Watch {
         } else {
             Ok(self.shared.stop.clone())
         };
-        let compression = Compression::named(request.headers(), self.shared.settings.max_request_bytes + (512 << 10));
+        let compression =
+            Compression::named(request.headers(), largest_message(self.shared.settings.max_request_bytes));
         match compression.and_then(|compression| Ok((compression, end?))) {
             Ok((compression, end)) => {
                 let stream = Stream::new(self.shared.clone(), request.into_body(), compression, end);

@@ -22,13 +22,16 @@ use tonic::{
 };
 
 use super::Engine;
-use crate::proto::{
-    etcdserverpb::{
-        auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer, lease_server::LeaseServer,
-        maintenance_server::MaintenanceServer, watch_server::WatchServer,
+use crate::{
+    grpc,
+    proto::{
+        etcdserverpb::{
+            auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer, lease_server::LeaseServer,
+            maintenance_server::MaintenanceServer, watch_server::WatchServer,
+        },
+        v3electionpb::election_server::ElectionServer,
+        v3lockpb::lock_server::LockServer,
     },
-    v3electionpb::election_server::ElectionServer,
-    v3lockpb::lock_server::LockServer,
 };
 
 /// Bytes that a pipe within the process holds before its writer waits.
@@ -37,9 +40,6 @@ const PIPE: usize = 1 << 20;
 /// Bytes in flight to one stream, and to all of a connection, before the reader has to keep up.
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 64 << 20;
-
-/// Bytes that the gRPC layer takes above the largest request, as in etcd.
-const OVERHEAD: usize = 512 << 10;
 
 /// The implementation of all services.
 #[derive(Clone)]
@@ -86,7 +86,7 @@ impl Engine {
     /// connection in between.
     pub fn routes(&self) -> Routes {
         let services = Services { engine: self.clone() };
-        let limit = self.state().options.max_request_bytes.saturating_add(OVERHEAD);
+        let limit = grpc::largest_message(self.state().options.max_request_bytes);
         let routes = Routes::new(KvServer::new(services.clone()).max_decoding_message_size(limit))
             .add_service(WatchServer::new(services.clone()).max_decoding_message_size(limit))
             .add_service(LeaseServer::new(services.clone()).max_decoding_message_size(limit))

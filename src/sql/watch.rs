@@ -21,6 +21,7 @@ pub use self::events::next_chunk;
 use self::{events::Chunk, watcher::Watcher};
 use super::{Engine, key::KeyRange};
 use crate::{
+    grpc,
     proto::etcdserverpb::{WatchCreateRequest, WatchRequest, WatchResponse, watch_request::RequestUnion},
     status::Status,
 };
@@ -240,7 +241,7 @@ impl Session {
                 return Err(Gone);
             }
         };
-        let limit = self.engine.state().options.max_request_bytes.saturating_add(512 << 10);
+        let limit = grpc::largest_message(self.engine.state().options.max_request_bytes);
         let ids: Vec<i64> = self.watchers.iter().filter(|(_, watcher)| concerned(watcher)).map(|(id, _)| *id).collect();
         for id in ids {
             let Some(watcher) = self.watchers.get_mut(&id) else { continue };

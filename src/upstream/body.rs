@@ -1,7 +1,6 @@
 //! What a request to etcd carries: bytes at hand, messages to come, or a client's own body passed on.
 
 use std::{
-    error::Error,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -10,18 +9,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use tokio::sync::mpsc;
 
-use super::Incoming;
-
-/// Why a body broke off. Wraps the cause, so that a stream reset is passed on with its reason.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct BodyError(#[source] pub Box<dyn Error + Send + Sync>);
-
-impl BodyError {
-    pub(super) fn because(cause: impl Error + Send + Sync + 'static) -> Self {
-        Self(Box::new(cause))
-    }
-}
+use crate::grpc::{BodyError, Incoming};
 
 /// The body of a request to etcd.
 pub enum RequestBody {

@@ -15,12 +15,11 @@ use tonic::Code;
 
 use super::{
     body::RequestBody,
-    grpc,
     pages::TooLarge,
     pool::{ConnectionNumber, Slot},
     sender::{Answered, ResponseBody},
 };
-use crate::status::Status;
+use crate::{grpc, status::Status};
 
 /// Messages that wait for their stream to take them.
 const OUTBOX: usize = 16;
@@ -29,8 +28,6 @@ const AGENT: HeaderValue = HeaderValue::from_static(concat!("millpond/", env!("C
 /// Of which API version we are a client: etcd counts its clients by it, without one as unknown.
 const API_VERSION: (&str, &str) = ("client-api-version", "3.7");
 
-/// What gRPC says at a client's deadline.
-pub(super) const DEADLINE: Status = Status::fixed(Code::DeadlineExceeded, "context deadline exceeded");
 const NO_STATUS: Status = Status::fixed(Code::Internal, "server closed the stream without sending trailers");
 const NO_MESSAGE: Status = Status::fixed(Code::Internal, "server closed the stream without sending a message");
 
@@ -48,25 +45,17 @@ pub(super) fn request(
     let mut request = Request::builder()
         .method(Method::POST)
         .uri(uri)
-        .header(CONTENT_TYPE, "application/grpc")
+        .header(CONTENT_TYPE, grpc::MEDIA_TYPE)
         .header(TE, "trailers")
         .header(USER_AGENT, AGENT)
         .header(API_VERSION.0, API_VERSION.1);
     if let Some(deadline) = deadline {
-        request = request.header(grpc::TIMEOUT, timeout_header(deadline));
+        request = request.header(grpc::TIMEOUT, grpc::timeout_value(deadline));
     }
     for (name, value) in metadata {
         request = request.header(*name, *value);
     }
     request.body(body).map_err(invalid)
-}
-
-/// The `grpc-timeout` value: at most eight digits, so the unit grows with the time.
-fn timeout_header(deadline: Duration) -> String {
-    match deadline.as_millis() {
-        milliseconds if milliseconds < 100_000_000 => format!("{}m", milliseconds.max(1)),
-        milliseconds => format!("{}S", (milliseconds / 1000).min(99_999_999)),
-    }
 }
 
 /// The single message of a unary answer.

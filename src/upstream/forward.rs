@@ -19,15 +19,17 @@ use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    BodyError, ConnectionNumber, EndpointId, ForwardClass, RequestBody, Upstream,
+    ConnectionNumber, EndpointId, ForwardClass, RequestBody, Upstream,
     connection::Class,
-    grpc,
     limits::{Limit, Permit},
     pool::Slot,
     sender::ResponseBody,
     shared::{Answer, MemberLink, Shared},
 };
-use crate::status::Status;
+use crate::{
+    grpc::{self, BodyError},
+    status::Status,
+};
 
 /// Where a forwarded call goes.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]

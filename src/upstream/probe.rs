@@ -22,21 +22,20 @@ use tonic::Code;
 use super::{
     AuthState, EndpointId, Report, RequestBody, Version,
     connection::Class,
-    grpc,
     shared::{Shared, decode},
 };
 use crate::{
-    proto::etcdserverpb::{
-        MemberListRequest, MemberListResponse, RangeRequest, ResponseHeader, StatusRequest, StatusResponse,
-        WatchCreateRequest, WatchRequest, WatchResponse, watch_request::RequestUnion,
+    grpc,
+    proto::{
+        etcdserverpb::{
+            MemberListRequest, MemberListResponse, RangeRequest, ResponseHeader, StatusRequest, StatusResponse,
+            WatchCreateRequest, WatchRequest, WatchResponse, watch_request::RequestUnion,
+        },
+        paths,
     },
     status::Status,
 };
 
-const STATUS: &str = "/etcdserverpb.Maintenance/Status";
-const MEMBER_LIST: &str = "/etcdserverpb.Cluster/MemberList";
-const RANGE: &str = "/etcdserverpb.KV/Range";
-const WATCH: &str = "/etcdserverpb.Watch/Watch";
 const REMOVED: Status = Status::fixed(Code::Unavailable, "the member was removed from its cluster");
 /// An answer to `GET /version` has about 70 bytes.
 const VERSION_LIMIT: usize = 4096;
@@ -116,11 +115,11 @@ async fn refused_watch(
     at: EndpointId,
     metadata: &[(&'static str, &'static str)],
 ) -> Result<ResponseHeader, Status> {
-    let (sender, mut receiver) = shared.open_stream(at, Class::Probe, WATCH, metadata).await?;
+    let (sender, mut receiver) = shared.open_stream(at, Class::Probe, paths::WATCH, metadata).await?;
     let create = WatchCreateRequest { key: Bytes::from_static(b"\0"), start_revision: -1, ..Default::default() };
     sender.send(&WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) }).await?;
     let refusal = receiver.next().await.unwrap_or(Err(UNTOLD))?;
-    decode::<WatchResponse>(WATCH, refusal)?.header.ok_or(UNTOLD)
+    decode::<WatchResponse>(paths::WATCH, refusal)?.header.ok_or(UNTOLD)
 }
 
 const UNTOLD: Status = Status::fixed(Code::Internal, "a refused watch told no header");
@@ -136,7 +135,7 @@ async fn auth(shared: &Shared, at: EndpointId) -> AuthState {
         ..RangeRequest::default()
     };
     let deadline = shared.settings.connect_timeout;
-    match shared.unary(at, Class::Probe, RANGE, &[], grpc::frame(&question), deadline).await {
+    match shared.unary(at, Class::Probe, paths::RANGE, &[], grpc::frame(&question), deadline).await {
         Ok(_) => AuthState::Off,
         Err(status) if refuses_strangers(&status) => AuthState::On,
         Err(_) => AuthState::Unknown,
@@ -154,8 +153,8 @@ async fn status(shared: &Shared, at: EndpointId, listed: &mut Option<u64>) -> Re
     }
     let deadline = shared.settings.connect_timeout;
     let question = grpc::frame(&StatusRequest::default());
-    let (answer, _) = shared.unary(at, Class::Probe, STATUS, &[], question, deadline).await?;
-    decode(STATUS, answer)
+    let (answer, _) = shared.unary(at, Class::Probe, paths::STATUS, &[], question, deadline).await?;
+    decode(paths::STATUS, answer)
 }
 
 /// Whether the member, whose id was among the cluster's when it was found to be `listed`, is not any more. For a second it goes on
@@ -164,8 +163,8 @@ async fn is_removed(shared: &Shared, at: EndpointId, listed: &mut Option<u64>) -
     let question = grpc::frame(&MemberListRequest { linearizable: false });
     // Who cannot tell in time may still answer Status.
     let deadline = shared.settings.connect_timeout / 2;
-    let answer = shared.unary(at, Class::Probe, MEMBER_LIST, &[], question, deadline).await;
-    let Ok(list) = answer.and_then(|(answer, _)| decode::<MemberListResponse>(MEMBER_LIST, answer)) else {
+    let answer = shared.unary(at, Class::Probe, paths::MEMBER_LIST, &[], question, deadline).await;
+    let Ok(list) = answer.and_then(|(answer, _)| decode::<MemberListResponse>(paths::MEMBER_LIST, answer)) else {
         return false;
     };
     let id = list.header.unwrap_or_default().member_id;

@@ -20,11 +20,10 @@ use hyper::{
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{
-    body::{BodyError, RequestBody},
-    call::DEADLINE,
-    endpoint::Serve,
-    grpc::deadline,
+use super::{body::RequestBody, endpoint::Serve};
+use crate::{
+    grpc::{BodyError, deadline},
+    status::Status,
 };
 
 /// An answer, from its headers on.
@@ -80,7 +79,7 @@ impl Sender {
             Self::InProcess(server) => {
                 let server = server.clone();
                 let calling = AbortOnDropHandle::new(tokio::spawn(async move { call(&server, request).await }));
-                Box::pin(async move { Ok(calling.await.unwrap_or_else(|_| failed(&crate::status::Status::STOPPED))) })
+                Box::pin(async move { Ok(calling.await.unwrap_or_else(|_| failed(&Status::STOPPED))) })
             }
         }
     }
@@ -92,12 +91,12 @@ async fn call(server: &Arc<dyn Serve>, request: Request<RequestBody>) -> Answere
         None => server.serve(request).await.map(ResponseBody::InProcess),
         Some(limit) => match timeout(limit, server.serve(request)).await {
             Ok(answer) => answer.map(ResponseBody::InProcess),
-            Err(_) => failed(&DEADLINE),
+            Err(_) => failed(&Status::DEADLINE),
         },
     }
 }
 
-fn failed(status: &crate::status::Status) -> Answered {
+fn failed(status: &Status) -> Answered {
     tonic::Status::from(status.clone()).into_http::<tonic::body::Body>().map(ResponseBody::InProcess)
 }
 

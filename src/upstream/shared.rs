@@ -16,7 +16,6 @@ use super::{
     AuthState, ConnectionNumber, Endpoint, EndpointId, ForwardClass, Gate, Health, RequestBody, Settings,
     StreamReceiver, StreamSender, UpstreamError, call,
     connection::{Class, Tuning},
-    grpc,
     limits::Limit,
     metrics::Metrics,
     pings::PingPause,
@@ -24,7 +23,7 @@ use super::{
     roster::Roster,
     sender::Answered,
 };
-use crate::{signal::Told, status::Status};
+use crate::{grpc, signal::Told, status::Status};
 
 /// How often a request that a closing connection gave back is handed to another one.
 const HANDOVERS: usize = 3;
@@ -99,7 +98,7 @@ impl Shared {
             let Answer { response, slot, .. } = self.send(at, class, request).await.map_err(|unsent| unsent.status)?;
             Ok((call::unary_message(response).await?, slot.number()))
         });
-        answer.await.unwrap_or(Err(call::DEADLINE))
+        answer.await.unwrap_or(Err(Status::DEADLINE))
     }
 
     pub(super) async fn open_stream<Q: Message>(
@@ -150,7 +149,7 @@ impl Shared {
             let response = slot.sender().send(request).await.map_err(|error| self.failed(at, error.error()))?;
             read(response).await
         });
-        answer.await.unwrap_or(Err(call::DEADLINE))
+        answer.await.unwrap_or(Err(Status::DEADLINE))
     }
 
     /// Sends a request, dialling if need be.

@@ -5,10 +5,11 @@ use std::{future::Future, sync::Arc, time::Duration};
 use http::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use millpond::{
+    grpc::{self, Incoming},
     proto::etcdserverpb::{PutRequest, PutResponse},
     server::{body::Body, listener, response},
     status::Status,
-    upstream::{Endpoint, EndpointId, Incoming, RequestBody, Settings, Upstream, grpc},
+    upstream::{Endpoint, EndpointId, RequestBody, Settings, Upstream},
 };
 use prometheus::Registry;
 use tokio::net::TcpStream;

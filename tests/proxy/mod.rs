@@ -12,17 +12,18 @@ use std::{
 
 use http::{Request, Response, Version};
 use millpond::{
-    proto::etcdserverpb::ResponseHeader,
+    grpc::Incoming,
+    proto::{etcdserverpb::ResponseHeader, paths::MEMBER_LIST},
     server::{
         body::Body,
         forward::forward,
         health::{HealthService, Readiness, SERVICE},
         http as http1,
         listener::{self, BoxedRequest, Connection, Handler},
-        members::{MEMBER_LIST, Members},
+        members::Members,
         relay::AnswerObserver,
     },
-    upstream::{ConnectionNumber, Endpoint, EndpointId, Health, Incoming, Settings, Upstream},
+    upstream::{ConnectionNumber, Endpoint, EndpointId, Health, Settings, Upstream},
 };
 use prometheus::Registry;
 use tokio::{net::TcpListener, sync::watch, time::timeout};
@@ -163,9 +164,9 @@ where
 /// What answers a fake upstream's probes; `None` for every other call.
 pub fn probe_answer(path: &str) -> Option<Response<Body>> {
     use millpond::{
+        grpc,
         proto::etcdserverpb::{Member, MemberListResponse, RangeResponse, StatusResponse},
         server::response,
-        upstream::grpc,
     };
     let header = Some(ResponseHeader { cluster_id: 7, member_id: 8, revision: 9, raft_term: 2 });
     match path {

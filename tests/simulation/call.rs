@@ -6,14 +6,13 @@ use bytes::{Buf, Bytes, BytesMut};
 use http::Request;
 use http_body::Body as _;
 use millpond::{
-    proto::etcdserverpb::{WatchRequest, WatchResponse},
-    server::{
-        body::Body,
-        listener::Connection,
-        watch::{PATH, Watch},
+    grpc::{self, Incoming},
+    proto::{
+        etcdserverpb::{WatchRequest, WatchResponse},
+        paths,
     },
+    server::{body::Body, listener::Connection, watch::Watch},
     status::Status,
-    upstream::{Incoming, grpc},
 };
 use prost::Message;
 use tokio_util::sync::CancellationToken;
@@ -38,7 +37,7 @@ impl Call {
         let (client, server) = tokio::join!(h2::client::handshake(near), h2::server::handshake(far));
         let ((mut client, connection), mut server) = (client.expect("a sound pipe"), server.expect("a sound pipe"));
         tokio::spawn(connection);
-        let request = Request::post(PATH).body(()).expect("a path");
+        let request = Request::post(paths::WATCH).body(()).expect("a path");
         let (_, requests) = client.send_request(request, false).expect("a connection without calls");
         let (request, way) = server.accept().await.expect("a call").expect("a sound pipe");
         tokio::spawn(async move { while server.accept().await.is_some() {} });

@@ -4,14 +4,13 @@ use std::time::{Duration, Instant};
 
 use millpond::{
     cli::bench::{
-        RANGE,
         link::Link,
-        messages::framed,
         requests::Keys,
         watchers::Fleet,
         wire::{Frame, Manners},
     },
-    proto::etcdserverpb::RangeRequest,
+    grpc,
+    proto::{etcdserverpb::RangeRequest, paths},
 };
 
 use super::RowKind;
@@ -90,11 +89,11 @@ pub fn per_key(world: &mut World, kind: &RowKind) -> Outcome<Row> {
 
 /// Reads all keys page by page as fast as the etcd sends them.
 async fn list(endpoint: &str, keys: &Keys) -> Outcome<Duration> {
-    let mut link = Link::connect(endpoint, RANGE, Manners::Quiet).await?;
+    let mut link = Link::connect(endpoint, paths::RANGE, Manners::Quiet).await?;
     let started = Instant::now();
     for start in (0..keys.count).step_by(PAGE as usize) {
         let page = RangeRequest { key: keys.key(start), range_end: keys.end(), limit: PAGE, ..Default::default() };
-        link.wire().open(framed(&page), true);
+        link.wire().open(grpc::frame(&page), true);
         let mut ended = false;
         while !ended {
             link.turn(|_, frame| {

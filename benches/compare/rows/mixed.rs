@@ -2,15 +2,17 @@
 
 use std::{cell::RefCell, sync::atomic::AtomicU64, thread, time::Duration};
 
-use millpond::cli::bench::{
-    RANGE,
-    drive::{Conduct, Load, drive},
-    link::LinkError,
-    loads::Delivery,
-    report::Report,
-    requests::{Keys, Ready, Shape, Source, reads, writes},
-    tally::{Tally, Window},
-    writer::{NextRequest, PUT, Writer, stamped_puts},
+use millpond::{
+    cli::bench::{
+        drive::{Conduct, Load, drive},
+        link::LinkError,
+        loads::Delivery,
+        report::Report,
+        requests::{Keys, Ready, Shape, Source, reads, writes},
+        tally::{Tally, Window},
+        writer::{NextRequest, Writer, stamped_puts},
+    },
+    proto::paths,
 };
 
 use super::{RowKind, reads};
@@ -30,7 +32,7 @@ pub fn put_latency(world: &mut World, kind: &RowKind) -> Outcome<Row> {
     for system in System::REAL {
         let Some(server) = world.server(system)? else { continue };
         let source = |_| Box::new(Ready::new(&requests)) as Box<dyn Source>;
-        let report = calls(server, PUT, &source, Loading { connections: 1, in_flight: 1 })?;
+        let report = calls(server, paths::PUT, &source, Loading { connections: 1, in_flight: 1 })?;
         row.generator_cores = row.generator_cores.max(report.own_cores);
         row.cells.push((system, report.latency_micros.p50 as f64));
     }
@@ -66,8 +68,8 @@ impl Load for Beside {
 
     async fn connect(&self, connection: usize) -> Result<Self::Ready, LinkError> {
         Ok(match connection {
-            0 => (Writer::connect(&self.etcd, PUT, stamped_puts(self.written.clone(), 512)).await?, WRITES),
-            _ => (Writer::connect(&self.millpond, RANGE, self.pages()).await?, PAGES),
+            0 => (Writer::connect(&self.etcd, paths::PUT, stamped_puts(self.written.clone(), 512)).await?, WRITES),
+            _ => (Writer::connect(&self.millpond, paths::RANGE, self.pages()).await?, PAGES),
         })
     }
 

@@ -17,7 +17,10 @@ use super::{Proof, Stamp, Tense, Waiting};
 use crate::{
     cache::Prefix,
     feed::Phase,
-    proto::etcdserverpb::{RangeRequest, RangeResponse},
+    proto::{
+        etcdserverpb::{RangeRequest, RangeResponse},
+        paths,
+    },
     status::Status,
     store::{Position, Revision},
     upstream::{EndpointId, Upstream, refuses_strangers},
@@ -254,7 +257,7 @@ async fn find_compaction(
 async fn question(upstream: Upstream, at: EndpointId, revision: Revision, deadline: Duration) -> Result<Proof, Status> {
     let key = Bytes::from_static(&[0]);
     let question = RangeRequest { key, limit: 1, count_only: true, revision: revision.0, ..Default::default() };
-    let asked = upstream.unary_numbered(at, "/etcdserverpb.KV/Range", &question, deadline);
+    let asked = upstream.unary_numbered(at, paths::RANGE, &question, deadline);
     let (answer, connection): (RangeResponse, _) = asked.await?;
     let proof = answer.header.as_ref().and_then(|header| Proof::of(header, connection));
     proof.ok_or_else(|| Status::unavailable("an answer without a cluster or a revision"))

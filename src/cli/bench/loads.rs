@@ -16,8 +16,9 @@ use super::{
     tally::{Tally, Window},
     watchers::{Fleet, WatchLink},
     wire::Manners,
-    writer::{PUT, Writer, stamped_puts},
+    writer::{Writer, stamped_puts},
 };
+use crate::proto::paths;
 
 /// How long watchers wait after the window for events that are under way.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -175,7 +176,7 @@ impl Load for WatchLoad<'_> {
     async fn connect(&self, connection: usize) -> Result<WatchRole, LinkError> {
         if connection == self.fleet.connections {
             let puts = stamped_puts(self.fleet.keys(), self.value_size);
-            return Ok(WatchRole::Writer(Writer::connect(self.write_endpoint, PUT, puts).await?));
+            return Ok(WatchRole::Writer(Writer::connect(self.write_endpoint, paths::PUT, puts).await?));
         }
         let endpoint = endpoint(self.endpoints, connection);
         Ok(WatchRole::Watcher(WatchLink::connect(endpoint, &self.fleet, connection, self.manners).await?))

@@ -1,20 +1,6 @@
 //! gRPC messages out of pieces of a stream, and a look into protobuf messages without decoding them.
 
-use bytes::{BufMut, Bytes, BytesMut};
-use prost::Message;
-
-/// Bytes before each message: a compression flag and a length.
-const PREFIX: usize = 5;
-
-/// A message with its gRPC prefix, ready to be sent.
-pub fn framed(message: &impl Message) -> Bytes {
-    let length = message.encoded_len();
-    let mut bytes = BytesMut::with_capacity(PREFIX + length);
-    bytes.put_u8(0);
-    bytes.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
-    bytes.put(message.encode_to_vec().as_slice());
-    bytes.freeze()
-}
+use crate::grpc;
 
 /// Puts the messages of one stream together again.
 #[derive(Default)]
@@ -38,8 +24,7 @@ impl Messages {
 
 /// Tells each whole message at the front and returns the rest.
 fn whole_messages<'a>(mut bytes: &'a [u8], on: &mut impl FnMut(&[u8])) -> &'a [u8] {
-    while let Some((prefix, rest)) = bytes.split_at_checked(PREFIX) {
-        let length = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
+    while let Some((length, rest)) = grpc::split(bytes) {
         let Some((message, rest)) = rest.split_at_checked(length) else { break };
         on(message);
         bytes = rest;
@@ -101,6 +86,8 @@ fn varint(bytes: &mut &[u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use prost::Message;
+
     use super::*;
     use crate::proto::{etcdserverpb::WatchResponse, mvccpb::Event};
 
@@ -108,7 +95,7 @@ mod tests {
     fn messages_survive_any_cut() {
         let first = WatchResponse { watch_id: 7, ..Default::default() };
         let second = WatchResponse { events: vec![Event::default(); 3], ..Default::default() };
-        let stream = [framed(&first), framed(&second)].concat();
+        let stream = [grpc::frame(&first), grpc::frame(&second)].concat();
         for cut in 0..=stream.len() {
             let mut messages = Messages::default();
             let mut found = Vec::new();

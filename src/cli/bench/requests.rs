@@ -3,11 +3,14 @@
 use bytes::Bytes;
 use rand::RngExt;
 
-use super::messages::{Field, Fields, framed};
-use crate::proto::etcdserverpb::{
-    Compare, PutRequest, RangeRequest, RequestOp, TxnRequest,
-    compare::{CompareResult, CompareTarget, TargetUnion},
-    request_op::Request,
+use super::messages::{Field, Fields};
+use crate::{
+    grpc,
+    proto::etcdserverpb::{
+        Compare, PutRequest, RangeRequest, RequestOp, TxnRequest,
+        compare::{CompareResult, CompareTarget, TargetUnion},
+        request_op::Request,
+    },
 };
 
 /// Different requests encoded ahead for one connection.
@@ -130,7 +133,7 @@ pub struct Ready(Vec<Bytes>);
 impl Ready {
     /// Encodes them. There must be at least one.
     pub fn new(requests: &[impl prost::Message]) -> Self {
-        Self(requests.iter().map(framed).collect())
+        Self(requests.iter().map(grpc::frame).collect())
     }
 }
 
@@ -179,7 +182,7 @@ impl GuardedUpdates {
 impl Source for GuardedUpdates {
     fn request(&mut self, slot: usize) -> Bytes {
         let (key, revision) = self.keys.get(slot).cloned().unwrap_or_default();
-        framed(&Self::update(key, revision, self.value.clone()))
+        grpc::frame(&Self::update(key, revision, self.value.clone()))
     }
 
     fn wants_answers(&self) -> bool {

@@ -6,15 +6,18 @@ use bytes::{Bytes, BytesMut};
 
 use super::{
     link::{Link, LinkError},
-    messages::{Field, Fields, Messages, framed},
+    messages::{Field, Fields, Messages},
     requests::Keys,
     wire::{Frame, Manners, StreamId},
     writer::age,
 };
-use crate::proto::etcdserverpb::{WatchCreateRequest, WatchRequest, watch_request::RequestUnion};
-
-/// The gRPC path of watches.
-const WATCH: &str = "/etcdserverpb.Watch/Watch";
+use crate::{
+    grpc,
+    proto::{
+        etcdserverpb::{WatchCreateRequest, WatchRequest, watch_request::RequestUnion},
+        paths,
+    },
+};
 
 /// Field numbers of a WatchResponse and what is inside.
 mod field {
@@ -66,7 +69,7 @@ impl Fleet {
             let number = if self.distinct { first + watcher } else { 0 };
             let create = WatchCreateRequest { key: keys.key(number), ..Default::default() };
             let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
-            bytes.extend_from_slice(&framed(&request));
+            bytes.extend_from_slice(&grpc::frame(&request));
         }
         bytes.freeze()
     }
@@ -94,7 +97,7 @@ impl WatchLink {
         connection: usize,
         manners: Manners,
     ) -> Result<Self, LinkError> {
-        let mut link = Link::connect(endpoint, WATCH, manners).await?;
+        let mut link = Link::connect(endpoint, paths::WATCH, manners).await?;
         let mut first = 0;
         for stream in 0..fleet.streams {
             let id = link.wire().open(fleet.creates(connection, stream), false);

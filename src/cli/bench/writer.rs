@@ -12,15 +12,11 @@ use tokio::time::timeout_at;
 use super::{
     link::{Link, LinkError},
     loads::Delivery,
-    messages::framed,
     requests::{Keys, value},
     tally::Window,
     wire::{Frame, Manners},
 };
-use crate::proto::etcdserverpb::PutRequest;
-
-/// The gRPC path of a put.
-pub const PUT: &str = "/etcdserverpb.KV/Put";
+use crate::{grpc, proto::etcdserverpb::PutRequest};
 
 /// Calls in flight before the writer falls behind its rate instead of piling up more.
 const MAX_IN_FLIGHT: usize = 4096;
@@ -61,7 +57,7 @@ pub fn stamped_puts(keys: Keys, value_size: usize) -> NextRequest {
         let mut value = BytesMut::with_capacity(STAMP + filler.len());
         value.put_slice(&stamp());
         value.put_slice(&filler);
-        framed(&PutRequest { key: keys.random(), value: value.freeze(), ..Default::default() })
+        grpc::frame(&PutRequest { key: keys.random(), value: value.freeze(), ..Default::default() })
     })
 }
 

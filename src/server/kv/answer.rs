@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     aside,
+    grpc::{PREFIX, prefix},
     server::{
         body::Body,
         data::List,
@@ -23,7 +24,6 @@ use crate::{
         range::{Records, Selection},
         wire::{bytes_field_len, int_field_len, put_bytes_head, put_int_field},
     },
-    upstream::grpc::{PREFIX, prefix},
 };
 
 /// Above this many bytes an answer is sent piece by piece.

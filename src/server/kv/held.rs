@@ -20,7 +20,8 @@ use prometheus::IntCounter;
 use tokio::time::sleep;
 
 use crate::{
-    server::{body::BodyError, data::List},
+    grpc::BodyError,
+    server::data::List,
     store::{Record, Run, Tree, range::Records},
 };
 

@@ -8,9 +8,9 @@ use super::{
     answer::{Values, put_record},
     held::{Held, Holder, Rest},
 };
-use crate::server::{
-    body::BodyError,
-    data::{Data, List},
+use crate::{
+    grpc::BodyError,
+    server::data::{Data, List},
 };
 
 /// Bytes in one piece of copies.

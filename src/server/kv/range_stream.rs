@@ -21,9 +21,13 @@ use super::{
 };
 use crate::{
     aside,
-    proto::etcdserverpb::{RangeRequest, RangeResponse, RangeStreamResponse},
+    grpc::{self, BodyError, failure_trailers, success_trailers},
+    proto::{
+        etcdserverpb::{RangeRequest, RangeResponse, RangeStreamResponse},
+        paths,
+    },
     server::{
-        body::{Body, BodyError, failure_trailers, success_trailers},
+        body::Body,
         data::Data,
         forward::forward,
         relay::AnswerObserver,
@@ -36,7 +40,7 @@ use crate::{
         wire::{bytes_field_len, put_bytes_head, put_int_field},
     },
     upstream::{
-        ForwardClass, ForwardedBody, PageSize, RequestBody, Route, Sizing, TooLarge, Upstream, grpc, is_refusal_of_size,
+        ForwardClass, ForwardedBody, PageSize, RequestBody, Route, Sizing, TooLarge, Upstream, is_refusal_of_size,
     },
 };
 
@@ -92,7 +96,7 @@ impl Kv {
         let upstream = self.cache.upstream();
         let observer = relayed_observer(&self.cache);
         if self.cache.gate().has_range_stream {
-            let body = RequestBody::full(super::framed(&call.message));
+            let body = RequestBody::full(grpc::frame_encoded(&call.message));
             return forward(upstream, call.connection, call.request.map(|_| body), Some(observer)).await;
         }
         let (sender, mut chunks) = mpsc::channel(1);
@@ -247,9 +251,9 @@ impl Pages {
         request: &RangeRequest,
         most: usize,
     ) -> Result<Result<(RangeResponse, usize), TooLarge>, Status> {
-        let mut call = Request::post("/etcdserverpb.KV/Range").body(RequestBody::full(grpc::frame(request)));
+        let mut call = Request::post(paths::RANGE).body(RequestBody::full(grpc::frame(request)));
         if let Ok(call) = &mut call {
-            call.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            call.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(grpc::MEDIA_TYPE));
             for name in ["te", "token", "authorization"] {
                 self.metadata.get(name).map(|value| call.headers_mut().insert(name, value.clone()));
             }

@@ -20,9 +20,12 @@ use super::{
 };
 use crate::{
     fanout::{Hub, Relay},
-    proto::etcdserverpb::{
-        WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse, watch_create_request::FilterType,
-        watch_request::RequestUnion,
+    proto::{
+        etcdserverpb::{
+            WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse, watch_create_request::FilterType,
+            watch_request::RequestUnion,
+        },
+        paths,
     },
     server::listener::Counted,
     status::Status,
@@ -173,7 +176,7 @@ impl Task {
         }
         let upstream = self.shared.cache.upstream().clone();
         let Some(at) = upstream.preferred(&[]) else { return End::Failed(Status::unavailable("no endpoint")) };
-        let (sender, mut receiver) = match upstream.open_catch_up(at, super::PATH).await {
+        let (sender, mut receiver) = match upstream.open_catch_up(at, paths::WATCH).await {
             Ok(opened) => opened,
             Err(status) => return End::Failed(status),
         };

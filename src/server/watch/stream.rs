@@ -24,19 +24,13 @@ use super::{
 };
 use crate::{
     fanout::{Out, Pumped, Refusal, Session, Start, WatchOptions, refuse},
+    grpc::{self, BodyError, Compression, Deframer, Incoming, PREFIX, failure_trailers, largest_message},
     proto::etcdserverpb::{WatchCreateRequest, WatchRequest, watch_request::RequestUnion},
-    server::{
-        body::{BodyError, check_announced, failure_trailers},
-        data::Data,
-        response::LONGEST,
-    },
+    server::{data::Data, response::LONGEST},
     socket::{Extent, News},
     status::Status,
     store::{Responder, Revision},
-    upstream::{
-        AuthState, Incoming,
-        grpc::{self, Compression, Deframer, PREFIX},
-    },
+    upstream::AuthState,
 };
 
 /// Bytes that go out in one piece, if there is so much to say.
@@ -193,9 +187,9 @@ impl Stream {
 
     /// The next request; none after the client has closed its side, which does not end the stream.
     fn poll_request(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<WatchRequest, Status>>> {
-        let limit = self.shared.settings.max_request_bytes + (512 << 10);
+        let limit = largest_message(self.shared.settings.max_request_bytes);
         loop {
-            match check_announced(&self.deframer, limit).and_then(|()| self.deframer.pop()) {
+            match self.deframer.check_announced(limit).and_then(|()| self.deframer.pop()) {
                 Ok(Some(message)) => return Poll::Ready(Some(decode(message))),
                 Ok(None) => {}
                 Err(status) => return Poll::Ready(Some(Err(status))),
@@ -209,7 +203,7 @@ impl Stream {
                 }
                 Some(Err(_)) => {
                     self.requests = None;
-                    return Poll::Ready(Some(Err(Status::fixed(Code::Cancelled, "context canceled"))));
+                    return Poll::Ready(Some(Err(Status::CANCELLED)));
                 }
                 None => self.requests = None,
             }

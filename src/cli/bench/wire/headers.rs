@@ -1,5 +1,7 @@
 //! Request headers as HPACK, without a table of the answers' headers.
 
+use crate::grpc;
+
 /// The header block of every request, as HPACK: spelled out and indexed the first time, four indices ever after.
 pub struct Headers {
     spelled: Vec<u8>,
@@ -21,7 +23,7 @@ impl Headers {
         let entries = [
             (4, "", path),
             (1, "", authority),
-            (31, "", "application/grpc"),
+            (31, "", grpc::MEDIA_TYPE),
             (58, "", user_agent),
             (0, "te", "trailers"),
         ];

@@ -1,6 +1,7 @@
 //! What a client sends with a call, whatever protocol its connection speaks.
 
 use std::{
+    error::Error,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -9,7 +10,17 @@ use bytes::Bytes;
 use h2::RecvStream;
 use http_body::{Body, Frame, SizeHint};
 
-use super::BodyError;
+/// Why a body broke off. Wraps the cause, so that a stream reset is passed on with its reason.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct BodyError(#[source] pub Box<dyn Error + Send + Sync>);
+
+impl BodyError {
+    /// It broke off for this reason.
+    pub fn because(cause: impl Error + Send + Sync + 'static) -> Self {
+        Self(Box::new(cause))
+    }
+}
 
 /// The body of a client's request. Over HTTP/2, what was taken makes room for as much more.
 #[derive(Debug)]

@@ -47,7 +47,8 @@ impl Compression {
     /// The message that came with this `flag` in its prefix.
     ///
     /// # Errors
-    /// Internal for what cannot be unpacked, ResourceExhausted for what is too large then, as Go's gRPC library says it.
+    /// Internal for what cannot be unpacked, ResourceExhausted for what is too large then, as Go's gRPC library says
+    /// it.
     pub(super) fn unpack(self, flag: u8, message: Bytes) -> Result<Bytes, Status> {
         match (flag, self) {
             (0, _) => Ok(message),
