@@ -94,7 +94,7 @@ pub struct Settings {
     /// How long a client may leave a unary answer unread before the call is given up.
     pub stall_limit: Duration,
     /// Between two probes of an endpoint.
-    pub auth_probe_interval: Duration,
+    pub probe_interval: Duration,
 }
 
 impl Settings {
@@ -108,7 +108,7 @@ impl Settings {
             forward_limit: 1024,
             stream_limit: 10_000,
             stall_limit: Duration::from_secs(60),
-            auth_probe_interval: Duration::from_secs(1),
+            probe_interval: Duration::from_secs(1),
         }
     }
 }

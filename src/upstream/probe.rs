@@ -54,7 +54,7 @@ pub(super) async fn run(shared: Arc<Shared>, at: EndpointId) {
         shared.roster.lock().record(at, epoch, found.map_err(|status| status.message.into_owned()));
         shared.reap(at);
         // A kick that came while the probe was under way is about something the probe may not have seen.
-        let _ = timeout(shared.settings.auth_probe_interval, member.kick.notified()).await;
+        let _ = timeout(shared.settings.probe_interval, member.kick.notified()).await;
         sleep(KICK_SPACING).await;
     }
 }

@@ -103,7 +103,7 @@ impl Options {
     pub fn new(endpoints: &[&str]) -> Self {
         let endpoints = endpoints.iter().map(|endpoint| endpoint.parse::<Endpoint>().unwrap()).collect();
         let mut settings = Settings::new(endpoints);
-        settings.auth_probe_interval = Duration::from_millis(200);
+        settings.probe_interval = Duration::from_millis(200);
         Self { settings, listener: listener::Settings::default(), advertised: None }
     }
 

@@ -160,7 +160,7 @@ fn start_cache(links: &[Link], ranges: &[KeyRange], cache_bytes: usize, dice: &m
         connect_timeout: Duration::from_millis(1000),
         keepalive_interval: KEEPALIVE * 2 / 3,
         keepalive_timeout: KEEPALIVE / 3,
-        auth_probe_interval: Duration::from_millis(500),
+        probe_interval: Duration::from_millis(500),
         ..upstream::Settings::new(links.iter().enumerate().map(endpoint).collect())
     };
     let upstream = Upstream::start(settings, &registry).expect("a fresh registry and endpoints");
