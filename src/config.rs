@@ -11,6 +11,7 @@
 
 use std::{net::SocketAddr, num::NonZero, path::PathBuf, time::Duration};
 
+use http::uri::Authority;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
@@ -36,7 +37,7 @@ pub const DEFAULT_DATA_DIR: &str = "millpond-data";
 pub struct Config {
     /// The upstream's members as `host:port`. Empty: the embedded store.
     #[serde(with = "values::endpoints")]
-    pub endpoints: Vec<String>,
+    pub endpoints: Vec<Authority>,
     /// How long dialling an endpoint may take.
     #[serde(with = "values::span")]
     pub connect_timeout: Duration,

@@ -39,7 +39,7 @@ mod version;
 pub use self::{
     body::RequestBody,
     call::{StreamReceiver, StreamSender},
-    endpoint::{Dial, DialFuture, Endpoint, EndpointId, Io, Serve, ServeFuture},
+    endpoint::{Dial, DialFuture, Endpoint, EndpointId, Io, Serve, ServeFuture, host_and_port},
     forward::{Forwarded, ForwardedBody, Route},
     health::{AuthState, EndpointHealth, Health, Report, Standing},
     limits::ForwardClass,

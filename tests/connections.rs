@@ -240,7 +240,7 @@ async fn an_upstream_in_this_process_is_reached_through_a_pipe() {
         Ok(near)
     };
     let upstream = Upstream::start(
-        Settings::new(vec![Endpoint::InProcess { name: "embedded".to_owned(), dial: Arc::new(dial) }]),
+        Settings::new(vec![Endpoint::InProcess { name: "embedded".parse().unwrap(), dial: Arc::new(dial) }]),
         &Registry::new(),
     )
     .unwrap();

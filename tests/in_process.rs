@@ -65,7 +65,8 @@ async fn started(home: &TempDir) -> (Engine, Upstream, Arc<AtomicUsize>) {
     let engine = Engine::open(home.path(), Options::default()).unwrap();
     let within = Within { routes: engine.routes().prepare(), dialled: Arc::default() };
     let dialled = within.dialled.clone();
-    let settings = Settings::new(vec![Endpoint::InProcess { name: "embedded".to_owned(), dial: Arc::new(within) }]);
+    let settings =
+        Settings::new(vec![Endpoint::InProcess { name: "embedded".parse().unwrap(), dial: Arc::new(within) }]);
     let upstream = Upstream::start(settings, &Registry::new()).unwrap();
     assert_eq!(upstream.await_preferred(&[], PATIENCE).await, Some(AT));
     (engine, upstream, dialled)

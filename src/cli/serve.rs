@@ -4,6 +4,7 @@ mod embedded;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
+use http::uri::Authority;
 use prometheus::Registry;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
@@ -122,7 +123,7 @@ pub async fn serve(config: Config, telemetry: Telemetry, shutdown: CancellationT
     let (readiness, ready) = watch::channel(Readiness { reason: "starting".to_owned(), ..Readiness::default() });
     let registry = telemetry.registry.clone();
     let embedded = embedded_store(&config, listener.local_addr().ok(), &registry)?;
-    let upstream = Upstream::start(upstream_settings(&config, embedded.as_ref())?, &registry)?;
+    let upstream = Upstream::start(upstream_settings(&config, embedded.as_ref()), &registry)?;
     let cache = Cache::start(upstream.clone(), cache_settings(&config), &registry)?;
     let check = Some(Arc::new(cache.clone()) as Arc<dyn ConsistencyCheck>);
     let admin = Admin { readiness: ready.clone(), registry: registry.clone(), check };
@@ -148,7 +149,7 @@ fn embedded_store(
     listening: Option<SocketAddr>,
     registry: &Registry,
 ) -> Result<Option<Engine>, ServeError> {
-    if !config.endpoints.is_empty() {
+    if !config.is_embedded() {
         return Ok(None);
     }
     let dir = config.data_dir.clone().unwrap_or_else(|| DEFAULT_DATA_DIR.into());
@@ -186,7 +187,7 @@ fn router(
     Ok(Router {
         kv: Kv::new(cache.clone(), kv_settings, kv::Metrics::register(registry)?, leader.clone()),
         watch: Watch::new(cache.clone(), watch_settings, watch_metrics, leader, shutdown.clone()),
-        members: match config.endpoints.is_empty() {
+        members: match config.is_embedded() {
             true => Members::embedded(),
             false => Members::new(config.advertise_client_url.clone()),
         },
@@ -195,22 +196,22 @@ fn router(
     })
 }
 
-fn upstream_settings(config: &Config, embedded: Option<&Engine>) -> Result<upstream::Settings, UpstreamError> {
+fn upstream_settings(config: &Config, embedded: Option<&Engine>) -> upstream::Settings {
     let endpoints = match embedded.cloned() {
         Some(engine) => {
             let dial = Arc::new(Embedded::new(engine));
-            vec![Endpoint::InProcess { name: "embedded".to_owned(), dial }]
+            vec![Endpoint::InProcess { name: Authority::from_static("embedded"), dial }]
         }
-        None => config.endpoints.iter().map(|endpoint| endpoint.parse()).collect::<Result<_, _>>()?,
+        None => config.endpoints.iter().cloned().map(|authority| Endpoint::Tcp { authority }).collect(),
     };
-    Ok(upstream::Settings {
+    upstream::Settings {
         connect_timeout: config.connect_timeout,
         keepalive_interval: config.upstream_keepalive_interval,
         keepalive_timeout: config.upstream_keepalive_timeout,
         forward_limit: config.forward_limit,
         stream_limit: config.forward_stream_limit,
         ..upstream::Settings::new(endpoints)
-    })
+    }
 }
 
 fn cache_settings(config: &Config) -> cache::Settings {

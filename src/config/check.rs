@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, time::Duration};
 
+use http::uri::Authority;
+
 use super::{Config, ConfigError, Loaded, units::parse_span};
 use crate::sql::AutoCompaction;
 
@@ -30,7 +32,8 @@ fn listeners(config: &Config) -> Found {
     if overlap(clients, admin) {
         return Err(("admin-listen", format!("{admin} is taken by listen, which is {clients}")));
     }
-    let own = |endpoint: &&String| endpoint.parse().is_ok_and(|address: SocketAddr| overlap(clients, address));
+    let own =
+        |endpoint: &&Authority| endpoint.as_str().parse().is_ok_and(|address: SocketAddr| overlap(clients, address));
     if let Some(endpoint) = config.endpoints.iter().find(own) {
         return Err(("endpoints", format!("{endpoint} is where Millpond itself listens ({clients})")));
     }
@@ -124,7 +127,7 @@ mod tests {
 
     #[test]
     fn an_endpoint_that_is_ourselves_is_refused() {
-        let config = config(|c| c.endpoints = vec!["127.0.0.1:23790".into()]);
+        let config = config(|c| c.endpoints = vec![Authority::from_static("127.0.0.1:23790")]);
         assert_eq!(listeners(&config).unwrap_err().0, "endpoints");
     }
 

@@ -2,9 +2,11 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use http::uri::Authority;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
 use super::units::{format_size, format_span, parse_size, parse_span};
+use crate::upstream::{Endpoint, host_and_port};
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -158,11 +160,12 @@ pub mod endpoints {
     use super::*;
 
     #[allow(missing_docs)]
-    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
-        let mut endpoints = Vec::new();
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Authority>, D::Error> {
+        let mut endpoints: Vec<Authority> = Vec::new();
         for item in List::deserialize(from)?.items() {
             let endpoint = parse_endpoint(&item).map_err(D::Error::custom)?;
-            if !endpoints.contains(&endpoint) {
+            // Authorities are equal in any case of letters; what is written differently stays.
+            if !endpoints.iter().any(|known| known.as_str() == endpoint.as_str()) {
                 endpoints.push(endpoint);
             }
         }
@@ -170,8 +173,8 @@ pub mod endpoints {
     }
 
     #[allow(missing_docs)]
-    pub fn serialize<S: Serializer>(endpoints: &[String], to: S) -> Result<S::Ok, S::Error> {
-        endpoints.serialize(to)
+    pub fn serialize<S: Serializer>(endpoints: &[Authority], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(endpoints.iter().map(Authority::as_str))
     }
 }
 
@@ -228,32 +231,21 @@ pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
 }
 
 /// Reads an endpoint, with or without `http://`, as `host:port`.
-pub fn parse_endpoint(text: &str) -> Result<String, String> {
+pub fn parse_endpoint(text: &str) -> Result<Authority, String> {
     let text = text.trim();
-    if text.starts_with("https://") {
-        return Err(format!("{text:?} asks for TLS, which is not supported yet; use http://"));
+    match text.parse::<Endpoint>() {
+        Ok(endpoint) => Ok(endpoint.authority().clone()),
+        Err(_) if text.starts_with("https://") => {
+            Err(format!("{text:?} asks for TLS, which is not supported yet; use http://"))
+        }
+        Err(_) => Err(format!("{text:?} is not an endpoint; write it like 127.0.0.1:2379 or http://etcd-0.etcd:2379")),
     }
-    let authority = text.strip_prefix("http://").unwrap_or(text);
-    let authority = authority.strip_suffix('/').unwrap_or(authority);
-    if is_host_and_port(authority) {
-        Ok(authority.to_owned())
-    } else {
-        Err(format!("{text:?} is not an endpoint; write it like 127.0.0.1:2379 or http://etcd-0.etcd:2379"))
-    }
-}
-
-fn is_host_and_port(text: &str) -> bool {
-    let port = text
-        .parse::<http::uri::Authority>()
-        .ok()
-        .filter(|authority| !authority.as_str().contains('@') && !authority.host().is_empty());
-    port.and_then(|authority| authority.port_u16()).is_some_and(|port| port != 0)
 }
 
 fn parse_url(text: &str) -> Result<String, String> {
     let rest = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
-    match rest.map(|rest| rest.strip_suffix('/').unwrap_or(rest)) {
-        Some(authority) if is_host_and_port(authority) => Ok(text.to_owned()),
+    match rest.map(host_and_port) {
+        Some(Ok(_)) => Ok(text.to_owned()),
         _ => Err(format!("{text:?} is not a client URL; write it like http://millpond.example:2379")),
     }
 }
@@ -281,10 +273,10 @@ mod tests {
     #[test]
     fn endpoints_come_with_or_without_scheme() {
         for text in ["127.0.0.1:2379", "http://127.0.0.1:2379", "http://127.0.0.1:2379/"] {
-            assert_eq!(parse_endpoint(text).as_deref(), Ok("127.0.0.1:2379"));
+            assert_eq!(parse_endpoint(text).unwrap(), "127.0.0.1:2379");
         }
-        assert_eq!(parse_endpoint("[::1]:2379").as_deref(), Ok("[::1]:2379"));
-        assert_eq!(parse_endpoint("etcd-0.etcd:2379").as_deref(), Ok("etcd-0.etcd:2379"));
+        assert_eq!(parse_endpoint("[::1]:2379").unwrap(), "[::1]:2379");
+        assert_eq!(parse_endpoint("etcd-0.etcd:2379").unwrap(), "etcd-0.etcd:2379");
     }
 
     #[test]

@@ -59,24 +59,29 @@ pub enum Endpoint {
     /// A server reached over TCP.
     Tcp {
         /// `host:port`.
-        authority: String,
+        authority: Authority,
     },
     /// A server in this process.
     InProcess {
         /// The name, which reads like `host` or `host:port`.
-        name: String,
+        name: Authority,
         /// What opens streams to it.
         dial: Arc<dyn Dial>,
     },
 }
 
 impl Endpoint {
-    /// The name in logs, metrics and the HTTP authority.
-    pub fn name(&self) -> &str {
+    /// The HTTP authority of requests to it.
+    pub fn authority(&self) -> &Authority {
         match self {
             Endpoint::Tcp { authority } => authority,
             Endpoint::InProcess { name, .. } => name,
         }
+    }
+
+    /// The name in logs and metrics.
+    pub fn name(&self) -> &str {
+        self.authority().as_str()
     }
 
     /// What opens streams to this endpoint. `silence` is how long sent bytes may stay unacknowledged.
@@ -101,30 +106,39 @@ impl FromStr for Endpoint {
         let invalid = |reason| UpstreamError::Endpoint { endpoint: text.to_owned(), reason };
         let rest = match text.split_once("://") {
             None => text,
-            Some(("http", rest)) => rest.strip_suffix('/').unwrap_or(rest),
+            Some(("http", rest)) => rest,
             Some(("https", _)) => return Err(invalid("TLS to etcd is not supported yet; use http:// or host:port")),
             Some(_) => return Err(invalid("the scheme is not http")),
         };
-        let authority: Authority = rest.parse().map_err(|_| invalid("it is not host:port"))?;
-        if rest.contains('@') || authority.host().is_empty() {
-            return Err(invalid("it is not host:port"));
-        }
-        match authority.port_u16() {
-            None | Some(0) => Err(invalid("it has no port")),
-            Some(_) => Ok(Endpoint::Tcp { authority: rest.to_owned() }),
-        }
+        Ok(Endpoint::Tcp { authority: host_and_port(rest).map_err(invalid)? })
+    }
+}
+
+/// Reads `host:port`, with or without a slash at its end.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn host_and_port(text: &str) -> Result<Authority, &'static str> {
+    let text = text.strip_suffix('/').unwrap_or(text);
+    let authority: Authority = text.parse().map_err(|_| "it is not host:port")?;
+    if text.contains('@') || authority.host().is_empty() {
+        return Err("it is not host:port");
+    }
+    match authority.port_u16() {
+        None | Some(0) => Err("it has no port"),
+        Some(_) => Ok(authority),
     }
 }
 
 struct TcpDial {
-    authority: String,
+    authority: Authority,
     silence: Duration,
 }
 
 impl Dial for TcpDial {
     fn dial(&self) -> DialFuture<'_> {
         Box::pin(async move {
-            let stream = TcpStream::connect(&self.authority).await?;
+            let stream = TcpStream::connect(self.authority.as_str()).await?;
             stream.set_nodelay(true)?;
             crate::socket::detect_dead_peer(&stream, self.silence);
             Ok(Box::new(stream) as Box<dyn Io>)
@@ -142,6 +156,7 @@ mod tests {
             ("127.0.0.1:2379", "127.0.0.1:2379"),
             ("http://etcd-0.etcd:2379", "etcd-0.etcd:2379"),
             ("http://[::1]:2379/", "[::1]:2379"),
+            ("127.0.0.1:2379/", "127.0.0.1:2379"),
         ] {
             assert_eq!(text.parse::<Endpoint>().unwrap().name(), name);
         }

@@ -58,12 +58,8 @@ impl Shared {
             return Err(UpstreamError::NoEndpoints);
         }
         let numbers = Numbers::default();
-        let members: Result<Vec<MemberLink>, UpstreamError> = settings
-            .endpoints
-            .iter()
-            .map(|endpoint| MemberLink::new(endpoint, &settings, &metrics, &numbers))
-            .collect();
-        let members = members?;
+        let link = |endpoint| MemberLink::new(endpoint, &settings, &metrics, &numbers);
+        let members: Vec<MemberLink> = settings.endpoints.iter().map(link).collect();
         let names = members.iter().map(|member| member.pool.name().to_owned()).collect();
         let roster = Roster::new(names, metrics.clone());
         Ok(Self {
@@ -222,24 +218,15 @@ impl Shared {
 }
 
 impl MemberLink {
-    pub(super) fn new(
-        endpoint: &Endpoint,
-        settings: &Settings,
-        metrics: &Metrics,
-        numbers: &Numbers,
-    ) -> Result<Self, UpstreamError> {
-        let name = endpoint.name().to_owned();
+    fn new(endpoint: &Endpoint, settings: &Settings, metrics: &Metrics, numbers: &Numbers) -> Self {
         let tuning = Tuning {
             connect_timeout: settings.connect_timeout,
             ping_pause: PingPause::new(settings.keepalive_interval),
             keepalive_timeout: settings.keepalive_timeout,
         };
         let dialer = endpoint.dialer(settings.keepalive_interval + settings.keepalive_timeout);
-        let authority = name.parse();
-        let authority =
-            authority.map_err(|_| UpstreamError::Endpoint { endpoint: name.clone(), reason: "it is not host:port" })?;
-        let pool = Pool::new(name, dialer, tuning, metrics.clone(), numbers.clone());
-        Ok(Self { authority, pool, kick: Notify::new() })
+        let pool = Pool::new(endpoint.name().to_owned(), dialer, tuning, metrics.clone(), numbers.clone());
+        Self { authority: endpoint.authority().clone(), pool, kick: Notify::new() }
     }
 }
 

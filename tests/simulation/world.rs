@@ -153,8 +153,10 @@ impl World {
 }
 
 fn start_cache(links: &[Link], ranges: &[KeyRange], cache_bytes: usize, dice: &mut Dice) -> Cache {
-    let endpoint =
-        |(at, link): (usize, &Link)| Endpoint::InProcess { name: format!("member-{at}"), dial: Arc::new(link.clone()) };
+    let endpoint = |(at, link): (usize, &Link)| Endpoint::InProcess {
+        name: format!("member-{at}").parse().unwrap(),
+        dial: Arc::new(link.clone()),
+    };
     let registry = Registry::new();
     let settings = upstream::Settings {
         connect_timeout: Duration::from_millis(1000),

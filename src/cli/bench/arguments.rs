@@ -61,6 +61,10 @@ fn rate(text: &str) -> Result<f64, String> {
 }
 
 /// A count of things, at least one and few enough to be held.
+fn endpoint(text: &str) -> Result<String, String> {
+    parse_endpoint(text).map(|endpoint| endpoint.to_string())
+}
+
 fn count(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(count @ 1..=1_000_000) => Ok(count),
@@ -103,7 +107,7 @@ impl Load {
 #[derive(Debug, Args)]
 pub struct Common {
     /// Servers to load; connections take turns
-    #[arg(long, value_name = "HOST:PORT,…", value_delimiter = ',', default_value = "127.0.0.1:23790", value_parser = parse_endpoint)]
+    #[arg(long, value_name = "HOST:PORT,…", value_delimiter = ',', default_value = "127.0.0.1:23790", value_parser = endpoint)]
     pub endpoints: Vec<String>,
     /// Connections
     #[arg(long, value_name = "COUNT", default_value = "10", value_parser = count)]
@@ -212,6 +216,6 @@ pub struct Watch {
     #[arg(long)]
     pub distinct: bool,
     /// Server that takes the writes [default: the first endpoint]
-    #[arg(long, value_name = "HOST:PORT", value_parser = parse_endpoint)]
+    #[arg(long, value_name = "HOST:PORT", value_parser = endpoint)]
     pub write_endpoint: Option<String>,
 }
