@@ -19,6 +19,7 @@ pub use self::{
     sources::{Loaded, Origin, Sources},
     values::LogFormat,
 };
+use crate::{server::listener, sql, upstream};
 
 pub mod check;
 mod error;
@@ -129,29 +130,33 @@ pub struct Config {
 }
 
 impl Default for Config {
+    /// The rooms' own defaults, where they have any.
     fn default() -> Self {
+        let upstream = upstream::Settings::new(Vec::new());
+        let listener = listener::Settings::default();
+        let store = sql::Options::default();
         Self {
             endpoints: Vec::new(),
-            connect_timeout: Duration::from_secs(3),
+            connect_timeout: upstream.connect_timeout,
             read_timeout: Duration::from_secs(7),
-            forward_limit: 1024,
-            forward_stream_limit: 16 * 1024,
+            forward_limit: upstream.forward_limit,
+            forward_stream_limit: upstream.stream_limit,
             catch_up_limit: 16,
-            upstream_keepalive_interval: Duration::from_secs(10),
-            upstream_keepalive_timeout: Duration::from_secs(5),
+            upstream_keepalive_interval: upstream.keepalive_interval,
+            upstream_keepalive_timeout: upstream.keepalive_timeout,
             listen: SocketAddr::from(([127, 0, 0, 1], 23790)),
             admin_listen: SocketAddr::from(([127, 0, 0, 1], 23791)),
             advertise_client_url: None,
-            max_request_bytes: 3 << 19,
+            max_request_bytes: store.max_request_bytes as u64,
             max_response_bytes: None,
-            grpc_keepalive_interval: Duration::from_secs(2 * 60 * 60),
-            grpc_keepalive_timeout: Duration::from_secs(20),
-            shutdown_grace: Duration::from_secs(10),
+            grpc_keepalive_interval: listener.keepalive_interval,
+            grpc_keepalive_timeout: listener.keepalive_timeout,
+            shutdown_grace: listener.grace,
             prefixes: Vec::new(),
             cache_bytes: 4 << 30,
             history_bytes: 256 << 20,
             history_age: Duration::from_secs(10 * 60),
-            progress_interval: Duration::from_secs(10 * 60),
+            progress_interval: store.progress_interval,
             check_interval: Duration::from_secs(5 * 60),
             data_dir: None,
             quota_backend_bytes: None,
@@ -172,7 +177,8 @@ impl Config {
 
     /// The embedded store's quota in bytes; etcd's default of 2 GiB unless another was given.
     pub fn quota_bytes(&self) -> u64 {
-        self.quota_backend_bytes.filter(|&bytes| bytes > 0).unwrap_or(2 << 30)
+        let given = self.quota_backend_bytes.filter(|&bytes| bytes > 0);
+        given.unwrap_or_else(|| sql::Options::default().quota_bytes.unsigned_abs())
     }
 
     /// How many threads serve: half of the cores that the process may use, unless a number was given. Measured on two cores, one
@@ -183,7 +189,7 @@ impl Config {
     }
 
     /// The embedded store's automatic compaction, with the meanings of etcd's flags. None: off.
-    pub fn auto_compaction(&self) -> Option<crate::sql::AutoCompaction> {
+    pub fn auto_compaction(&self) -> Option<sql::AutoCompaction> {
         check::auto_compaction(self).ok().flatten()
     }
 }

@@ -106,7 +106,7 @@ impl Settings {
             keepalive_interval: Duration::from_secs(10),
             keepalive_timeout: Duration::from_secs(5),
             forward_limit: 1024,
-            stream_limit: 10_000,
+            stream_limit: 16 * 1024,
             stall_limit: Duration::from_secs(60),
             probe_interval: Duration::from_secs(1),
         }

@@ -45,6 +45,13 @@ Examples:
       --cache-bytes 16GiB --history-age 30m
   millpond serve --data-dir /var/lib/millpond --auto-compaction-retention 1h";
 
+/// See [`cache::Settings::floor_patience`]. Events follow what was relayed within milliseconds. Where they do not, to ask a
+/// member is quicker.
+const FLOOR_PATIENCE: Duration = Duration::from_millis(100);
+/// See [`cache::Settings::view_patience`]. A feed may lag for as long as a burst of events takes: to move it to another
+/// member costs a proof of continuity.
+const VIEW_PATIENCE: Duration = Duration::from_secs(3);
+
 /// What stops the proxy.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -224,8 +231,8 @@ fn cache_settings(config: &Config) -> cache::Settings {
             bytes: config.history_bytes as usize,
             age: config.history_age.as_millis().try_into().unwrap_or(u64::MAX),
         },
-        floor_patience: Duration::from_millis(100),
-        view_patience: Duration::from_secs(3),
+        floor_patience: FLOOR_PATIENCE,
+        view_patience: VIEW_PATIENCE,
         consensus_patience: config.read_timeout,
         check_interval: config.check_interval,
     }

@@ -221,7 +221,7 @@ fn distance(a: &str, b: &str) -> usize {
 mod tests {
     use std::collections::BTreeSet;
 
-    use super::*;
+    use super::{super::units::format_size, *};
 
     #[test]
     fn the_table_and_the_fields_are_the_same_settings() {
@@ -246,6 +246,8 @@ mod tests {
         assert!(SETTINGS.iter().all(|setting| !setting.default_text().is_empty()));
         assert_eq!(find("max-request-bytes").map(Setting::default_text).as_deref(), Some("1.5MiB"));
         assert_eq!(find("max-response-bytes").map(Setting::default_text).as_deref(), Some("unlimited"));
+        let quota = format_size(Config::default().quota_bytes());
+        assert_eq!(find("quota-backend-bytes").map(Setting::default_text), Some(quota));
     }
 
     #[test]
