@@ -232,17 +232,9 @@ impl Task {
         opened: ConnectionNumber,
     ) -> End {
         let trusted = self.shared.cache.gate().progress_is_proof;
-        // Etcd may send progress ahead of `created`, and of events that it holds back until then: nobody asks before.
-        self.heard = Revision::ZERO;
-        let created = receiver.next().await;
-        if matches!(created, Some(Ok(_))) {
-            self.lineage.follow(opened);
-        }
-        if let Some(end) = self.take_message(created, receiver.connection(), trusted).await {
+        if let Some(end) = self.take_first(receiver, opened, trusted).await {
             return end;
         }
-        // One that ends by itself asks for progress by itself, for a quiet range has no events that show how far it is. So does one
-        // whose upstream, which may be a member that lags, has told of less than the stream needs.
         let mut pause = FIRST_PAUSE;
         let mut ask = Instant::now() + pause;
         // Requests that an earlier upstream watch was sent may not have been answered.
@@ -258,7 +250,7 @@ impl Task {
                 }
                 () = self.arrival() => return self.hand_over().await,
                 message = receiver.next() => Some(message),
-                () = sleep_until(ask), if trusted && (self.hub.is_some() || self.is_owed || self.falls_short()) => {
+                () = sleep_until(ask), if trusted && self.asks_by_itself() => {
                     pause = (pause * 2).min(LONGEST_PAUSE);
                     None
                 }
@@ -276,6 +268,22 @@ impl Task {
                 return end;
             }
         }
+    }
+
+    /// Takes what an upstream watch begins with. Etcd may send progress ahead of `created`, and of events that it holds back
+    /// until then: nobody asks before.
+    async fn take_first(
+        &mut self,
+        receiver: &mut StreamReceiver,
+        opened: ConnectionNumber,
+        trusted: bool,
+    ) -> Option<End> {
+        self.heard = Revision::ZERO;
+        let created = receiver.next().await;
+        if matches!(created, Some(Ok(_))) {
+            self.lineage.follow(opened);
+        }
+        self.take_message(created, receiver.connection(), trusted).await
     }
 
     async fn take_message(
@@ -305,8 +313,7 @@ impl Task {
             drop(self.shared.cache.upstream().suspect_auth());
             return Some(self.report(Report::Lost).await);
         }
-        let revision = response.header.as_ref().map_or(0, |header| header.revision);
-        self.heard = self.heard.max(Revision(revision));
+        self.heard = self.heard.max(revision_of(&response));
         if self.is_early && !response.events.is_empty() {
             response.events.retain(|event| event.kv.as_ref().is_some_and(|kv| kv.mod_revision >= self.next.0));
             if response.events.is_empty() {
@@ -318,14 +325,8 @@ impl Task {
         if self.lineage.is_outlived() {
             return Some(End::Again);
         }
-        let last = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back();
-        if let Some(last) = last {
-            self.next = self.next.max(Revision(last.mod_revision).next());
-        } else if !response.canceled && (response.created || !trusted) {
+        if !self.advance(&response, trusted) {
             return None;
-        } else if !response.canceled {
-            self.next = self.next.max(Revision(revision).next());
-            self.is_owed = false;
         }
         let canceled = response.canceled;
         let report = Report::Response(self.relay.slot, self.relay.serial, Box::new(response));
@@ -336,6 +337,20 @@ impl Task {
             return Some(end);
         }
         if self.has_arrived() { Some(self.hand_over().await) } else { None }
+    }
+
+    /// Goes on to where `response` leads. Whether the stream is to be told of it.
+    fn advance(&mut self, response: &WatchResponse, trusted: bool) -> bool {
+        let last = response.events.iter().filter_map(|event| event.kv.as_ref()).next_back();
+        if let Some(last) = last {
+            self.next = self.next.max(Revision(last.mod_revision).next());
+        } else if !response.canceled && (response.created || !trusted) {
+            return false;
+        } else if !response.canceled {
+            self.next = self.next.max(revision_of(response).next());
+            self.is_owed = false;
+        }
+        true
     }
 
     /// Gives `report` to the stream. There are few relays that end by themselves, so none of them is kept by a client that makes no
@@ -350,9 +365,11 @@ impl Task {
         room.map(|room| room.send(report)).map_err(|_| End::Over)
     }
 
-    /// Whether it has been told of less than the stream wants to know.
-    fn falls_short(&self) -> bool {
-        self.next <= *self.asked.borrow()
+    /// Whether it asks for progress though the stream does not. One that ends by itself does, for a quiet range has no events
+    /// that show how far it is. So does one whose upstream, which may be a member that lags, has told of less than the stream
+    /// wants to know.
+    fn asks_by_itself(&self) -> bool {
+        self.hub.is_some() || self.is_owed || self.next <= *self.asked.borrow()
     }
 
     /// Lets the history window take over.
@@ -370,7 +387,7 @@ impl Task {
         if let (true, Some(prefix)) = (knows_all, self.lineage.prefix()) {
             prefix.note_events(&response.events);
         }
-        cache.note_relayed(Revision(response.header.as_ref().map_or(0, |header| header.revision)), connection);
+        cache.note_relayed(revision_of(response), connection);
     }
 
     /// Whether the history window holds everything that is still to come.
@@ -395,6 +412,11 @@ impl Task {
         let _ = self.reports.send(report).await;
         End::Over
     }
+}
+
+/// The revision in the header of `response`.
+fn revision_of(response: &WatchResponse) -> Revision {
+    Revision(response.header.as_ref().map_or(0, |header| header.revision))
 }
 
 async fn ask_for_progress(sender: &StreamSender<WatchRequest>) {
