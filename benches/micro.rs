@@ -22,8 +22,9 @@ use millpond::{
         ranges::{Placed, RangeIndex},
     },
     proto::etcdserverpb::{RangeRequest, WatchCreateRequest},
+    rules::KeyRange,
     store::{
-        Change, Event, EventKind, KeyRange, Limits, Position, Record, Revision, Store, Tree, View, Writer,
+        Change, Event, EventKind, Limits, Position, Record, Revision, Store, Tree, View, Writer,
         range::{range_of, select},
     },
 };
@@ -78,7 +79,8 @@ fn index(criterion: &mut Criterion) {
             BatchSize::SmallInput,
         );
     });
-    let range = KeyRange::from_request("/registry/pods/namespace-100/".into(), "/registry/pods/namespace-1000".into());
+    let range =
+        KeyRange::from_request(&"/registry/pods/namespace-100/".into(), &"/registry/pods/namespace-1000".into());
     criterion.bench_function("index/count", |bench| bench.iter(|| tree.sums_in(black_box(&range))));
     criterion.bench_function("index/k-th key", |bench| bench.iter(|| tree.nth_from(b"", black_box(54_321)).is_some()));
 }
@@ -157,10 +159,10 @@ impl Placed for Member {
 fn watchers(criterion: &mut Criterion) {
     let mut index = RangeIndex::default();
     for number in 0..KEYS {
-        index.insert(&KeyRange::from_request(key(number).into(), Bytes::new()), Member::default());
+        index.insert(&KeyRange::from_request(&key(number).into(), &Bytes::new()), Member::default());
         if number % 100 == 0 {
             let end = key(number + 500);
-            index.insert(&KeyRange::from_request(key(number).into(), end.into()), Member::default());
+            index.insert(&KeyRange::from_request(&key(number).into(), &end.into()), Member::default());
         }
     }
     let mut step = 0;
@@ -171,7 +173,7 @@ fn watchers(criterion: &mut Criterion) {
             found
         });
     });
-    let range = KeyRange::from_request("/registry/pods/x".into(), "/registry/pods/y".into());
+    let range = KeyRange::from_request(&"/registry/pods/x".into(), &"/registry/pods/y".into());
     criterion.bench_function("watchers/come and go", |bench| {
         bench.iter(|| {
             let member = Member::default();

@@ -32,8 +32,9 @@ pub use prefix::Prefix;
 use crate::{
     feed::{Phase, Signals},
     proto::etcdserverpb::PutRequest,
+    rules::KeyRange,
     signal::Told,
-    store::{KeyRange, Limits, Responder, Revision, View},
+    store::{Limits, Responder, Revision, View},
     upstream::{AuthState, ConnectionNumber, Gate, Upstream},
 };
 

@@ -36,9 +36,10 @@ use tracing::{info, warn};
 use crate::{
     aside,
     proto::etcdserverpb::{RangeRequest, ResponseHeader},
+    rules::KeyRange,
     signal::Signal,
     status::Status,
-    store::{KeyRange, Position, Revision, Writer},
+    store::{Position, Revision, Writer},
     upstream::{AuthState, ConnectionNumber, EndpointId, Link, PageSize, Upstream},
 };
 pub use floor::Floor;

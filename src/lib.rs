@@ -5,6 +5,7 @@
 //! - [`proto`]: the etcd v3 messages, and the paths of methods.
 //! - [`status`]: outcomes in etcd's words.
 //! - [`grpc`]: gRPC over HTTP/2 as far as a proxy needs it.
+//! - [`rules`]: what etcd's API says of a request before any data is looked at.
 //! - [`store`]: records, the counted copy-on-write index, the history window, views.
 //! - [`upstream`]: talking to etcd.
 //! - [`feed`]: list, watch, resume, resync; the only writer of a store.
@@ -25,6 +26,7 @@ pub mod fanout;
 pub mod feed;
 pub mod grpc;
 pub mod proto;
+pub mod rules;
 pub mod server;
 pub mod signal;
 pub mod socket;

@@ -22,7 +22,6 @@ mod engine;
 mod error;
 mod hash;
 mod history;
-mod key;
 mod leases;
 mod metrics;
 mod options;

@@ -9,7 +9,6 @@
 //! - [`range`]: what a Range request selects from a view.
 
 mod history;
-mod key;
 pub mod range;
 mod record;
 mod responder;
@@ -19,7 +18,6 @@ mod view;
 pub mod wire;
 
 pub use history::{Entry, Event, EventKind, Limits, Window};
-pub use key::{KeyRange, prefix_end};
 pub use record::{MalformedRecord, Record};
 pub use responder::{HeaderField, Responder};
 pub use revision::Revision;

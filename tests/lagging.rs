@@ -20,6 +20,7 @@ use millpond::{
         WatchProgressRequest, WatchRequest, WatchResponse, request_op::Request as Operation,
         watch_request::RequestUnion,
     },
+    rules::KeyRange,
     server::{
         body::Body,
         kv::{self, Kv},
@@ -29,7 +30,7 @@ use millpond::{
         watch::{self, Watch},
     },
     status::Status,
-    store::{KeyRange, Limits},
+    store::Limits,
     upstream::{Settings, StreamReceiver, Upstream},
 };
 use prometheus::Registry;

@@ -21,6 +21,7 @@ use millpond::{
         },
         mvccpb::KeyValue,
     },
+    rules::KeyRange,
     server::{
         body::Body,
         kv::{self, Kv},
@@ -29,7 +30,7 @@ use millpond::{
         response,
     },
     status::Status,
-    store::{KeyRange, Limits},
+    store::Limits,
     upstream::{Settings, Upstream},
 };
 use prometheus::Registry;

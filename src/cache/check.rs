@@ -18,8 +18,9 @@ use crate::{
         mvccpb::KeyValue,
         paths,
     },
+    rules::KeyRange,
     status::Status,
-    store::{KeyRange, Record, View},
+    store::{Record, View},
 };
 
 /// Keys in a page.

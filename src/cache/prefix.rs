@@ -15,8 +15,9 @@ use crate::{
     fanout::Hub,
     feed::{self, Demand, Feed, Floor, Phase, Signals},
     proto::{etcdserverpb::PutRequest, mvccpb},
+    rules::KeyRange,
     status::Status,
-    store::{KeyRange, Position, Revision, Store, View},
+    store::{Position, Revision, Store, View},
     upstream::{AuthState, ConnectionNumber, Upstream},
 };
 

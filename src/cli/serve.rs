@@ -14,6 +14,7 @@ use super::signals;
 use crate::{
     cache::{self, Cache},
     config::{Config, DEFAULT_DATA_DIR},
+    rules::KeyRange,
     server::{
         self,
         admin::{self, Admin, ConsistencyCheck},
@@ -26,7 +27,7 @@ use crate::{
         watch::Watch,
     },
     sql::{self, Engine, SqlError},
-    store::{KeyRange, Limits},
+    store::Limits,
     telemetry::{Telemetry, TelemetryError},
     upstream::{self, Endpoint, Upstream, UpstreamError},
 };

@@ -16,8 +16,9 @@ use super::{
 };
 use crate::{
     aside,
+    rules::KeyRange,
     status::Status,
-    store::{Entry, KeyRange, Position, Revision, Store, View},
+    store::{Entry, Position, Revision, Store, View},
 };
 
 /// Entries that are dispatched before the registry is free for others in between.

@@ -15,8 +15,9 @@ use super::{
     watcher::Seat,
 };
 use crate::{
+    rules::KeyRange,
     status::Status,
-    store::{KeyRange, Position, Revision},
+    store::{Position, Revision},
 };
 
 /// Watchers of one session with the same range.

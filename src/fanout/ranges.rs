@@ -8,7 +8,7 @@ use std::{cmp::Ordering, collections::HashMap};
 
 use bytes::Bytes;
 
-use crate::store::KeyRange;
+use crate::rules::KeyRange;
 
 /// Something that stands in a [`RangeIndex`] and remembers where, so that it can be taken out at once.
 pub trait Placed {

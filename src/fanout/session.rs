@@ -19,8 +19,9 @@ use super::{
     watcher::{State, Watcher},
 };
 use crate::{
+    rules::KeyRange,
     status::Status,
-    store::{KeyRange, Position, Responder, Revision},
+    store::{Position, Responder, Revision},
 };
 use deliver::{SCRATCH, Scratch};
 

@@ -2,7 +2,8 @@
 
 use crate::{
     proto::etcdserverpb::{WatchCreateRequest, watch_create_request::FilterType},
-    store::{Event, EventKind, KeyRange, Responder, Revision},
+    rules::KeyRange,
+    store::{Event, EventKind, Responder, Revision},
 };
 
 /// What a watcher wants to see.
@@ -29,7 +30,7 @@ impl WatchOptions {
         let key = if request.key.is_empty() { bytes::Bytes::from_static(&[0]) } else { request.key.clone() };
         let filtered = |filter: FilterType| request.filters.contains(&(filter as i32));
         Self {
-            range: KeyRange::from_request(key, request.range_end.clone()),
+            range: KeyRange::from_request(&key, &request.range_end),
             prev_kv: request.prev_kv,
             no_put: filtered(FilterType::Noput),
             no_delete: filtered(FilterType::Nodelete),

@@ -15,7 +15,8 @@ use crate::{
         etcdserverpb::PutRequest,
         mvccpb::{self, event::EventType},
     },
-    store::{KeyRange, Revision},
+    rules::KeyRange,
+    store::Revision,
     upstream::ConnectionNumber,
 };
 

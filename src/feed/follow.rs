@@ -25,8 +25,9 @@ use crate::{
         etcdserverpb::{WatchCreateRequest, WatchProgressRequest, WatchRequest, watch_request::RequestUnion},
         paths,
     },
+    rules::KeyRange,
     status::Status,
-    store::{Change, KeyRange, Position, Revision},
+    store::{Change, Position, Revision},
     upstream::{AuthState, ConnectionNumber, EndpointId, Link, StreamReceiver, StreamSender},
 };
 

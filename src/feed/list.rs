@@ -14,6 +14,7 @@ use crate::{
         etcdserverpb::{RangeRequest, ResponseHeader},
         paths,
     },
+    rules::successor,
     status::Status,
     store::{Record, Revision, Tree},
     upstream::{Link, Sizing, TooLarge, is_refusal_of_size},
@@ -181,9 +182,4 @@ pub(super) async fn examine(link: &Link) -> Result<ResponseHeader, End> {
 
 fn silent() -> End {
     End::Failed(Status::TIMEOUT)
-}
-
-/// The first key after `key`.
-fn successor(key: &[u8]) -> Bytes {
-    [key, &[0]].concat().into()
 }

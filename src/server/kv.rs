@@ -36,8 +36,9 @@ use crate::{
     cache::{Cache, Proof, Stamp, Tense, Unserved},
     grpc::{self, Incoming},
     proto::etcdserverpb::{CompactionRequest, PutRequest, ResponseHeader},
+    rules::KeyRange,
     status::Status,
-    store::{KeyRange, Revision, View},
+    store::{Revision, View},
     upstream::{ConnectionNumber, RequestBody},
 };
 

@@ -7,8 +7,11 @@ use std::ops::ControlFlow;
 
 use bytes::{Bytes, BytesMut};
 
-use super::{alarms::Alarm, error::SqlError, key::KeyRange};
-use crate::proto::mvccpb::{Event, KeyValue, event::EventType};
+use super::{alarms::Alarm, error::SqlError};
+use crate::{
+    proto::mvccpb::{Event, KeyValue, event::EventType},
+    rules::KeyRange,
+};
 
 /// Bits of an [`EventId`] that number the events of one revision.
 const SUB_BITS: u32 = 22;

@@ -11,10 +11,12 @@ use parking_lot::Mutex;
 use super::{
     backend::Reader,
     error::Fault,
-    key::successor,
     range::{self, Position},
 };
-use crate::proto::etcdserverpb::{RangeRequest, RangeResponse, range_request::SortTarget};
+use crate::{
+    proto::etcdserverpb::{RangeRequest, RangeResponse, range_request::SortTarget},
+    rules::successor,
+};
 
 /// Pages that are remembered.
 const KEPT: usize = 128;

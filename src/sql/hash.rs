@@ -7,16 +7,14 @@
 
 use std::ops::ControlFlow;
 
-use bytes::Bytes;
 use prost::Message;
 
 use super::{
     backend::{EventId, Reader, Record},
     error::Fault,
-    key::{KeyRange, RangeEnd},
     range::Position,
 };
-use crate::status::Status;
+use crate::{rules::KeyRange, status::Status};
 
 /// The bucket in which etcd keeps its pairs; its name begins the hash.
 const BUCKET: &[u8] = b"key";
@@ -89,9 +87,8 @@ fn read_some(store: &mut dyn Reader, from: EventId, to: EventId) -> Result<Vec<R
 
 /// Whether no key exists as of `bound`.
 fn is_empty(store: &mut dyn Reader, bound: EventId) -> Result<bool, Fault> {
-    let everything = KeyRange { start: Bytes::from_static(b"\0"), end: RangeEnd::Open };
     let mut empty = true;
-    store.scan(&everything, bound, &mut |_, _| {
+    store.scan(&KeyRange::everything(), bound, &mut |_, _| {
         empty = false;
         ControlFlow::Break(())
     })?;

@@ -7,7 +7,6 @@ use bytes::Bytes;
 use super::{
     backend::{EventId, Reader, Record, Version},
     error::{Fault, SqlError, Trouble},
-    key::KeyRange,
 };
 use crate::{
     proto::{
@@ -17,6 +16,7 @@ use crate::{
         },
         mvccpb::KeyValue,
     },
+    rules::KeyRange,
     status::Status,
 };
 
@@ -47,7 +47,7 @@ type Entry = (Bytes, Version);
 /// Answers `request`, which has passed [`super::validate::range`], from `store`. The header carries only the revision.
 pub fn evaluate(store: &mut dyn Reader, request: &RangeRequest, at: Position) -> Result<RangeResponse, Fault> {
     let bound = EventId::last(at.resolve(request.revision)?);
-    let range = KeyRange::new(&request.key, &request.range_end);
+    let range = KeyRange::from_request(&request.key, &request.range_end);
     let mut response = RangeResponse { header: header(at.current), ..Default::default() };
     if request.count_only {
         response.count = count(store, &range, bound)?;
@@ -76,7 +76,7 @@ pub fn first(store: &mut dyn Reader, request: &RangeRequest, at: Position) -> Re
     let bound = EventId::last(at.resolve(request.revision)?);
     let limit = usize::try_from(request.limit).ok().filter(|limit| *limit > 0).unwrap_or(usize::MAX);
     let mut entries: Vec<Entry> = Vec::new();
-    store.scan(&KeyRange::new(&request.key, &request.range_end), bound, &mut |key, version| {
+    store.scan(&KeyRange::from_request(&request.key, &request.range_end), bound, &mut |key, version| {
         entries.push((Bytes::copy_from_slice(key), version));
         if entries.len() > limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;

@@ -16,7 +16,6 @@ use super::{
     backend::{EventId, MAX_EVENTS, MAX_REVISION, Meta, Record, Version, Writer},
     error::{Fault, SqlError},
     history::Revision,
-    key::KeyRange,
     leases::Leases,
     range::{self, Position, header},
 };
@@ -25,6 +24,7 @@ use crate::{
         etcdserverpb::{DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse},
         mvccpb::KeyValue,
     },
+    rules::KeyRange,
     status::Status,
 };
 
@@ -202,7 +202,7 @@ impl<'a> Transaction<'a> {
     }
 
     fn write_delete(&mut self, request: &DeleteRangeRequest) -> Result<DeleteRangeResponse, Fault> {
-        let range = KeyRange::new(&request.key, &request.range_end);
+        let range = KeyRange::from_request(&request.key, &request.range_end);
         let mut doomed: Vec<(Bytes, Version)> = Vec::new();
         self.store.scan(&range, EventId(i64::MAX), &mut |key, version| {
             doomed.push((Bytes::copy_from_slice(key), version));

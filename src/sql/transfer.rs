@@ -11,14 +11,16 @@ use etcd_client::{Client, Error, GetOptions, LeaseGrantOptions, PutOptions, Sort
 
 use super::{
     Engine, SqlError,
-    key::successor,
     options::Options,
     range::{self, evaluate},
     transaction::Transaction,
 };
-use crate::proto::{
-    etcdserverpb::{LeaseGrantRequest, PutRequest, RangeRequest},
-    mvccpb::KeyValue,
+use crate::{
+    proto::{
+        etcdserverpb::{LeaseGrantRequest, PutRequest, RangeRequest},
+        mvccpb::KeyValue,
+    },
+    rules::successor,
 };
 
 /// Bytes that are moved at a time, about.

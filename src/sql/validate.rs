@@ -13,6 +13,7 @@ use crate::{
         range_request::{SortOrder, SortTarget},
         request_op::Request,
     },
+    rules::successor,
     status::Status,
 };
 
@@ -132,7 +133,7 @@ struct Intervals(BTreeMap<Bytes, Option<Bytes>>);
 impl Intervals {
     /// Adds a deleted range. etcd reads `range_end = "\0"` here as a plain key, which makes the interval empty: so do we.
     fn insert(&mut self, key: &Bytes, range_end: &Bytes) {
-        let end = if range_end.is_empty() { super::key::successor(key) } else { range_end.clone() };
+        let end = if range_end.is_empty() { successor(key) } else { range_end.clone() };
         if end > *key {
             self.add(key.clone(), Some(end));
         }

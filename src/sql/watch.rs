@@ -19,10 +19,11 @@ use tonic::Streaming;
 
 pub use self::events::next_chunk;
 use self::{events::Chunk, watcher::Watcher};
-use super::{Engine, key::KeyRange};
+use super::Engine;
 use crate::{
     grpc,
     proto::etcdserverpb::{WatchCreateRequest, WatchRequest, WatchResponse, watch_request::RequestUnion},
+    rules::KeyRange,
     status::Status,
 };
 
@@ -113,7 +114,7 @@ impl Session {
         if request.key.is_empty() {
             request.key = Bytes::from_static(b"\0");
         }
-        let range = KeyRange::new(&request.key, &request.range_end);
+        let range = KeyRange::from_request(&request.key, &request.range_end);
         if request.start_revision < 0 {
             return self.refuse(&Status::COMPACTED.message).await;
         }

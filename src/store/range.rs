@@ -7,10 +7,13 @@ use std::borrow::Cow;
 
 use bytes::Bytes;
 
-use super::{KeyRange, Record, Revision, Sums, Tree, View};
-use crate::proto::etcdserverpb::{
-    RangeRequest,
-    range_request::{SortOrder, SortTarget},
+use super::{Record, Revision, Sums, Tree, View};
+use crate::{
+    proto::etcdserverpb::{
+        RangeRequest,
+        range_request::{SortOrder, SortTarget},
+    },
+    rules::KeyRange,
 };
 
 /// Why a view cannot answer.
@@ -84,7 +87,7 @@ impl Records {
 
 /// The keys that `request` asks for.
 pub fn range_of(request: &RangeRequest) -> KeyRange {
-    KeyRange::from_request(request.key.clone(), request.range_end.clone())
+    KeyRange::from_request(&request.key, &request.range_end)
 }
 
 /// Evaluates `request`, whose range is `range`, on `view`. The request's key, sort order and target have been checked.

@@ -13,7 +13,8 @@ use std::sync::Arc;
 pub use iter::{Iter, Run, Runs};
 use node::{Inserted, Node};
 
-use super::{KeyRange, Record};
+use super::Record;
+use crate::rules::KeyRange;
 
 /// What a run of records amounts to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

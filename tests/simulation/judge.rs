@@ -4,7 +4,8 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use millpond::{
     proto::mvccpb::{Event, KeyValue, event::EventType},
-    store::{Entry, EventKind, KeyRange, Record, Revision, View},
+    rules::KeyRange,
+    store::{Entry, EventKind, Record, Revision, View},
 };
 
 use crate::{

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use futures_util::FutureExt;
-use millpond::{cache::Tense, feed::Phase, store::KeyRange};
+use millpond::{cache::Tense, feed::Phase, rules::KeyRange};
 use parking_lot::Mutex;
 use tokio::{
     task::AbortHandle,

@@ -1,10 +1,7 @@
 //! What the simulation once found, told step by step.
 
 use bytes::Bytes;
-use millpond::{
-    cache::Tense,
-    store::{KeyRange, Revision},
-};
+use millpond::{cache::Tense, rules::KeyRange, store::Revision};
 use tokio::time::{Duration, sleep, timeout};
 
 use crate::{

@@ -12,8 +12,8 @@ use millpond::{
         },
         mvccpb::{Event, event::EventType},
     },
+    rules::KeyRange,
     status::Status,
-    store::KeyRange,
 };
 use parking_lot::Mutex;
 use tokio::time::{Duration, Instant, sleep, timeout};

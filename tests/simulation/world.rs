@@ -5,11 +5,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use millpond::{
     cache::{self, Cache},
+    rules::KeyRange,
     server::{
         leader::Leader,
         watch::{self, Watch},
     },
-    store::{KeyRange, Limits},
+    store::Limits,
     upstream::{self, Endpoint, Upstream},
 };
 use parking_lot::Mutex;

@@ -10,10 +10,11 @@ use crate::{
         RangeRequest,
         range_request::{SortOrder, SortTarget},
     },
+    rules::KeyRange,
     server::body::Body,
     status::Status,
     store::{
-        KeyRange, View,
+        View,
         range::{RangeError, Selection, range_of, select, walked},
     },
     upstream::Version,

@@ -14,9 +14,10 @@ use crate::{
         compare::{CompareResult, CompareTarget, TargetUnion},
         request_op::Request as Operation,
     },
+    rules::KeyRange,
     server::{body::Body, response::check_length},
     status::Status,
-    store::{KeyRange, Record, Tree, View, range::range_of},
+    store::{Record, Tree, View, range::range_of},
 };
 
 /// Etcd's default `--max-txn-ops`; a larger transaction is for the upstream to judge.
@@ -157,7 +158,7 @@ fn through_consensus(mut request: TxnRequest) -> TxnRequest {
 
 /// The keys that a compare is about.
 fn compared(compare: &Compare) -> KeyRange {
-    KeyRange::from_request(compare.key.clone(), compare.range_end.clone())
+    KeyRange::from_request(&compare.key, &compare.range_end)
 }
 
 /// Whether a compare holds: for every key of its range, or for the key that is not there. A value that is not there equals

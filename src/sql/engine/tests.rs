@@ -14,11 +14,11 @@ use tonic::Code;
 use super::*;
 use crate::{
     proto::etcdserverpb::PutRequest,
+    rules::KeyRange,
     sql::{
         alarms::Alarm,
         backend::{EventId, LogPages, Meta, Record, Size, StoredLease, Version, VisitRecord, VisitVersion},
         error::Trouble,
-        key::KeyRange,
     },
 };
 
@@ -162,7 +162,7 @@ async fn put(engine: &Engine, key: &'static str) -> Result<i64, Status> {
 }
 
 async fn keys(engine: &Engine) -> Result<i64, Status> {
-    let all = KeyRange::new(&Bytes::from_static(b"\0"), &Bytes::from_static(b"\0"));
+    let all = KeyRange::everything();
     engine.read(move |store, at| crate::sql::range::count(store, &all, EventId::last(at.current))).await
 }
 

@@ -11,10 +11,10 @@ use crate::{
         CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse,
         RangeRequest, RangeResponse, RangeStreamResponse, TxnRequest, TxnResponse, kv_server::Kv,
     },
+    rules::successor,
     sql::{
         Engine,
         backend::Reader,
-        key::successor,
         quota,
         range::{self, evaluate},
         transaction::{Transaction, is_read_only, read_only},

@@ -16,7 +16,8 @@ use crate::{
         },
         mvccpb::{KeyValue, event::EventType},
     },
-    sql::{Engine, key::prefix_end, quota, range::evaluate, transaction::Transaction, validate, watch},
+    rules::KeyRange,
+    sql::{Engine, quota, range::evaluate, transaction::Transaction, validate, watch},
     status::Status,
 };
 
@@ -137,7 +138,7 @@ async fn first_created(
 ) -> Result<(ResponseHeader, Option<KeyValue>), Status> {
     let request = RangeRequest {
         key: prefix.clone(),
-        range_end: prefix_end(prefix),
+        range_end: KeyRange::prefix(prefix.clone()).request_end(),
         limit: 1,
         sort_order: order.into(),
         sort_target: SortTarget::Create.into(),

@@ -4,11 +4,13 @@ use bytes::Bytes;
 use rusqlite::{OptionalExtension, Row, params, types::ValueRef};
 
 use super::{Sqlite, doing};
-use crate::sql::{
-    alarms::Alarm,
-    backend::{EventId, Meta, Reader, Record, Size, StoredLease, Version, VisitRecord, VisitVersion},
-    error::SqlError,
-    key::{KeyRange, RangeEnd, successor},
+use crate::{
+    rules::{KeyRange, successor},
+    sql::{
+        alarms::Alarm,
+        backend::{EventId, Meta, Reader, Record, Size, StoredLease, Version, VisitRecord, VisitVersion},
+        error::SqlError,
+    },
 };
 
 /// How many versions of one key a scan steps over before it looks up the next key instead.
@@ -50,7 +52,7 @@ impl Reader for Sqlite {
     }
 
     fn scan(&mut self, range: &KeyRange, bound: EventId, visit: &mut VisitVersion<'_>) -> Result<(), SqlError> {
-        if let RangeEnd::Single = range.end {
+        if range.is_single() {
             if let Some(version) = self.newest(&range.start, bound)?.filter(|version| !version.is_deletion()) {
                 let _ = visit(&range.start, version);
             }
@@ -61,7 +63,7 @@ impl Reader for Sqlite {
         }
         let mut start = range.start.clone();
         loop {
-            match self.scan_from(&start, &range.end, bound, visit).map_err(doing("reading a range"))? {
+            match self.scan_from(&start, range.end.as_deref(), bound, visit).map_err(doing("reading a range"))? {
                 Scan::Done => return Ok(()),
                 Scan::Crowded(key) => {
                     start = successor(&key);
@@ -179,14 +181,14 @@ impl Sqlite {
     fn scan_from(
         &self,
         start: &[u8],
-        end: &RangeEnd,
+        end: Option<&[u8]>,
         bound: EventId,
         visit: &mut VisitVersion<'_>,
     ) -> rusqlite::Result<Scan> {
-        let mut statement = self.connection.prepare_cached(if *end == RangeEnd::Open { FROM } else { BETWEEN })?;
+        let mut statement = self.connection.prepare_cached(if end.is_some() { BETWEEN } else { FROM })?;
         let mut rows = match end {
-            RangeEnd::Before(end) => statement.query(params![start, &end[..]])?,
-            _ => statement.query(params![start])?,
+            Some(end) => statement.query(params![start, end])?,
+            None => statement.query(params![start])?,
         };
         let (mut key, mut decided, mut stepped) = (Vec::new(), true, 0_u32);
         let mut first = true;

@@ -107,7 +107,7 @@ impl Model {
     }
 
     fn delete(&mut self, delete: &DeleteRangeRequest, progress: &mut Progress) {
-        let range = KeyRange::new(&delete.key, &delete.range_end);
+        let range = KeyRange::from_request(&delete.key, &delete.range_end);
         let (gone, left) = std::mem::take(&mut self.keys).into_iter().partition(|(key, _)| range.contains(key));
         self.keys = left;
         let gone: BTreeMap<Bytes, KeyValue> = gone;
@@ -117,7 +117,7 @@ impl Model {
     }
 
     fn range(&self, request: &RangeRequest) -> String {
-        let range = KeyRange::new(&request.key, &request.range_end);
+        let range = KeyRange::from_request(&request.key, &request.range_end);
         let mut found: Vec<KeyValue> =
             self.keys.iter().filter(|(key, _)| range.contains(key)).map(|(_, pair)| pair.clone()).collect();
         let count = found.len();
@@ -134,7 +134,7 @@ impl Model {
     }
 
     fn holds(&self, compare: &Compare) -> bool {
-        let range = KeyRange::new(&compare.key, &compare.range_end);
+        let range = KeyRange::from_request(&compare.key, &compare.range_end);
         let found: Vec<&KeyValue> =
             self.keys.iter().filter(|(key, _)| range.contains(key)).map(|(_, pair)| pair).collect();
         let by_value = matches!(compare.target_union, Some(TargetUnion::Value(_)));

@@ -15,10 +15,10 @@ use crate::{
         request_op::Request,
         response_op::Response,
     },
+    rules::KeyRange,
     sql::{
         backend::{EventId, Reader, Version},
         error::{Fault, SqlError},
-        key::KeyRange,
         range::{self, Position, header},
     },
     status::Status,
@@ -169,7 +169,7 @@ fn holds(store: &mut dyn Reader, compares: &[Compare], at: Position) -> Result<b
 /// Whether a compare holds for every key of its range. With no key there it is put to the number 0; a value compared with
 /// nothing never holds.
 fn compare_holds(store: &mut dyn Reader, compare: &Compare, bound: EventId) -> Result<bool, SqlError> {
-    let range = KeyRange::new(&compare.key, &compare.range_end);
+    let range = KeyRange::from_request(&compare.key, &compare.range_end);
     if compare.target == i32::from(CompareTarget::Value) {
         return values_hold(store, compare, &range, bound);
     }

@@ -14,12 +14,12 @@ use crate::{
         etcdserverpb::WatchResponse,
         mvccpb::{Event, KeyValue, event::EventType},
     },
+    rules::KeyRange,
     sql::{
         Engine,
         backend::{EventId, Reader, Record},
         error::Fault,
         history::Revision,
-        key::KeyRange,
         range::{self, Position},
     },
     status::Status,

@@ -6,7 +6,7 @@ use crate::{
         etcdserverpb::{WatchCreateRequest, watch_create_request::FilterType},
         mvccpb::{Event, event::EventType},
     },
-    sql::key::KeyRange,
+    rules::KeyRange,
 };
 
 /// How far a watcher has got.
@@ -144,7 +144,7 @@ mod tests {
         revision.events = [EventType::Put, EventType::Delete].map(event).to_vec();
         let chunk = Chunk { revisions: vec![Arc::new(revision)], last: 5 };
         let request = WatchCreateRequest { key: "k".into(), start_revision: start, ..Default::default() };
-        let range = KeyRange::new(&request.key, &request.range_end);
+        let range = KeyRange::from_request(&request.key, &request.range_end);
         let mut watcher = Watcher::new(&request, range, 5);
         watcher.advance(&chunk, &Previous::new(), 5, compacted).iter().map(|(_, events)| events.len()).sum()
     }

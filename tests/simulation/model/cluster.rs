@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use millpond::{
     proto::{etcdserverpb::ResponseHeader, mvccpb::KeyValue},
+    rules::KeyRange,
     status::Status,
-    store::KeyRange,
 };
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{

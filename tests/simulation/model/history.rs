@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use bytes::Bytes;
 use millpond::{
     proto::mvccpb::{Event, KeyValue, event::EventType},
-    store::KeyRange,
+    rules::KeyRange,
 };
 
 /// The keys at a revision.

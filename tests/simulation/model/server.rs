@@ -13,8 +13,8 @@ use millpond::{
         },
         mvccpb::KeyValue,
     },
+    rules::KeyRange,
     status::Status,
-    store::KeyRange,
 };
 use parking_lot::Mutex;
 use tokio::{io::DuplexStream, sync::mpsc, time::sleep};
@@ -96,7 +96,7 @@ impl Node {
         if revision < at.compacted {
             return Err(Status::COMPACTED);
         }
-        let range = KeyRange::from_request(request.key.clone(), request.range_end.clone());
+        let range = KeyRange::from_request(&request.key, &request.range_end);
         let state = inner.histories[at.generation].state(revision);
         let inside: Vec<&KeyValue> = state.values().filter(|kv| range.contains(&kv.key)).collect();
         let count = inside.len() as i64;

@@ -12,7 +12,7 @@ use millpond::{
         },
         mvccpb::{Event, event::EventType},
     },
-    store::KeyRange,
+    rules::KeyRange,
 };
 use tokio::{
     sync::mpsc::{Sender, error::TrySendError},
@@ -118,7 +118,7 @@ impl Stream {
         self.send(self.told, WatchResponse { watch_id: id, created: true, ..Default::default() });
         self.watchers.push(Watcher {
             id,
-            range: KeyRange::from_request(create.key, create.range_end),
+            range: KeyRange::from_request(&create.key, &create.range_end),
             next: if next > 0 { next } else { self.told + 1 },
             behind: next > 0 && next <= self.told,
             prev_kv: create.prev_kv,

@@ -19,20 +19,18 @@ impl KeyRange {
 
     /// The range that `key` and `range_end` of a request name: one key when `range_end` is empty, everything from `key`
     /// on when it is a single zero byte.
-    pub fn from_request(key: Bytes, range_end: Bytes) -> Self {
+    pub fn from_request(key: &Bytes, range_end: &Bytes) -> Self {
+        let start = key.clone();
         match &range_end[..] {
-            [] => Self::single(key),
-            [0] => Self { start: key, end: None },
-            _ => Self { start: key, end: Some(range_end) },
+            [] => Self::single(start),
+            [0] => Self { start, end: None },
+            _ => Self { start, end: Some(range_end.clone()) },
         }
     }
 
     /// Exactly one key.
     pub fn single(key: Bytes) -> Self {
-        let mut end = Vec::with_capacity(key.len() + 1);
-        end.extend_from_slice(&key);
-        end.push(0);
-        Self { start: key, end: Some(end.into()) }
+        Self { end: Some(successor(&key)), start: key }
     }
 
     /// Every key that begins with `prefix`.
@@ -82,8 +80,16 @@ impl KeyRange {
     }
 }
 
+/// The first key after `key`.
+pub fn successor(key: &[u8]) -> Bytes {
+    let mut next = Vec::with_capacity(key.len() + 1);
+    next.extend_from_slice(key);
+    next.push(0);
+    next.into()
+}
+
 /// The first key after all keys that begin with `prefix`; `None` when there is no such key.
-pub fn prefix_end(prefix: &[u8]) -> Option<Bytes> {
+fn prefix_end(prefix: &[u8]) -> Option<Bytes> {
     let last = prefix.iter().rposition(|byte| *byte != u8::MAX)?;
     let mut end = prefix[..=last].to_vec();
     end[last] += 1;
@@ -99,17 +105,18 @@ mod tests {
     use super::*;
 
     fn range(key: &'static [u8], end: &'static [u8]) -> KeyRange {
-        KeyRange::from_request(Bytes::from_static(key), Bytes::from_static(end))
+        KeyRange::from_request(&Bytes::from_static(key), &Bytes::from_static(end))
     }
 
     #[test]
     fn the_special_ends_of_etcd_are_resolved() {
         assert!(range(b"a", b"").contains(b"a"));
-        assert!(!range(b"a", b"").contains(b"a\0"));
+        assert!(!range(b"a", b"").contains(b"a\0") && !range(b"a", b"").contains(b"aa"));
+        assert!(range(b"a", b"c").contains(b"bz") && !range(b"a", b"c").contains(b"c"));
         assert!(range(b"b", b"\0").contains(b"\xff\xff"));
         assert!(!range(b"b", b"\0").contains(b"a"));
         assert!(range(b"\0", b"\0").contains(b"\0"));
-        assert!(range(b"b", b"a").is_empty());
+        assert!(range(b"b", b"a").is_empty() && !range(b"b", b"a").contains(b"b"));
     }
 
     #[test]
@@ -126,6 +133,7 @@ mod tests {
         assert_eq!(prefix_end(b"a\xff").as_deref(), Some(&b"b"[..]));
         assert_eq!(prefix_end(b"\xff"), None);
         assert_eq!(prefix_end(b""), None);
+        assert_eq!(KeyRange::prefix(Bytes::from_static(b"\xff\xff")).request_end(), "\0");
     }
 
     #[test]

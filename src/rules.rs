@@ -1,0 +1,9 @@
+//! What etcd's API says of a request before any data is looked at, and what a request means for one record.
+//!
+//! Pure: no I/O, no clock, and nothing of where records are kept. The cache and the embedded store go by the same text.
+//!
+//! - [`KeyRange`]: the keys that a request names.
+
+mod key;
+
+pub use key::{KeyRange, successor};
