@@ -22,11 +22,8 @@ use millpond::{
         ranges::{Placed, RangeIndex},
     },
     proto::etcdserverpb::{RangeRequest, WatchCreateRequest},
-    rules::KeyRange,
-    store::{
-        Change, Event, EventKind, Limits, Position, Record, Revision, Store, Tree, View, Writer,
-        range::{range_of, select},
-    },
+    rules::{KeyRange, range::range_of},
+    store::{Change, Event, EventKind, Limits, Position, Record, Revision, Store, Tree, View, Writer, range::select},
 };
 
 const KEYS: u64 = 100_000;

@@ -3,7 +3,12 @@
 //! Pure: no I/O, no clock, and nothing of where records are kept. The cache and the embedded store go by the same text.
 //!
 //! - [`KeyRange`]: the keys that a request names.
+//! - [`Numbers`]: what requests ask about a record.
+//! - [`range`]: the order, the filters and the limit of a Range request.
 
 mod key;
+mod numbers;
+pub mod range;
 
 pub use key::{KeyRange, successor};
+pub use numbers::{Number, Numbers};

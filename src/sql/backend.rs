@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 use super::{alarms::Alarm, error::SqlError};
 use crate::{
     proto::mvccpb::{Event, KeyValue, event::EventType},
-    rules::KeyRange,
+    rules::{KeyRange, Number, Numbers},
 };
 
 /// Bits of an [`EventId`] that number the events of one revision.
@@ -71,6 +71,17 @@ impl Version {
     /// Whether this version is a deletion.
     pub fn is_deletion(&self) -> bool {
         self.version == 0
+    }
+}
+
+impl Numbers for Version {
+    fn number_of(&self, which: Number) -> i64 {
+        match which {
+            Number::Version => self.version,
+            Number::Create => self.create_revision,
+            Number::Mod => self.id.revision(),
+            Number::Lease => self.lease,
+        }
     }
 }
 

@@ -14,8 +14,8 @@ use super::{
     range::{self, Position},
 };
 use crate::{
-    proto::etcdserverpb::{RangeRequest, RangeResponse, range_request::SortTarget},
-    rules::successor,
+    proto::etcdserverpb::{RangeRequest, RangeResponse},
+    rules::{range::is_run, successor},
 };
 
 /// Pages that are remembered.
@@ -76,9 +76,5 @@ impl Counts {
 
 /// Whether a request is one for a page in the order of keys.
 fn is_page(request: &RangeRequest) -> bool {
-    request.limit > 0
-        && !request.count_only
-        && SortTarget::try_from(request.sort_target) == Ok(SortTarget::Key)
-        && range::is_default_order(request)
-        && !range::has_filters(request)
+    request.limit > 0 && !request.count_only && is_run(request)
 }

@@ -10,13 +10,13 @@ use super::{
 };
 use crate::{
     proto::{
-        etcdserverpb::{
-            RangeRequest, RangeResponse, ResponseHeader,
-            range_request::{SortOrder, SortTarget},
-        },
+        etcdserverpb::{RangeRequest, RangeResponse, ResponseHeader},
         mvccpb::KeyValue,
     },
-    rules::KeyRange,
+    rules::{
+        KeyRange, Number, Numbers,
+        range::{is_by_value, limit, most_fetched, passes, range_of, sort, sort_by_value},
+    },
     status::Status,
 };
 
@@ -44,23 +44,27 @@ impl Position {
 /// A key with its version, before its value is fetched.
 type Entry = (Bytes, Version);
 
+impl Numbers for Entry {
+    fn number_of(&self, which: Number) -> i64 {
+        self.1.number_of(which)
+    }
+}
+
 /// Answers `request`, which has passed [`super::validate::range`], from `store`. The header carries only the revision.
 pub fn evaluate(store: &mut dyn Reader, request: &RangeRequest, at: Position) -> Result<RangeResponse, Fault> {
     let bound = EventId::last(at.resolve(request.revision)?);
-    let range = KeyRange::from_request(&request.key, &request.range_end);
+    let range = range_of(request);
     let mut response = RangeResponse { header: header(at.current), ..Default::default() };
     if request.count_only {
         response.count = count(store, &range, bound)?;
         return Ok(response);
     }
-    let limit = usize::try_from(request.limit).ok().filter(|limit| *limit > 0).unwrap_or(usize::MAX);
-    let by_value = SortTarget::try_from(request.sort_target) == Ok(SortTarget::Value);
-    let keep = if limits_work(request) { limit.saturating_add(1) } else { usize::MAX };
-    let (mut entries, count) = select(store, &range, bound, keep, request)?;
+    let limit = limit(request);
+    let (mut entries, count) = select(store, &range, bound, request)?;
     let matching = entries.len();
     response.count = i64::try_from(count).unwrap_or(i64::MAX);
     response.more = matching > limit;
-    response.kvs = if by_value {
+    response.kvs = if is_by_value(request) {
         sorted_by_value(store, entries, limit, request)?
     } else {
         sort(&mut entries, request);
@@ -74,9 +78,9 @@ pub fn evaluate(store: &mut dyn Reader, request: &RangeRequest, at: Position) ->
 /// no filters.
 pub fn first(store: &mut dyn Reader, request: &RangeRequest, at: Position) -> Result<RangeResponse, Fault> {
     let bound = EventId::last(at.resolve(request.revision)?);
-    let limit = usize::try_from(request.limit).ok().filter(|limit| *limit > 0).unwrap_or(usize::MAX);
+    let limit = limit(request);
     let mut entries: Vec<Entry> = Vec::new();
-    store.scan(&KeyRange::from_request(&request.key, &request.range_end), bound, &mut |key, version| {
+    store.scan(&range_of(request), bound, &mut |key, version| {
         entries.push((Bytes::copy_from_slice(key), version));
         if entries.len() > limit { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
@@ -114,48 +118,15 @@ fn missing(id: EventId) -> SqlError {
     }
 }
 
-/// Whether a limit applies before sorting. As in etcd that is so without an order even when there is a target: then the
-/// first keys of the range (one more than the limit) are sorted and cut.
-fn limits_work(request: &RangeRequest) -> bool {
-    is_default_order(request) && !has_filters(request)
-}
-
-/// Whether the order is the one in which the store has the keys, by etcd's reckoning.
-pub fn is_default_order(request: &RangeRequest) -> bool {
-    let by_key = SortTarget::try_from(request.sort_target) == Ok(SortTarget::Key);
-    match SortOrder::try_from(request.sort_order) {
-        Ok(SortOrder::None) => true,
-        Ok(SortOrder::Ascend) => by_key,
-        _ => false,
-    }
-}
-
-/// Whether the request filters by revision.
-pub fn has_filters(request: &RangeRequest) -> bool {
-    request.min_mod_revision != 0
-        || request.max_mod_revision != 0
-        || request.min_create_revision != 0
-        || request.max_create_revision != 0
-}
-
-/// Whether `version` passes the request's filters; 0 is no filter, any other number is one.
-fn passes(version: &Version, request: &RangeRequest) -> bool {
-    let (created, modified) = (version.create_revision, version.id.revision());
-    (request.max_mod_revision == 0 || modified <= request.max_mod_revision)
-        && (request.min_mod_revision == 0 || modified >= request.min_mod_revision)
-        && (request.max_create_revision == 0 || created <= request.max_create_revision)
-        && (request.min_create_revision == 0 || created >= request.min_create_revision)
-}
-
-/// Up to `keep` entries that pass the filters, and the number of keys in the range whether they pass or not.
+/// The entries that pass the filters, as many as are to be fetched, and the number of keys in the range whether they pass
+/// or not.
 fn select(
     store: &mut dyn Reader,
     range: &KeyRange,
     bound: EventId,
-    keep: usize,
     request: &RangeRequest,
 ) -> Result<(Vec<Entry>, usize), Fault> {
-    let (mut entries, mut count) = (Vec::new(), 0_usize);
+    let (keep, mut entries, mut count) = (most_fetched(request), Vec::new(), 0_usize);
     store.scan(range, bound, &mut |key, version| {
         count += 1;
         if entries.len() < keep && passes(&version, request) {
@@ -166,26 +137,6 @@ fn select(
     Ok((entries, count))
 }
 
-/// Sorts by anything but the value. Ties stay in the order of keys.
-fn sort(entries: &mut [Entry], request: &RangeRequest) {
-    let number: fn(&Entry) -> i64 = match SortTarget::try_from(request.sort_target).unwrap_or_default() {
-        SortTarget::Version => |entry| entry.1.version,
-        SortTarget::Create => |entry| entry.1.create_revision,
-        SortTarget::Mod => |entry| entry.1.id.revision(),
-        SortTarget::Key | SortTarget::Value => |_| 0,
-    };
-    let by_key = SortTarget::try_from(request.sort_target) == Ok(SortTarget::Key);
-    match (descends(request), by_key) {
-        (true, true) => entries.reverse(),
-        (true, false) => entries.sort_by_key(|entry| std::cmp::Reverse(number(entry))),
-        (false, _) => entries.sort_by_key(number),
-    }
-}
-
-fn descends(request: &RangeRequest) -> bool {
-    SortOrder::try_from(request.sort_order) == Ok(SortOrder::Descend)
-}
-
 fn sorted_by_value(
     store: &mut dyn Reader,
     entries: Vec<Entry>,
@@ -193,7 +144,7 @@ fn sorted_by_value(
     request: &RangeRequest,
 ) -> Result<Vec<KeyValue>, Fault> {
     let mut kvs = fetch(store, entries, false)?;
-    kvs.sort_by(|a, b| if descends(request) { b.value.cmp(&a.value) } else { a.value.cmp(&b.value) });
+    sort_by_value(&mut kvs, request, |kv| &kv.value);
     kvs.truncate(limit);
     if request.keys_only {
         kvs.iter_mut().for_each(|kv| kv.value = Bytes::new());

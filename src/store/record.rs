@@ -8,6 +8,7 @@ use super::{
     Revision,
     wire::{self, Fields, Malformed},
 };
+use crate::rules::{Number, Numbers};
 
 /// The number of the field that holds a record, in a `RangeResponse` and in an `Event`.
 const FIELD: u8 = 2;
@@ -140,6 +141,18 @@ impl Record {
     /// Whether both are the same version of the same key with the same value.
     pub fn same_version(&self, other: &Self) -> bool {
         self.wire() == other.wire()
+    }
+}
+
+impl Numbers for Record {
+    #[inline]
+    fn number_of(&self, which: Number) -> i64 {
+        match which {
+            Number::Version => self.version(),
+            Number::Create => self.create_revision().0,
+            Number::Mod => self.mod_revision().0,
+            Number::Lease => self.lease(),
+        }
     }
 }
 

@@ -26,6 +26,7 @@ use crate::{
         etcdserverpb::{RangeRequest, RangeResponse, RangeStreamResponse},
         paths,
     },
+    rules::range::{has_filters, is_default_order, range_of},
     server::{
         body::Body,
         data::Data,
@@ -36,7 +37,7 @@ use crate::{
     status::Status,
     store::{
         Responder, Revision, View,
-        range::{Records, Selection, has_custom_order, has_filters, range_of},
+        range::{Records, Selection},
         wire::{bytes_field_len, put_bytes_head, put_int_field},
     },
     upstream::{
@@ -109,7 +110,7 @@ impl Kv {
 
 /// Etcd's further checks for a stream.
 fn check_streamable(request: &RangeRequest) -> Result<(), Status> {
-    if has_custom_order(request) {
+    if !is_default_order(request) {
         return Err(Status::fixed(Code::Unimplemented, "RangeStream does not support custom sort orders"));
     }
     if has_filters(request) {

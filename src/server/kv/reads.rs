@@ -10,12 +10,15 @@ use crate::{
         RangeRequest,
         range_request::{SortOrder, SortTarget},
     },
-    rules::KeyRange,
+    rules::{
+        KeyRange,
+        range::{is_by_value, range_of},
+    },
     server::body::Body,
     status::Status,
     store::{
         View,
-        range::{RangeError, Selection, range_of, select, walked},
+        range::{RangeError, Selection, select, walked},
     },
     upstream::Version,
 };
@@ -84,9 +87,7 @@ impl Kv {
     pub(super) fn values(&self, request: &RangeRequest) -> answer::Values {
         match request.keys_only {
             false => answer::Values::Sent,
-            true if request.sort_target() == SortTarget::Value || self.cache.gate().lowest < LEASELESS => {
-                answer::Values::LeftOut
-            }
+            true if is_by_value(request) || self.cache.gate().lowest < LEASELESS => answer::Values::LeftOut,
             true => answer::Values::LeftOutWithLease,
         }
     }

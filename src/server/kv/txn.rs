@@ -14,10 +14,10 @@ use crate::{
         compare::{CompareResult, CompareTarget, TargetUnion},
         request_op::Request as Operation,
     },
-    rules::KeyRange,
+    rules::{KeyRange, range::range_of},
     server::{body::Body, response::check_length},
     status::Status,
-    store::{Record, Tree, View, range::range_of},
+    store::{Record, Tree, View},
 };
 
 /// Etcd's default `--max-txn-ops`; a larger transaction is for the upstream to judge.

@@ -11,7 +11,10 @@ use crate::{
         CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse,
         RangeRequest, RangeResponse, RangeStreamResponse, TxnRequest, TxnResponse, kv_server::Kv,
     },
-    rules::successor,
+    rules::{
+        range::{has_filters, is_default_order},
+        successor,
+    },
     sql::{
         Engine,
         backend::Reader,
@@ -47,10 +50,10 @@ impl Kv for Services {
         let request = request.into_inner();
         validate::range(&request)?;
         let unsupported = |what| Status::new(Code::Unimplemented, format!("RangeStream does not support {what}"));
-        if !range::is_default_order(&request) {
+        if !is_default_order(&request) {
             return Err(unsupported("custom sort orders").into());
         }
-        if range::has_filters(&request) {
+        if has_filters(&request) {
             return Err(unsupported("revision filters").into());
         }
         let (chunks, stream) = mpsc::channel(2);

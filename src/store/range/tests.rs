@@ -6,7 +6,11 @@ use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
-use crate::store::{Change, EventKind, Limits, Position, Store, Writer};
+use crate::{
+    proto::etcdserverpb::range_request::{SortOrder, SortTarget},
+    rules::range::{has_filters, range_of},
+    store::{Change, EventKind, Limits, Position, Store, Writer},
+};
 
 type State = BTreeMap<Vec<u8>, Record>;
 

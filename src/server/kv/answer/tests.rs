@@ -14,10 +14,8 @@ use crate::{
         },
         mvccpb::KeyValue,
     },
-    store::{
-        Limits, Position, Responder, Revision, Store,
-        range::{range_of, select},
-    },
+    rules::range::range_of,
+    store::{Limits, Position, Responder, Revision, Store, range::select},
 };
 
 fn view(keys: u32, size: usize) -> Arc<View> {
