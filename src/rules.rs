@@ -5,7 +5,9 @@
 //! - [`KeyRange`]: the keys that a request names.
 //! - [`Numbers`]: what requests ask about a record.
 //! - [`range`]: the order, the filters and the limit of a Range request.
+//! - [`compare`]: how the compares of a transaction are decided.
 
+pub mod compare;
 mod key;
 mod numbers;
 pub mod range;

@@ -1,23 +1,21 @@
 //! Transactions made of nothing but compares and reads, evaluated on one view. All others, and all that etcd would refuse,
 //! are relayed.
 
-use std::cmp::Ordering;
-
 use ::http::Response;
 use prost::Message;
 
 use super::{Call, Consensus, Kv, answer, decode, pieces::Section, reads::check, relayable};
 use crate::{
     aside,
-    proto::etcdserverpb::{
-        Compare, RangeRequest, RequestOp, TxnRequest,
-        compare::{CompareResult, CompareTarget, TargetUnion},
-        request_op::Request as Operation,
+    proto::etcdserverpb::{Compare, RangeRequest, RequestOp, TxnRequest, request_op::Request as Operation},
+    rules::{
+        KeyRange,
+        compare::{compared, holds_for_none, is_by_value, is_known, number_holds, value_holds},
+        range::range_of,
     },
-    rules::{KeyRange, range::range_of},
     server::{body::Body, response::check_length},
     status::Status,
-    store::{Record, Tree, View},
+    store::{Tree, View},
 };
 
 /// Etcd's default `--max-txn-ops`; a larger transaction is for the upstream to judge.
@@ -105,11 +103,7 @@ impl<'a> Reads<'a> {
         let branch = |operations: &'a [RequestOp]| operations.iter().map(read_of).collect::<Option<Vec<_>>>();
         let (success, failure) = (branch(&request.success)?, branch(&request.failure)?);
         let longest = request.compare.len().max(success.len()).max(failure.len());
-        let comparable = |compare: &Compare| {
-            !compare.key.is_empty()
-                && CompareResult::try_from(compare.result).is_ok()
-                && CompareTarget::try_from(compare.target).is_ok()
-        };
+        let comparable = |compare: &Compare| !compare.key.is_empty() && is_known(compare);
         let mut all = success.iter().chain(&failure);
         let sound = longest <= MOST_OPERATIONS
             && request.compare.iter().all(comparable)
@@ -156,63 +150,29 @@ fn through_consensus(mut request: TxnRequest) -> TxnRequest {
     request
 }
 
-/// The keys that a compare is about.
-fn compared(compare: &Compare) -> KeyRange {
-    KeyRange::from_request(&compare.key, &compare.range_end)
-}
-
-/// Whether a compare holds: for every key of its range, or for the key that is not there. A value that is not there equals
-/// nothing.
+/// Whether a compare holds for every key of its range, or for the key that is not there.
 fn holds(tree: &Tree, compare: &Compare) -> bool {
     let range = compared(compare);
     let mut found = tree.range(&range).peekable();
     if found.peek().is_none() {
-        return compare.target() != CompareTarget::Value && satisfies(compare, None);
+        return holds_for_none(compare);
     }
-    found.all(|record| satisfies(compare, Some(record)))
-}
-
-fn satisfies(compare: &Compare, record: Option<&Record>) -> bool {
-    let given = |pick: fn(&TargetUnion) -> Option<i64>| compare.target_union.as_ref().and_then(pick).unwrap_or(0);
-    let ordering = match compare.target() {
-        CompareTarget::Version => record.map_or(0, Record::version).cmp(&given(|union| match union {
-            TargetUnion::Version(version) => Some(*version),
-            _ => None,
-        })),
-        CompareTarget::Create => {
-            record.map_or(0, |record| record.create_revision().0).cmp(&given(|union| match union {
-                TargetUnion::CreateRevision(revision) => Some(*revision),
-                _ => None,
-            }))
-        }
-        CompareTarget::Mod => record.map_or(0, |record| record.mod_revision().0).cmp(&given(|union| match union {
-            TargetUnion::ModRevision(revision) => Some(*revision),
-            _ => None,
-        })),
-        CompareTarget::Lease => record.map_or(0, Record::lease).cmp(&given(|union| match union {
-            TargetUnion::Lease(lease) => Some(*lease),
-            _ => None,
-        })),
-        CompareTarget::Value => {
-            let given = match &compare.target_union {
-                Some(TargetUnion::Value(value)) => &value[..],
-                _ => &[],
-            };
-            record.map_or(&[][..], Record::value).cmp(given)
-        }
-    };
-    match compare.result() {
-        CompareResult::Equal => ordering == Ordering::Equal,
-        CompareResult::NotEqual => ordering != Ordering::Equal,
-        CompareResult::Greater => ordering == Ordering::Greater,
-        CompareResult::Less => ordering == Ordering::Less,
+    match is_by_value(compare) {
+        true => found.all(|record| value_holds(compare, record.value())),
+        false => found.all(|record| number_holds(compare, record)),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::etcdserverpb::PutRequest;
+    use crate::{
+        proto::etcdserverpb::{
+            PutRequest,
+            compare::{CompareResult, CompareTarget, TargetUnion},
+        },
+        store::{Record, Revision},
+    };
 
     fn read(key: &'static str, serializable: bool) -> RequestOp {
         let range = RangeRequest { key: key.into(), serializable, ..Default::default() };
@@ -244,7 +204,6 @@ mod tests {
 
     #[test]
     fn compares_hold_as_in_etcd() {
-        use crate::store::Revision;
         let tree: Tree = [Record::new(b"a", b"v", Revision(2), Revision(4), 3, 9)].into_iter().collect();
         let compare = |key: &'static str, target, result: CompareResult, union| Compare {
             key: key.into(),

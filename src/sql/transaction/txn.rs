@@ -3,21 +3,19 @@
 //! As in etcd, all compares of all levels are decided before anything is written, and so is every refusal; the branches
 //! then run in order, each operation seeing what the ones before it wrote.
 
-use std::{cmp::Ordering, ops::ControlFlow, vec::IntoIter};
-
-use bytes::Bytes;
+use std::{ops::ControlFlow, vec::IntoIter};
 
 use super::Transaction;
 use crate::{
     proto::etcdserverpb::{
-        Compare, RequestOp, ResponseOp, TxnRequest, TxnResponse,
-        compare::{CompareResult, CompareTarget, TargetUnion},
-        request_op::Request,
-        response_op::Response,
+        Compare, RequestOp, ResponseOp, TxnRequest, TxnResponse, request_op::Request, response_op::Response,
     },
-    rules::KeyRange,
+    rules::{
+        KeyRange,
+        compare::{compared, holds_for_none, is_by_value, number_holds, value_holds},
+    },
     sql::{
-        backend::{EventId, Reader, Version},
+        backend::{EventId, Reader},
         error::{Fault, SqlError},
         range::{self, Position, header},
     },
@@ -166,67 +164,32 @@ fn holds(store: &mut dyn Reader, compares: &[Compare], at: Position) -> Result<b
     Ok(true)
 }
 
-/// Whether a compare holds for every key of its range. With no key there it is put to the number 0; a value compared with
-/// nothing never holds.
+/// Whether a compare holds for every key of its range, or for the key that is not there.
 fn compare_holds(store: &mut dyn Reader, compare: &Compare, bound: EventId) -> Result<bool, SqlError> {
-    let range = KeyRange::from_request(&compare.key, &compare.range_end);
-    if compare.target == i32::from(CompareTarget::Value) {
+    let range = compared(compare);
+    if is_by_value(compare) {
         return values_hold(store, compare, &range, bound);
     }
-    let (mut any, mut all) = (false, true);
+    let mut found = None;
     store.scan(&range, bound, &mut |_, version| {
-        any = true;
-        all = number_holds(compare, Some(version));
-        if all { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        let holds = number_holds(compare, &version);
+        found = Some(holds);
+        if holds { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
-    Ok(if any { all } else { number_holds(compare, None) })
+    Ok(found.unwrap_or_else(|| holds_for_none(compare)))
 }
 
+/// The same for values, which are not in the index.
 fn values_hold(store: &mut dyn Reader, compare: &Compare, range: &KeyRange, bound: EventId) -> Result<bool, SqlError> {
     let mut ids = Vec::new();
     store.scan(range, bound, &mut |_, version| {
         ids.push(version.id);
         ControlFlow::Continue(())
     })?;
-    let wanted = match &compare.target_union {
-        Some(TargetUnion::Value(value)) => value.clone(),
-        _ => Bytes::new(),
-    };
     for id in &ids {
-        if !result_holds(compare, range::fetch_record(store, *id)?.value.cmp(&wanted)) {
+        if !value_holds(compare, &range::fetch_record(store, *id)?.value) {
             return Ok(false);
         }
     }
-    Ok(!ids.is_empty())
-}
-
-fn number_holds(compare: &Compare, version: Option<Version>) -> bool {
-    let field = |read: fn(Version) -> i64| version.map_or(0, read);
-    let ordering = match (CompareTarget::try_from(compare.target), &compare.target_union) {
-        (Ok(CompareTarget::Version), union) => {
-            field(|v| v.version).cmp(&if let Some(TargetUnion::Version(n)) = union { *n } else { 0 })
-        }
-        (Ok(CompareTarget::Create), union) => {
-            field(|v| v.create_revision).cmp(&if let Some(TargetUnion::CreateRevision(n)) = union { *n } else { 0 })
-        }
-        (Ok(CompareTarget::Mod), union) => {
-            field(|v| v.id.revision()).cmp(&if let Some(TargetUnion::ModRevision(n)) = union { *n } else { 0 })
-        }
-        (Ok(CompareTarget::Lease), union) => {
-            field(|v| v.lease).cmp(&if let Some(TargetUnion::Lease(n)) = union { *n } else { 0 })
-        }
-        (Ok(CompareTarget::Value) | Err(_), _) => Ordering::Equal,
-    };
-    result_holds(compare, ordering)
-}
-
-/// Puts an ordering to a compare's operator; as in etcd, an unknown operator holds.
-fn result_holds(compare: &Compare, ordering: Ordering) -> bool {
-    match CompareResult::try_from(compare.result) {
-        Ok(CompareResult::Equal) => ordering.is_eq(),
-        Ok(CompareResult::NotEqual) => ordering.is_ne(),
-        Ok(CompareResult::Greater) => ordering.is_gt(),
-        Ok(CompareResult::Less) => ordering.is_lt(),
-        Err(_) => true,
-    }
+    Ok(!ids.is_empty() || holds_for_none(compare))
 }
