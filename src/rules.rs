@@ -2,6 +2,7 @@
 //!
 //! Pure: no I/O, no clock, and nothing of where records are kept. The cache and the embedded store go by the same text.
 //!
+//! - [`validate`]: what is refused, in etcd's order and words.
 //! - [`KeyRange`]: the keys that a request names.
 //! - [`Numbers`]: what requests ask about a record.
 //! - [`range`]: the order, the filters and the limit of a Range request.
@@ -11,6 +12,7 @@ pub mod compare;
 mod key;
 mod numbers;
 pub mod range;
+pub mod validate;
 
 pub use key::{KeyRange, successor};
 pub use numbers::{Number, Numbers};

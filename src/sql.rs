@@ -33,7 +33,6 @@ pub mod sqlite;
 mod state;
 mod transaction;
 mod transfer;
-mod validate;
 mod version;
 mod watch;
 mod writer;

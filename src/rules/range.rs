@@ -1,4 +1,5 @@
-//! What a Range request asks for: keys, order, filters and limit, as etcd reads them. Order and target are known ones.
+//! What a Range request asks for: keys, order, filters and limit, as etcd reads them. The request has passed
+//! [`super::validate::range`].
 
 use std::cmp::Ordering;
 

@@ -50,7 +50,8 @@ impl Numbers for Entry {
     }
 }
 
-/// Answers `request`, which has passed [`super::validate::range`], from `store`. The header carries only the revision.
+/// Answers `request`, which has passed [`validate::range`](crate::rules::validate::range), from `store`. The header
+/// carries only the revision.
 pub fn evaluate(store: &mut dyn Reader, request: &RangeRequest, at: Position) -> Result<RangeResponse, Fault> {
     let bound = EventId::last(at.resolve(request.revision)?);
     let range = range_of(request);

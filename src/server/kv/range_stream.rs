@@ -16,7 +16,6 @@ use super::{
     answer::{Values, put_record, record_len},
     decode,
     held::{Held, Holder},
-    reads::check,
     relayable, relayed_observer,
 };
 use crate::{
@@ -26,7 +25,7 @@ use crate::{
         etcdserverpb::{RangeRequest, RangeResponse, RangeStreamResponse},
         paths,
     },
-    rules::range::{has_filters, is_default_order, range_of},
+    rules::{range::range_of, validate},
     server::{
         body::Body,
         data::Data,
@@ -59,8 +58,7 @@ const CUT_SHORT: Status = Status::fixed(Code::Internal, "server closed the strea
 impl Kv {
     pub(super) async fn range_stream(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
         let request: RangeRequest = decode(&call.message)?;
-        check(&request)?;
-        check_streamable(&request)?;
+        validate::range_stream(&request)?;
         let range = range_of(&request);
         let unserved = match self.view(&range, request.revision, request.serializable).await {
             Ok(view) => match self.evaluate(&view, &range, &request)? {
@@ -106,17 +104,6 @@ impl Kv {
         let frames = futures_util::stream::poll_fn(move |cx| chunks.poll_recv(cx));
         response::streaming(Body::boxed(StreamBody::new(frames)))
     }
-}
-
-/// Etcd's further checks for a stream.
-fn check_streamable(request: &RangeRequest) -> Result<(), Status> {
-    if !is_default_order(request) {
-        return Err(Status::fixed(Code::Unimplemented, "RangeStream does not support custom sort orders"));
-    }
-    if has_filters(request) {
-        return Err(Status::fixed(Code::Unimplemented, "RangeStream does not support revision filters"));
-    }
-    Ok(())
 }
 
 /// A selection in chunks. Header, `more` and `count` stand in the last one.

@@ -6,13 +6,11 @@ use prost::Message;
 use super::{Call, Consensus, Kv, answer, decode, relayable};
 use crate::{
     aside,
-    proto::etcdserverpb::{
-        RangeRequest,
-        range_request::{SortOrder, SortTarget},
-    },
+    proto::etcdserverpb::RangeRequest,
     rules::{
         KeyRange,
         range::{is_by_value, range_of},
+        validate,
     },
     server::body::Body,
     status::Status,
@@ -28,22 +26,10 @@ const AGE: &str = "millpond-age-ms";
 /// From this version on, keys-only answers have no lease.
 const LEASELESS: Version = Version::new(3, 7, 0);
 
-/// Checks a Range request, in etcd's order.
-///
-/// # Errors
-/// `EMPTY_KEY` or `INVALID_SORT_OPTION`.
-pub(super) fn check(request: &RangeRequest) -> Result<(), Status> {
-    if request.key.is_empty() {
-        return Err(Status::EMPTY_KEY);
-    }
-    let known = SortOrder::try_from(request.sort_order).is_ok() && SortTarget::try_from(request.sort_target).is_ok();
-    if known { Ok(()) } else { Err(Status::INVALID_SORT_OPTION) }
-}
-
 impl Kv {
     pub(super) async fn range(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
         let request: RangeRequest = decode(&call.message)?;
-        check(&request)?;
+        validate::range(&request)?;
         let range = range_of(&request);
         let unserved = match self.view(&range, request.revision, request.serializable).await {
             Ok(view) => match self.evaluate(&view, &range, &request)? {

@@ -4,7 +4,7 @@
 use ::http::Response;
 use prost::Message;
 
-use super::{Call, Consensus, Kv, answer, decode, pieces::Section, reads::check, relayable};
+use super::{Call, Consensus, Kv, answer, decode, pieces::Section, relayable};
 use crate::{
     aside,
     proto::etcdserverpb::{Compare, RangeRequest, RequestOp, TxnRequest, request_op::Request as Operation},
@@ -12,6 +12,7 @@ use crate::{
         KeyRange,
         compare::{compared, holds_for_none, is_by_value, is_known, number_holds, value_holds},
         range::range_of,
+        validate,
     },
     server::{body::Body, response::check_length},
     status::Status,
@@ -98,16 +99,14 @@ struct Reads<'a> {
 
 impl<'a> Reads<'a> {
     /// None when the transaction does more than read, or is one that etcd would refuse. It judges revisions in a
-    /// transaction by rules of its own, so those are left to it.
+    /// transaction by rules of its own, and compares that are unknown here by those of its version: both are left to it.
     fn of(request: &'a TxnRequest) -> Option<Self> {
         let branch = |operations: &'a [RequestOp]| operations.iter().map(read_of).collect::<Option<Vec<_>>>();
         let (success, failure) = (branch(&request.success)?, branch(&request.failure)?);
-        let longest = request.compare.len().max(success.len()).max(failure.len());
-        let comparable = |compare: &Compare| !compare.key.is_empty() && is_known(compare);
         let mut all = success.iter().chain(&failure);
-        let sound = longest <= MOST_OPERATIONS
-            && request.compare.iter().all(comparable)
-            && all.clone().all(|read| check(read).is_ok() && read.revision == 0);
+        let sound = validate::txn(request, MOST_OPERATIONS).is_ok()
+            && request.compare.iter().all(is_known)
+            && all.clone().all(|read| read.revision == 0);
         let serializable = all.all(|read| read.serializable);
         sound.then_some(Self { success, failure, compares: &request.compare, serializable })
     }

@@ -3,7 +3,7 @@
 use prost::Message;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, Response};
+use tonic::{Request, Response};
 
 use super::{Services, limits};
 use crate::{
@@ -11,17 +11,13 @@ use crate::{
         CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse,
         RangeRequest, RangeResponse, RangeStreamResponse, TxnRequest, TxnResponse, kv_server::Kv,
     },
-    rules::{
-        range::{has_filters, is_default_order},
-        successor,
-    },
+    rules::{successor, validate},
     sql::{
         Engine,
         backend::Reader,
         quota,
         range::{self, evaluate},
         transaction::{Transaction, is_read_only, read_only},
-        validate,
     },
     status::Status,
 };
@@ -48,14 +44,7 @@ impl Kv for Services {
         request: Request<RangeRequest>,
     ) -> Result<Response<Self::RangeStreamStream>, tonic::Status> {
         let request = request.into_inner();
-        validate::range(&request)?;
-        let unsupported = |what| Status::new(Code::Unimplemented, format!("RangeStream does not support {what}"));
-        if !is_default_order(&request) {
-            return Err(unsupported("custom sort orders").into());
-        }
-        if has_filters(&request) {
-            return Err(unsupported("revision filters").into());
-        }
+        validate::range_stream(&request)?;
         let (chunks, stream) = mpsc::channel(2);
         tokio::spawn(stream_range(self.engine.clone(), request, chunks));
         Ok(Response::new(ReceiverStream::new(stream)))

@@ -8,7 +8,8 @@ use crate::{
         etcdserverpb::{DeleteRangeRequest, RangeRequest},
         v3lockpb::{LockRequest, LockResponse, UnlockRequest, UnlockResponse, lock_server::Lock},
     },
-    sql::{Engine, quota, range::evaluate, transaction::Transaction, validate},
+    rules::validate,
+    sql::{Engine, quota, range::evaluate, transaction::Transaction},
     status::Status,
 };
 

@@ -16,8 +16,8 @@ use crate::{
         },
         mvccpb::{KeyValue, event::EventType},
     },
-    rules::KeyRange,
-    sql::{Engine, quota, range::evaluate, transaction::Transaction, validate, watch},
+    rules::{KeyRange, validate},
+    sql::{Engine, quota, range::evaluate, transaction::Transaction, watch},
     status::Status,
 };
 

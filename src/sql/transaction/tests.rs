@@ -12,7 +12,8 @@ use crate::{
         Compare, LeaseGrantRequest, RangeRequest, RequestOp, ResponseOp, TxnRequest, TxnResponse, compare::TargetUnion,
         range_request::SortOrder, request_op::Request, response_op::Response,
     },
-    sql::{sqlite::Sqlite, validate},
+    rules::validate,
+    sql::sqlite::Sqlite,
 };
 
 /// The leases that there are, and one that there is not.

@@ -1,4 +1,4 @@
-//! The checks that etcd makes on a request before it looks at the store, in etcd's order and words.
+//! The checks that etcd makes on a request before it looks at any data, in etcd's order and words.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -6,14 +6,18 @@ use std::{
 };
 
 use bytes::Bytes;
+use tonic::Code;
 
+use super::{
+    range::{has_filters, is_default_order},
+    successor,
+};
 use crate::{
     proto::etcdserverpb::{
         DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest,
         range_request::{SortOrder, SortTarget},
         request_op::Request,
     },
-    rules::successor,
     status::Status,
 };
 
@@ -24,6 +28,18 @@ pub fn range(request: &RangeRequest) -> Result<(), Status> {
     }
     if SortOrder::try_from(request.sort_order).is_err() || SortTarget::try_from(request.sort_target).is_err() {
         return Err(Status::INVALID_SORT_OPTION);
+    }
+    Ok(())
+}
+
+/// Checks a range request that is to be answered in chunks: in the order of keys, and without filters.
+pub fn range_stream(request: &RangeRequest) -> Result<(), Status> {
+    range(request)?;
+    if !is_default_order(request) {
+        return Err(Status::fixed(Code::Unimplemented, "RangeStream does not support custom sort orders"));
+    }
+    if has_filters(request) {
+        return Err(Status::fixed(Code::Unimplemented, "RangeStream does not support revision filters"));
     }
     Ok(())
 }
@@ -80,8 +96,8 @@ struct Writes {
     deletes: Intervals,
 }
 
-/// Collects what a list of operations writes, refusing a key that would be written twice on one path. As in etcd, the two
-/// branches of one nested transaction may write the same key, and deletions may overlap each other.
+/// Collects what a list of operations writes, refusing a key that would be written twice on one path. As in etcd, the
+/// two branches of one nested transaction may write the same key, and deletions may overlap each other.
 fn overlaps(ops: &[RequestOp]) -> Result<Writes, Status> {
     let mut writes = Writes::default();
     for op in ops {
@@ -131,7 +147,8 @@ impl Writes {
 struct Intervals(BTreeMap<Bytes, Option<Bytes>>);
 
 impl Intervals {
-    /// Adds a deleted range. etcd reads `range_end = "\0"` here as a plain key, which makes the interval empty: so do we.
+    /// Adds a deleted range. etcd reads `range_end = "\0"` here as a plain key, which makes the interval empty: so do
+    /// we.
     fn insert(&mut self, key: &Bytes, range_end: &Bytes) {
         let end = if range_end.is_empty() { successor(key) } else { range_end.clone() };
         if end > *key {
