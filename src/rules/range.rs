@@ -5,13 +5,22 @@ use std::cmp::Ordering;
 
 use super::{KeyRange, Number, Numbers};
 use crate::proto::etcdserverpb::{
-    RangeRequest,
+    RangeRequest, RequestOp,
     range_request::{SortOrder, SortTarget},
+    request_op::Request,
 };
 
 /// The keys that `request` asks for.
 pub fn range_of(request: &RangeRequest) -> KeyRange {
     KeyRange::from_request(&request.key, &request.range_end)
+}
+
+/// The Range request that an operation of a transaction is, if it is one.
+pub fn read_of(operation: &RequestOp) -> Option<&RangeRequest> {
+    match &operation.request {
+        Some(Request::RequestRange(request)) => Some(request),
+        _ => None,
+    }
 }
 
 /// How many records are sent at most; without a limit, any number.

@@ -11,7 +11,7 @@ use crate::{
     rules::{
         KeyRange,
         compare::{compared, holds_for_none, is_by_value, is_known, number_holds, value_holds},
-        range::range_of,
+        range::{range_of, read_of},
         validate,
     },
     server::{body::Body, response::check_length},
@@ -122,13 +122,6 @@ impl<'a> Reads<'a> {
                 _ => None,
             },
         })
-    }
-}
-
-fn read_of(operation: &RequestOp) -> Option<&RangeRequest> {
-    match &operation.request {
-        Some(Operation::RequestRange(range)) => Some(range),
-        _ => None,
     }
 }
 

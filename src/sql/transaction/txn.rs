@@ -13,6 +13,7 @@ use crate::{
     rules::{
         KeyRange,
         compare::{compared, holds_for_none, is_by_value, number_holds, value_holds},
+        range::read_of,
     },
     sql::{
         backend::{EventId, Reader},
@@ -25,8 +26,7 @@ use crate::{
 /// Whether a transaction consists of ranges alone, so that it needs no write. As in etcd, one with a nested transaction does
 /// not count.
 pub fn is_read_only(request: &TxnRequest) -> bool {
-    let is_range = |op: &RequestOp| matches!(op.request, Some(Request::RequestRange(_)));
-    request.success.iter().chain(&request.failure).all(is_range)
+    request.success.iter().chain(&request.failure).all(|op| read_of(op).is_some())
 }
 
 /// Answers a transaction for which [`is_read_only`] holds, from `store` alone.
@@ -34,12 +34,10 @@ pub fn read_only(store: &mut dyn Reader, request: TxnRequest, at: Position) -> R
     let succeeded = holds(store, &request.compare, at)?;
     let ops = if succeeded { request.success } else { request.failure };
     let mut responses = Vec::with_capacity(ops.len());
-    let ranges =
-        || ops.iter().filter_map(|op| if let Some(Request::RequestRange(r)) = &op.request { Some(r) } else { None });
-    for request in ranges() {
+    for request in ops.iter().filter_map(read_of) {
         check_revision(request.revision, at)?;
     }
-    for request in ranges() {
+    for request in ops.iter().filter_map(read_of) {
         responses.push(respond(Response::ResponseRange(range::evaluate(store, request, at)?)));
     }
     Ok(TxnResponse { header: header(at.current), succeeded, responses })
