@@ -23,7 +23,7 @@ mod watcher;
 pub use hub::Hub;
 pub use out::Out;
 pub use session::{Pumped, Relay, Session, SessionSettings, refuse};
-pub use watcher::{Refusal, Start, WatchOptions};
+pub use watcher::{Start, WatchOptions};
 
 /// Appends `item`. The first takes room for one: most sessions have one watcher, and there are many of them.
 fn push_snugly<T>(items: &mut Vec<T>, item: T) {

@@ -7,12 +7,14 @@
 //! - [`Numbers`]: what requests ask about a record.
 //! - [`range`]: the order, the filters and the limit of a Range request.
 //! - [`compare`]: how the compares of a transaction are decided.
+//! - [`watch`]: what a request for a watcher asks for, and its refusals.
 
 pub mod compare;
 mod key;
 mod numbers;
 pub mod range;
 pub mod validate;
+pub mod watch;
 
 pub use key::{KeyRange, successor};
 pub use numbers::{Number, Numbers};

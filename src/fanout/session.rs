@@ -12,14 +12,14 @@ mod progress;
 use std::{collections::HashMap, sync::Arc, task::Waker};
 
 use super::{
-    Hub, Out, Refusal, Start, WatchOptions,
+    Hub, Out, Start, WatchOptions,
     encode::Envelope,
     lane::{Lane, Notice},
     push_snugly,
     watcher::{State, Watcher},
 };
 use crate::{
-    rules::KeyRange,
+    rules::watch::Refusal,
     status::Status,
     store::{Position, Responder, Revision},
 };
@@ -109,8 +109,9 @@ impl Session {
         self.by_id.is_empty()
     }
 
-    /// Creates a watcher and answers with `created`, or with the refusal as etcd words it. `id` zero picks one. `lane` is
-    /// the hub whose store covers the range, if any. `now` is the revision that the client may take for the present.
+    /// Creates a watcher over a range that is not empty, and answers with `created`, or with the refusal as etcd words
+    /// it. `id` zero picks one. `lane` is the hub whose store covers the range, if any. `now` is the revision that the
+    /// client may take for the present.
     pub fn create(
         &mut self,
         id: i64,
@@ -120,7 +121,7 @@ impl Session {
         now: (Responder, Revision),
         out: &mut Out,
     ) {
-        match self.admit(id, &options.range) {
+        match self.admit(id) {
             Ok(id) => {
                 Envelope { watch_id: id, created: true, ..Envelope::default() }.put(
                     out.append(),
@@ -133,11 +134,8 @@ impl Session {
         }
     }
 
-    /// Which id a new watcher over `range` gets. As in etcd, the range is checked before the id.
-    fn admit(&mut self, id: i64, range: &KeyRange) -> Result<i64, Refusal> {
-        if range.is_empty() {
-            return Err(Refusal::EmptyRange);
-        }
+    /// Which id a new watcher gets.
+    fn admit(&mut self, id: i64) -> Result<i64, Refusal> {
         if id != 0 {
             return if self.by_id.contains_key(&id) { Err(Refusal::DuplicateId) } else { Ok(id) };
         }

@@ -2,7 +2,10 @@
 
 use crate::{
     proto::etcdserverpb::{WatchCreateRequest, watch_create_request::FilterType},
-    rules::KeyRange,
+    rules::{
+        KeyRange,
+        watch::{is_filtered, watched},
+    },
     store::{Event, EventKind, Responder, Revision},
 };
 
@@ -24,16 +27,13 @@ pub struct WatchOptions {
 }
 
 impl WatchOptions {
-    /// The options of a create request. As in etcd, an empty key means the zero byte, and filters that nobody knows mean
-    /// nothing.
+    /// The options of a create request.
     pub fn from_request(request: &WatchCreateRequest) -> Self {
-        let key = if request.key.is_empty() { bytes::Bytes::from_static(&[0]) } else { request.key.clone() };
-        let filtered = |filter: FilterType| request.filters.contains(&(filter as i32));
         Self {
-            range: KeyRange::from_request(&key, &request.range_end),
+            range: watched(request),
             prev_kv: request.prev_kv,
-            no_put: filtered(FilterType::Noput),
-            no_delete: filtered(FilterType::Nodelete),
+            no_put: is_filtered(request, FilterType::Noput),
+            no_delete: is_filtered(request, FilterType::Nodelete),
             fragment: request.fragment,
             progress_notify: request.progress_notify,
         }
@@ -65,20 +65,6 @@ pub enum Start {
     After(Revision),
     /// At a revision that the client named.
     At(Revision),
-}
-
-/// Why a watcher was not created.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// The start revision is negative.
-    #[error("etcdserver: mvcc: required revision has been compacted")]
-    NegativeStart,
-    /// The range's end is not after its start.
-    #[error("mvcc: watcher range is empty")]
-    EmptyRange,
-    /// The id is taken.
-    #[error("mvcc: duplicate watch ID provided on the WatchStream")]
-    DuplicateId,
 }
 
 /// Where a watcher stands among those that its lane tells of events.

@@ -9,12 +9,14 @@ use bytes::Bytes;
 use tonic::Code;
 
 use super::{
+    KeyRange,
     range::{has_filters, is_default_order},
     successor,
+    watch::Refusal,
 };
 use crate::{
     proto::etcdserverpb::{
-        DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest,
+        DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest, WatchCreateRequest,
         range_request::{SortOrder, SortTarget},
         request_op::Request,
     },
@@ -61,6 +63,15 @@ pub fn put(request: &PutRequest) -> Result<(), Status> {
 /// Checks a deletion: a key.
 pub fn delete(request: &DeleteRangeRequest) -> Result<(), Status> {
     if request.key.is_empty() { Err(Status::EMPTY_KEY) } else { Ok(()) }
+}
+
+/// Checks a request for a watcher over `range`: a start that is not negative, and a range with room for a key. Its id is
+/// looked at after these.
+pub fn watch(request: &WatchCreateRequest, range: &KeyRange) -> Result<(), Refusal> {
+    if request.start_revision < 0 {
+        return Err(Refusal::NegativeStart);
+    }
+    if range.is_empty() { Err(Refusal::EmptyRange) } else { Ok(()) }
 }
 
 /// Checks a transaction: the number of operations, every operation in it, then that no key is written twice.

@@ -8,7 +8,6 @@ mod watcher;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use futures_util::StreamExt;
 use rand::RngExt;
 use tokio::{
@@ -23,7 +22,10 @@ use super::Engine;
 use crate::{
     grpc,
     proto::etcdserverpb::{WatchCreateRequest, WatchRequest, WatchResponse, watch_request::RequestUnion},
-    rules::KeyRange,
+    rules::{
+        KeyRange, validate,
+        watch::{Refusal, watched},
+    },
     status::Status,
 };
 
@@ -110,20 +112,14 @@ impl Session {
         }
     }
 
-    async fn create(&mut self, mut request: WatchCreateRequest) -> Result<(), Gone> {
-        if request.key.is_empty() {
-            request.key = Bytes::from_static(b"\0");
-        }
-        let range = KeyRange::from_request(&request.key, &request.range_end);
-        if request.start_revision < 0 {
-            return self.refuse(&Status::COMPACTED.message).await;
-        }
-        if range.is_empty() {
-            return self.refuse("mvcc: watcher range is empty").await;
+    async fn create(&mut self, request: WatchCreateRequest) -> Result<(), Gone> {
+        let range = watched(&request);
+        if let Err(refusal) = validate::watch(&request, &range) {
+            return self.refuse(refusal).await;
         }
         let id = if request.watch_id == 0 { self.unused_id() } else { request.watch_id };
         if self.watchers.contains_key(&id) {
-            return self.refuse("mvcc: duplicate watch ID provided on the WatchStream").await;
+            return self.refuse(Refusal::DuplicateId).await;
         }
         let created = self.response(id);
         let current = created.header.as_ref().map_or(0, |header| header.revision);
@@ -131,8 +127,8 @@ impl Session {
         self.send(WatchResponse { created: true, ..created }).await
     }
 
-    async fn refuse(&self, reason: &str) -> Result<(), Gone> {
-        let cancel_reason = reason.to_owned();
+    async fn refuse(&self, refusal: Refusal) -> Result<(), Gone> {
+        let cancel_reason = refusal.to_string();
         self.send(WatchResponse { created: true, canceled: true, cancel_reason, ..self.response(NO_WATCHER) }).await
     }
 

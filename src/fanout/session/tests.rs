@@ -10,6 +10,7 @@ use super::*;
 use crate::{
     fanout::encode::FRAME_HEAD,
     proto::{etcdserverpb::WatchResponse, mvccpb::event::EventType},
+    rules::KeyRange,
     store::{Change, EventKind, Limits, Record, Store, Tree, Writer},
 };
 

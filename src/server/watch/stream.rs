@@ -23,9 +23,10 @@ use super::{
     relay::{self, Report},
 };
 use crate::{
-    fanout::{Out, Pumped, Refusal, Session, Start, WatchOptions, refuse},
+    fanout::{Out, Pumped, Session, Start, WatchOptions, refuse},
     grpc::{self, BodyError, Compression, Deframer, Incoming, PREFIX, failure_trailers, largest_message},
     proto::etcdserverpb::{WatchCreateRequest, WatchRequest, watch_request::RequestUnion},
+    rules::validate,
     server::{data::Data, response::LONGEST},
     socket::{Extent, News},
     status::Status,
@@ -262,10 +263,10 @@ impl Stream {
     }
 
     fn create(&mut self, request: WatchCreateRequest, now: (Responder, Revision)) {
-        if request.start_revision < 0 {
-            return refuse(Refusal::NegativeStart.to_string(), now, &mut self.out);
-        }
         let options = WatchOptions::from_request(&request);
+        if let Err(refusal) = validate::watch(&request, &options.range) {
+            return refuse(refusal.to_string(), now, &mut self.out);
+        }
         let lane = self.shared.cache.covering(&options.range).map(|(lane, _)| lane);
         let start = match request.start_revision {
             0 => Start::After(now.1),

@@ -6,7 +6,7 @@ use crate::{
         etcdserverpb::{WatchCreateRequest, watch_create_request::FilterType},
         mvccpb::{Event, event::EventType},
     },
-    rules::KeyRange,
+    rules::{KeyRange, watch::is_filtered},
 };
 
 /// How far a watcher has got.
@@ -46,15 +46,14 @@ impl Watcher {
     pub fn new(request: &WatchCreateRequest, range: KeyRange, current: i64) -> Self {
         let start = request.start_revision;
         let live = start == 0 || start > current;
-        let filters = |filter: FilterType| request.filters.contains(&filter.into());
         Self {
             range,
             start,
             next: if start == 0 { current.saturating_add(1) } else { start },
             prev_kv: request.prev_kv,
             fragment: request.fragment,
-            no_put: filters(FilterType::Noput),
-            no_delete: filters(FilterType::Nodelete),
+            no_put: is_filtered(request, FilterType::Noput),
+            no_delete: is_filtered(request, FilterType::Nodelete),
             progress_notify: request.progress_notify,
             busy: false,
             stage: if live { Stage::Live } else { Stage::CatchingUp },
@@ -131,7 +130,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::{proto::mvccpb::KeyValue, sql::history::Revision};
+    use crate::{proto::mvccpb::KeyValue, rules::watch::watched, sql::history::Revision};
 
     /// How many events of revision 5, which puts a key and deletes it again, a watcher is sent that begins at `start`, when
     /// `compacted` is.
@@ -144,8 +143,7 @@ mod tests {
         revision.events = [EventType::Put, EventType::Delete].map(event).to_vec();
         let chunk = Chunk { revisions: vec![Arc::new(revision)], last: 5 };
         let request = WatchCreateRequest { key: "k".into(), start_revision: start, ..Default::default() };
-        let range = KeyRange::from_request(&request.key, &request.range_end);
-        let mut watcher = Watcher::new(&request, range, 5);
+        let mut watcher = Watcher::new(&request, watched(&request), 5);
         watcher.advance(&chunk, &Previous::new(), 5, compacted).iter().map(|(_, events)| events.len()).sum()
     }
 
