@@ -18,7 +18,7 @@ use crate::{
         mvccpb::KeyValue,
         paths,
     },
-    rules::KeyRange,
+    rules::{KeyRange, successor},
     status::Status,
     store::{Record, View},
 };
@@ -125,7 +125,7 @@ impl Cache {
                 }
             }
             match page.kvs.last().filter(|_| page.more) {
-                Some(last) => request.key = [&last.key[..], &[0]].concat().into(),
+                Some(last) => request.key = successor(&last.key),
                 None => break,
             }
             // As long a rest as the page took, so that a check costs the upstream half its time at most.

@@ -25,7 +25,7 @@ use crate::{
         etcdserverpb::{RangeRequest, RangeResponse, RangeStreamResponse},
         paths,
     },
-    rules::{range::range_of, validate},
+    rules::{range::range_of, successor, validate},
     server::{
         body::Body,
         data::Data,
@@ -202,7 +202,7 @@ impl Pages {
                 request.revision = first.revision;
             }
             left -= page.kvs.len() as i64;
-            let next = page.kvs.last().map(|kv| Bytes::from([&kv.key[..], &[0]].concat()));
+            let next = page.kvs.last().map(|kv| successor(&kv.key));
             let last = !page.more || left <= 0 || next.is_none() || request.count_only;
             if last {
                 page.header = header.take();

@@ -17,6 +17,7 @@ use crate::{
         AuthUserRevokeRoleRequest, AuthUserRevokeRoleResponse, AuthenticateRequest, AuthenticateResponse,
         auth_server::Auth,
     },
+    rules::KeyRange,
     status::Status,
 };
 
@@ -45,8 +46,7 @@ fn check_password(password: &str) -> Result<(), Status> {
 
 /// Whether a permission is for a key, or for a range with something in it or with no end.
 fn is_range(permission: &Permission) -> bool {
-    let (key, end) = (&permission.key, &permission.range_end);
-    !key.is_empty() && (end.is_empty() || key < end || end[..] == *b"\0")
+    !permission.key.is_empty() && !KeyRange::from_request(&permission.key, &permission.range_end).is_empty()
 }
 
 /// What an RPC comes to.
