@@ -78,18 +78,18 @@ pub fn sort<T: Numbers>(records: &mut [T], request: &RangeRequest) {
     match request.sort_target() {
         SortTarget::Key if descends(request) => records.reverse(),
         SortTarget::Key | SortTarget::Value => {}
-        SortTarget::Version => sort_by_number(records, request, Number::Version),
-        SortTarget::Create => sort_by_number(records, request, Number::Create),
-        SortTarget::Mod => sort_by_number(records, request, Number::Mod),
+        SortTarget::Version => sort_by_number(records, request, |record| record.number_of(Number::Version)),
+        SortTarget::Create => sort_by_number(records, request, |record| record.number_of(Number::Create)),
+        SortTarget::Mod => sort_by_number(records, request, |record| record.number_of(Number::Mod)),
     }
 }
 
-/// Reads each number once: some have to be looked for in the record's bytes.
-fn sort_by_number<T: Numbers>(records: &mut [T], request: &RangeRequest, number: Number) {
+/// Reads each number once: some have to be looked for in the record's bytes. A function for each number, so that none asks
+/// anew for every record which one is meant.
+fn sort_by_number<T>(records: &mut [T], request: &RangeRequest, number: impl Fn(&T) -> i64) {
     let descends = descends(request);
     // The complement turns the order of integers around, and has no overflow.
-    let directed = |number: i64| if descends { !number } else { number };
-    records.sort_by_cached_key(|record| directed(record.number_of(number)));
+    records.sort_by_cached_key(|record| if descends { !number(record) } else { number(record) });
 }
 
 /// Puts records, which are in the order of keys, into the order of their values. Ties stay in the order of keys.
