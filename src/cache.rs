@@ -33,7 +33,7 @@ use crate::{
     feed::{Phase, Signals},
     proto::etcdserverpb::PutRequest,
     rules::KeyRange,
-    signal::Told,
+    signal::SignalReader,
     store::{Limits, Responder, Revision, View},
     upstream::{AuthState, ConnectionNumber, Gate, Upstream},
 };
@@ -122,7 +122,7 @@ struct Shared {
     consensus: Consensus,
     /// The newest connection over which clients were told something.
     heard: AtomicU64,
-    auth: Told<AuthState>,
+    auth: SignalReader<AuthState>,
     metrics: Metrics,
 }
 
@@ -165,7 +165,7 @@ impl Cache {
         &self.0.upstream
     }
 
-    /// What consensus has shown, for those who relay calls.
+    /// What consensus has shown, for those who forward calls.
     pub fn consensus(&self) -> &Consensus {
         &self.0.consensus
     }
@@ -190,9 +190,9 @@ impl Cache {
         self.0.prefixes.iter().all(|prefix| prefix.phase() == Phase::Live)
     }
 
-    /// Notes the header of a KV answer that is relayed to a client, and the connection that it came over: from now on
-    /// nothing older is served, and nothing of another history.
-    pub fn note_relayed(&self, revision: Revision, connection: ConnectionNumber) {
+    /// Notes the revision that a client is told from elsewhere, and the connection that it came over: from now on nothing older
+    /// is served, and nothing of another history.
+    pub fn note_told(&self, revision: Revision, connection: ConnectionNumber) {
         self.0.heard.fetch_max(connection.0, Ordering::AcqRel);
         for prefix in self.0.prefixes.iter() {
             prefix.raise(revision, connection);
@@ -305,7 +305,7 @@ impl Cache {
     fn show(&self, prefix: &Prefix, view: Guard<Arc<View>>) -> Guard<Arc<View>> {
         let known = |other: &Prefix| other.floor() >= view.revision();
         if self.0.prefixes.len() > 1 && !(self.heard() >= prefix.confirmed() && self.0.prefixes.iter().all(known)) {
-            self.note_relayed(view.revision(), prefix.confirmed());
+            self.note_told(view.revision(), prefix.confirmed());
         }
         view
     }

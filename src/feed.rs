@@ -147,8 +147,12 @@ impl Feed {
         let phase = Signal::new(Phase::Cold);
         let (confirmed, begun) = (Signal::new(ConnectionNumber::default()), Signal::new(ConnectionNumber::default()));
         let proofs = Signal::new(0);
-        let signals =
-            Signals { phase: phase.told(), confirmed: confirmed.told(), begun: begun.told(), proofs: proofs.told() };
+        let signals = Signals {
+            phase: phase.reader(),
+            confirmed: confirmed.reader(),
+            begun: begun.reader(),
+            proofs: proofs.reader(),
+        };
         let started = Instant::now();
         let feed = Self {
             upstream,

@@ -1,7 +1,7 @@
 //! Values that every call looks at, and that change now and then.
 //!
 //! tokio's `watch` tells of changes, but a look at its value takes a lock, and so writes to memory that all cores share: with a
-//! few looks for each call, they would spend their time on taking it from each other. A look at a [`Told`] writes nothing, unless the
+//! few looks for each call, they would spend their time on taking it from each other. A look at a [`SignalReader`] writes nothing, unless the
 //! value is changing at that moment.
 
 use std::sync::Arc;
@@ -17,7 +17,7 @@ pub struct Signal<T> {
 
 /// A value, for those who look at it.
 #[derive(Clone)]
-pub struct Told<T> {
+pub struct SignalReader<T> {
     changes: watch::Receiver<T>,
     now: Arc<CachePadded<AtomicCell<T>>>,
 }
@@ -34,8 +34,8 @@ impl<T: Copy + PartialEq> Signal<T> {
     }
 
     /// For somebody who looks at it.
-    pub fn told(&self) -> Told<T> {
-        Told { changes: self.changes.subscribe(), now: self.now.clone() }
+    pub fn reader(&self) -> SignalReader<T> {
+        SignalReader { changes: self.changes.subscribe(), now: self.now.clone() }
     }
 
     /// Changes the value, if `value` is another one. Who is woken by that sees it.
@@ -51,7 +51,7 @@ impl<T: Copy + PartialEq> Signal<T> {
     }
 }
 
-impl<T: Copy> Told<T> {
+impl<T: Copy> SignalReader<T> {
     /// The value.
     pub fn now(&self) -> T {
         self.now.load()
@@ -71,13 +71,13 @@ mod tests {
     fn who_is_told_of_a_change_sees_it() {
         const LAST: u64 = 10_000;
         let signal = Signal::new(0);
-        let told = signal.told();
-        let mut changes = told.changes();
+        let reader = signal.reader();
+        let mut changes = reader.changes();
         let waiter = std::thread::spawn(move || {
             let mut told_by_change = 0;
             while told_by_change < LAST {
                 told_by_change = *changes.borrow_and_update();
-                assert!(told_by_change <= told.now());
+                assert!(told_by_change <= reader.now());
             }
         });
         (1..=LAST).for_each(|value| signal.set(value));
@@ -87,7 +87,7 @@ mod tests {
     #[test]
     fn nobody_is_woken_by_what_is_no_change() {
         let signal = Signal::new(7);
-        let changes = signal.told().changes();
+        let changes = signal.reader().changes();
         signal.set(7);
         assert!(!changes.has_changed().unwrap());
         signal.set(8);

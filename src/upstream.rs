@@ -54,7 +54,7 @@ use self::{
     shared::{Shared, decode},
 };
 pub(crate) use self::{forward::ABSENCE, probe::refuses_strangers};
-use crate::{grpc, signal::Told, status::Status, vital::Vital};
+use crate::{grpc, signal::SignalReader, status::Status, vital::Vital};
 
 /// Why an upstream cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -237,11 +237,11 @@ impl Upstream {
     }
 
     /// Whether permissions are checked.
-    pub fn auth(&self) -> Told<AuthState> {
+    pub fn auth(&self) -> SignalReader<AuthState> {
         self.shared().auth.clone()
     }
 
-    /// To be called before an AuthEnable is relayed, and when a refusal shows that there has been one: from now on authentication
+    /// To be called before an AuthEnable is forwarded, and when a refusal shows that there has been one: from now on authentication
     /// counts as changing, and when the hold is dropped or [`LONGEST_HOLD`] old, until every usable member was asked anew.
     pub fn suspect_auth(&self) -> AuthHold {
         let hold = Hold::of(self.shared());

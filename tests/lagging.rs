@@ -1,4 +1,4 @@
-//! A member that lags: what one member may answer as it stands is relayed, but clients were told more already.
+//! A member that lags: what one member may answer as it stands is forwarded, but clients were told more already.
 
 #![allow(clippy::disallowed_methods, reason = "what a test sends to itself is few")]
 

@@ -40,7 +40,7 @@ impl Cache {
             tokio::select! {
                 biased;
                 Some(proof) = self.consensus().ask(Tense::Present) => {
-                    self.note_relayed(proof.revision, proof.connection);
+                    self.note_told(proof.revision, proof.connection);
                     return (proof.responder, proof.revision);
                 }
                 Some(word) = self.ask_a_member(), if self.consensus().is_unanswered() => return word,
@@ -55,7 +55,7 @@ impl Cache {
         let asked = self.upstream().unary_numbered(at, paths::RANGE, &question, MEMBER_DEADLINE);
         let (answer, connection): (RangeResponse, _) = asked.await.ok()?;
         let header = answer.header?;
-        self.note_relayed(Revision(header.revision), connection);
+        self.note_told(Revision(header.revision), connection);
         Some(((&header).into(), self.told().max(Revision(header.revision))))
     }
 }

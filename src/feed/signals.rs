@@ -2,7 +2,7 @@
 
 use tokio::time::Instant;
 
-use crate::{signal::Told, store::Position, upstream::ConnectionNumber};
+use crate::{signal::SignalReader, store::Position, upstream::ConnectionNumber};
 
 /// What the feed is doing, for those who read from its store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,14 +23,14 @@ pub enum Phase {
 #[derive(Clone)]
 pub struct Signals {
     /// What it is doing.
-    pub phase: Told<Phase>,
+    pub phase: SignalReader<Phase>,
     /// Connections up to this one lead to the history that the view belongs to, as far as they lead anywhere.
-    pub confirmed: Told<ConnectionNumber>,
+    pub confirmed: SignalReader<ConnectionNumber>,
     /// The connection over which the view's epoch began; older ones may have led elsewhere. Set before the epoch is seen.
-    pub begun: Told<ConnectionNumber>,
+    pub begun: SignalReader<ConnectionNumber>,
     /// Counts proofs that the history goes on: odd while one is under way. It rests on what clients had been told when it began, so
     /// watchers are told nothing afterwards that an upstream watch from before it sends.
-    pub proofs: Told<u64>,
+    pub proofs: SignalReader<u64>,
 }
 
 /// What others need of the feed.

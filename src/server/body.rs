@@ -11,7 +11,7 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt;
 use tonic::Code;
 
-use super::{data::Data, relay::Relay};
+use super::{data::Data, observe::ObservedBody};
 use crate::{
     grpc::{BodyError, Compression, Deframer, Incoming, success_trailers},
     status::Status,
@@ -26,7 +26,7 @@ pub enum Body {
     /// Plain bytes, for HTTP/1.1.
     Plain(Option<Bytes>),
     /// What etcd answers.
-    Forwarded(Box<Relay>),
+    Forwarded(Box<ObservedBody>),
     /// Anything else.
     Boxed(Pin<Box<dyn HttpBody<Data = Data, Error = BodyError> + Send>>),
 }
@@ -49,15 +49,15 @@ impl Body {
 
     /// Where it is etcd's answer, reads the beginning ahead, so that its observer knows the header.
     pub(super) async fn read_ahead(&mut self) {
-        if let Body::Forwarded(relay) = self {
-            relay.read_ahead().await;
+        if let Body::Forwarded(body) = self {
+            body.read_ahead().await;
         }
     }
 
     /// The same, where it is etcd's answer, ending with Unavailable after `end`, if that comes first.
     pub(super) fn until(self, end: Option<impl Future<Output = ()> + Send + 'static>) -> Self {
         match (self, end) {
-            (Body::Forwarded(relay), Some(end)) => Body::Forwarded(Box::new(relay.until(end))),
+            (Body::Forwarded(body), Some(end)) => Body::Forwarded(Box::new(body.until(end))),
             (body, _) => body,
         }
     }
@@ -85,8 +85,8 @@ impl HttpBody for Body {
             Body::Empty => Poll::Ready(None),
             Body::Unary(unary) => Poll::Ready(unary.next().map(Ok)),
             Body::Plain(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes.into())))),
-            Body::Forwarded(relay) => {
-                let polled = Pin::new(relay.as_mut()).poll_frame(cx);
+            Body::Forwarded(body) => {
+                let polled = Pin::new(body.as_mut()).poll_frame(cx);
                 polled.map(|frame| frame.map(|frame| frame.map(|frame| frame.map_data(Data::Bytes))))
             }
             Body::Boxed(body) => body.as_mut().poll_frame(cx),
@@ -98,7 +98,7 @@ impl HttpBody for Body {
             Body::Empty => true,
             Body::Unary(unary) => matches!(unary, UnaryBody::Done),
             Body::Plain(bytes) => bytes.is_none(),
-            Body::Forwarded(relay) => relay.is_end_stream(),
+            Body::Forwarded(body) => body.is_end_stream(),
             Body::Boxed(body) => body.is_end_stream(),
         }
     }
@@ -107,7 +107,7 @@ impl HttpBody for Body {
         match self {
             Body::Empty => SizeHint::with_exact(0),
             Body::Plain(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
-            Body::Forwarded(relay) => relay.size_hint(),
+            Body::Forwarded(body) => body.size_hint(),
             // gRPC does not use content-length.
             Body::Unary(_) | Body::Boxed(_) => SizeHint::default(),
         }

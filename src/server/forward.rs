@@ -1,6 +1,6 @@
 //! Calls that etcd answers: byte for byte with metadata, trailers, half-close, flow control, deadline and cancellation.
 //!
-//! What a path means to the proxy stands in one table, [`Manner::of`]. A path that is not in it is forwarded as a stream,
+//! What a path means to the proxy stands in one table, [`Handling::of`]. A path that is not in it is forwarded as a stream,
 //! so an RPC of a future etcd works on the day it ships.
 
 use std::{sync::Arc, time::Duration};
@@ -16,7 +16,7 @@ use tonic::Code;
 use super::{
     body::{Body, read_message},
     listener::Connection,
-    relay::{AnswerObserver, Encoding, Peek, Relay},
+    observe::{AnswerObserver, Encoding, ObservedBody, Peek},
     response,
 };
 use crate::{
@@ -31,7 +31,7 @@ const NO_METHOD: Status = Status::fixed(Code::Unimplemented, "CONNECT is not a g
 
 /// How a path is forwarded.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub struct Manner {
+pub struct Handling {
     /// The limit that it is under.
     pub class: ForwardClass,
     /// It speaks of one member, so a client must keep reaching the same one.
@@ -42,36 +42,36 @@ pub struct Manner {
     pub endless: bool,
 }
 
-impl Manner {
-    const UNARY: Manner =
-        Manner { class: ForwardClass::Unary, member_bound: false, enables_auth: false, endless: false };
-    const STREAM: Manner = Manner { class: ForwardClass::Stream, ..Manner::UNARY };
-    const ENDLESS: Manner = Manner { endless: true, ..Manner::STREAM };
+impl Handling {
+    const UNARY: Handling =
+        Handling { class: ForwardClass::Unary, member_bound: false, enables_auth: false, endless: false };
+    const STREAM: Handling = Handling { class: ForwardClass::Stream, ..Handling::UNARY };
+    const ENDLESS: Handling = Handling { endless: true, ..Handling::STREAM };
 
-    /// The manner of a gRPC path. Calls that block for as long as they like are streams here.
-    pub fn of(path: &str) -> Manner {
+    /// The handling of a gRPC path. Calls that block for as long as they like are streams here.
+    pub fn of(path: &str) -> Handling {
         let Some((service, method)) = path.strip_prefix('/').and_then(|path| path.split_once('/')) else {
-            return Manner::STREAM;
+            return Handling::STREAM;
         };
         match (service, method) {
-            ("etcdserverpb.KV", "Range" | "Put" | "DeleteRange" | "Txn" | "Compact") => Manner::UNARY,
-            ("etcdserverpb.Lease", "LeaseGrant" | "LeaseRevoke" | "LeaseTimeToLive" | "LeaseLeases") => Manner::UNARY,
+            ("etcdserverpb.KV", "Range" | "Put" | "DeleteRange" | "Txn" | "Compact") => Handling::UNARY,
+            ("etcdserverpb.Lease", "LeaseGrant" | "LeaseRevoke" | "LeaseTimeToLive" | "LeaseLeases") => Handling::UNARY,
             (
                 "etcdserverpb.Cluster",
                 "MemberAdd" | "MemberRemove" | "MemberUpdate" | "MemberList" | "MemberPromote",
-            ) => Manner::UNARY,
-            ("etcdserverpb.Maintenance", "Alarm") => Manner::UNARY,
+            ) => Handling::UNARY,
+            ("etcdserverpb.Maintenance", "Alarm") => Handling::UNARY,
             ("etcdserverpb.Maintenance", "Status" | "Hash" | "HashKV" | "MoveLeader" | "Downgrade") => {
-                Manner { member_bound: true, ..Manner::UNARY }
+                Handling { member_bound: true, ..Handling::UNARY }
             }
-            ("etcdserverpb.Maintenance", _) => Manner { member_bound: true, ..Manner::STREAM },
-            ("etcdserverpb.Auth", "AuthEnable") => Manner { enables_auth: true, ..Manner::UNARY },
-            ("etcdserverpb.Auth", _) => Manner::UNARY,
-            ("etcdserverpb.Watch", "Watch") | ("etcdserverpb.Lease", "LeaseKeepAlive") => Manner::ENDLESS,
-            ("v3electionpb.Election", "Observe") => Manner::ENDLESS,
-            ("v3lockpb.Lock", "Unlock") => Manner::UNARY,
-            ("v3electionpb.Election", "Proclaim" | "Leader" | "Resign") => Manner::UNARY,
-            _ => Manner::STREAM,
+            ("etcdserverpb.Maintenance", _) => Handling { member_bound: true, ..Handling::STREAM },
+            ("etcdserverpb.Auth", "AuthEnable") => Handling { enables_auth: true, ..Handling::UNARY },
+            ("etcdserverpb.Auth", _) => Handling::UNARY,
+            ("etcdserverpb.Watch", "Watch") | ("etcdserverpb.Lease", "LeaseKeepAlive") => Handling::ENDLESS,
+            ("v3electionpb.Election", "Observe") => Handling::ENDLESS,
+            ("v3lockpb.Lock", "Unlock") => Handling::UNARY,
+            ("v3electionpb.Election", "Proclaim" | "Leader" | "Resign") => Handling::UNARY,
+            _ => Handling::STREAM,
         }
     }
 }
@@ -82,12 +82,12 @@ impl Manner {
 /// # Errors
 /// As [`read_message`], and DeadlineExceeded.
 pub async fn whole(mut request: Request<Incoming>, limit: usize) -> Result<Request<RequestBody>, Status> {
-    if Manner::of(request.uri().path()).class == ForwardClass::Stream {
+    if Handling::of(request.uri().path()).class == ForwardClass::Stream {
         return Ok(request.map(RequestBody::from));
     }
     let deadline = grpc::deadline(request.headers());
     let message = within(deadline, read_message(&mut request, limit)).await?;
-    // What is relayed is not compressed any more.
+    // What is forwarded is not compressed any more.
     request.headers_mut().remove(grpc::ENCODING);
     Ok(request.map(|_| RequestBody::full(grpc::frame_encoded(&message))))
 }
@@ -101,13 +101,13 @@ pub async fn forward(
     request: Request<impl Into<RequestBody>>,
     observer: Option<Arc<dyn AnswerObserver>>,
 ) -> Response<Body> {
-    let manner = Manner::of(request.uri().path());
+    let handling = Handling::of(request.uri().path());
     let encoding = encoding_of(request.uri().path());
     let deadline = grpc::deadline(request.headers());
-    let hold = manner.enables_auth.then(|| upstream.suspect_auth());
-    let stop = manner.endless.then(|| connection.stop().clone());
-    let relaying = until_stopped(stop.clone(), Box::pin(relay(upstream, connection, manner, request.map(Into::into))));
-    match within(deadline, relaying).await {
+    let hold = handling.enables_auth.then(|| upstream.suspect_auth());
+    let stop = handling.endless.then(|| connection.stop().clone());
+    let sending = until_stopped(stop.clone(), Box::pin(send(upstream, connection, handling, request.map(Into::into))));
+    match within(deadline, sending).await {
         Ok(forwarded) => {
             let end = stop.map(CancellationToken::cancelled_owned);
             // The first hold may have been over before etcd answered, and the client is about to know.
@@ -138,32 +138,32 @@ async fn within<T>(deadline: Option<Duration>, work: impl Future<Output = Result
     }
 }
 
-/// What `relaying` gives, unless the server leaves first.
+/// What `sending` gives, unless the server leaves first.
 async fn until_stopped(
     stop: Option<CancellationToken>,
-    relaying: impl Future<Output = Result<Forwarded, Status>>,
+    sending: impl Future<Output = Result<Forwarded, Status>>,
 ) -> Result<Forwarded, Status> {
     match stop {
-        Some(stop) => stop.run_until_cancelled(relaying).await.unwrap_or(Err(Status::STOPPED)),
-        None => relaying.await,
+        Some(stop) => stop.run_until_cancelled(sending).await.unwrap_or(Err(Status::STOPPED)),
+        None => sending.await,
     }
 }
 
-async fn relay(
+async fn send(
     upstream: &Upstream,
     connection: &Connection,
-    manner: Manner,
+    handling: Handling,
     request: Request<RequestBody>,
 ) -> Result<Forwarded, Status> {
     if request.method() == Method::CONNECT {
         return Err(NO_METHOD);
     }
     let request = passable(request);
-    if !manner.member_bound {
-        return upstream.forward(Route::Preferred, manner.class, request).await;
+    if !handling.member_bound {
+        return upstream.forward(Route::Preferred, handling.class, request).await;
     }
     let at = pinned(upstream, connection).await?;
-    let forwarded = upstream.forward(Route::Member(at), manner.class, request).await;
+    let forwarded = upstream.forward(Route::Member(at), handling.class, request).await;
     if forwarded.is_err() {
         leave_lost_member(upstream, connection, at);
     }
@@ -200,7 +200,7 @@ pub(super) fn answer(
     strip_hop_by_hop(&mut head.headers);
     let success = head.status.is_success();
     let peek = observer.filter(|_| success).map(|observer| Peek::new(observer, forwarded.connection, encoding));
-    Response::from_parts(head, Body::Forwarded(Box::new(Relay::new(body, encoding, peek, hold))))
+    Response::from_parts(head, Body::Forwarded(Box::new(ObservedBody::new(body, encoding, peek, hold))))
 }
 
 /// A request without what concerns the client's own connection only.
@@ -232,7 +232,7 @@ mod tests {
 
     #[test]
     fn the_table_knows_what_blocks_what_is_bound_and_what_is_new() {
-        let class = |path| Manner::of(path).class;
+        let class = |path| Handling::of(path).class;
         for blocking in [
             "/etcdserverpb.Watch/Watch",
             "/etcdserverpb.Lease/LeaseKeepAlive",
@@ -252,17 +252,17 @@ mod tests {
             assert_eq!(class(unary), ForwardClass::Unary, "{unary}");
         }
         for bound in ["Status", "Defragment", "Hash", "HashKV", "Snapshot", "MoveLeader", "Downgrade"] {
-            assert!(Manner::of(&format!("/etcdserverpb.Maintenance/{bound}")).member_bound, "{bound}");
+            assert!(Handling::of(&format!("/etcdserverpb.Maintenance/{bound}")).member_bound, "{bound}");
         }
-        assert!(!Manner::of("/etcdserverpb.Maintenance/Alarm").member_bound);
+        assert!(!Handling::of("/etcdserverpb.Maintenance/Alarm").member_bound);
         for endless in
             ["/etcdserverpb.Watch/Watch", "/etcdserverpb.Lease/LeaseKeepAlive", "/v3electionpb.Election/Observe"]
         {
-            assert!(Manner::of(endless).endless, "{endless}");
+            assert!(Handling::of(endless).endless, "{endless}");
         }
-        assert!(!Manner::of("/v3lockpb.Lock/Lock").endless, "it ends by itself");
-        assert!(Manner::of("/etcdserverpb.Auth/AuthEnable").enables_auth);
-        assert!(!Manner::of("/etcdserverpb.Auth/AuthDisable").enables_auth);
+        assert!(!Handling::of("/v3lockpb.Lock/Lock").endless, "it ends by itself");
+        assert!(Handling::of("/etcdserverpb.Auth/AuthEnable").enables_auth);
+        assert!(!Handling::of("/etcdserverpb.Auth/AuthDisable").enables_auth);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::{
     forward::{answer, passable, pinned},
     health::Readiness,
     listener::Connection,
-    relay::{AnswerObserver, Encoding},
+    observe::{AnswerObserver, Encoding},
     response,
 };
 use crate::{
@@ -49,7 +49,7 @@ pub async fn call(
     let call = Gateway::of(request.uri().path());
     let enables_auth = call == Gateway::AuthEnable && request.method() == Method::POST;
     let hold = enables_auth.then(|| upstream.suspect_auth());
-    match relay(upstream, connection, call, request).await {
+    match send(upstream, connection, call, request).await {
         Ok(forwarded) if is_version && forwarded.response.status() == StatusCode::NOT_FOUND => version(upstream),
         Ok(forwarded) => {
             let observer = observer.filter(|_| call == Gateway::Revision);
@@ -84,7 +84,7 @@ impl Gateway {
     }
 }
 
-async fn relay(
+async fn send(
     upstream: &Upstream,
     connection: &Connection,
     call: Gateway,

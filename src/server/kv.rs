@@ -1,6 +1,6 @@
-//! The KV service: reads from the view where it may answer, everything else relayed.
+//! The KV service: reads from the view where it may answer, everything else forwarded.
 //!
-//! What is relayed is looked at only for its header: its revision is the floor below which we never answer, and, where the
+//! What is forwarded is looked at only for its header: its revision is the floor below which we never answer, and, where the
 //! call went through consensus, proof of how far the cluster has got.
 
 mod answer;
@@ -29,7 +29,7 @@ use super::{
     leader::Leader,
     listener::{BoxedRequest, Connection},
     metadata,
-    relay::AnswerObserver,
+    observe::AnswerObserver,
     response,
 };
 use crate::{
@@ -134,9 +134,9 @@ struct Call<'a> {
     message: Bytes,
 }
 
-/// Whether a relayed answer shows how far the cluster has got.
+/// Whether a forwarded answer shows how far the cluster has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Consensus {
+enum Evidence {
     /// The call goes through consensus, so its answer is proof.
     Proof,
     /// One member answers as it stands.
@@ -169,7 +169,7 @@ impl Kv {
         {
             return response::error(&status);
         }
-        // What is relayed is not compressed any more.
+        // What is forwarded is not compressed any more.
         request.headers_mut().remove(grpc::ENCODING);
         let call = Call { connection, request, message };
         let answered = match method {
@@ -179,54 +179,54 @@ impl Kv {
             Method::Txn => Box::pin(self.txn(call)).await,
             Method::Compact => Box::pin(self.compact(call)).await,
             Method::Put => Ok(Box::pin(self.put(call)).await),
-            Method::DeleteRange => Ok(Box::pin(self.relay(call, Consensus::Proof)).await),
-            Method::Other => Ok(Box::pin(self.relay(call, Consensus::Hearsay)).await),
+            Method::DeleteRange => Ok(Box::pin(self.forward(call, Evidence::Proof)).await),
+            Method::Other => Ok(Box::pin(self.forward(call, Evidence::Hearsay)).await),
         };
         answered.unwrap_or_else(|status| response::error(&status))
     }
 
-    /// Relays the call and takes note of what its answer shows.
-    async fn relay(&self, call: Call<'_>, consensus: Consensus) -> Response<Body> {
-        self.relay_noting(call, consensus, Write::Other).await
+    /// Forwards the call and takes note of what its answer shows.
+    async fn forward(&self, call: Call<'_>, evidence: Evidence) -> Response<Body> {
+        self.forward_noting(call, evidence, Write::Other).await
     }
 
-    async fn relay_noting(&self, call: Call<'_>, consensus: Consensus, write: Write) -> Response<Body> {
-        let observer = Arc::new(self.observer(consensus, write));
+    async fn forward_noting(&self, call: Call<'_>, evidence: Evidence, write: Write) -> Response<Body> {
+        let observer = Arc::new(self.observer(evidence, write));
         let request = call.request.map(|_| RequestBody::full(grpc::frame_encoded(&call.message)));
         Box::pin(forward(self.cache.upstream(), call.connection, request, Some(observer))).await
     }
 
-    /// Relays a read that one member may answer as it stands. Should that member lag behind what clients were told before, the
+    /// Forwards a read that one member may answer as it stands. Should that member lag behind what clients were told before, the
     /// cluster is asked by the message that `ask` gives: nobody's revisions go back.
-    async fn relay_hearsay(&self, call: Call<'_>, ask: impl FnOnce() -> Vec<u8>) -> Response<Body> {
+    async fn forward_hearsay(&self, call: Call<'_>, ask: impl FnOnce() -> Vec<u8>) -> Response<Body> {
         let (told, again) = (self.cache.told(), head_of(&call.request));
-        let (upstream, observer) = (self.cache.upstream(), Arc::new(self.observer(Consensus::Hearsay, Write::Other)));
+        let (upstream, observer) = (self.cache.upstream(), Arc::new(self.observer(Evidence::Hearsay, Write::Other)));
         let request = call.request.map(|_| RequestBody::full(grpc::frame_encoded(&call.message)));
         let mut response = Box::pin(forward(upstream, call.connection, request, Some(observer.clone()))).await;
         response.body_mut().read_ahead().await;
         if observer.revision.get().is_none_or(|revision| *revision >= told) {
             return response;
         }
-        let observer = Arc::new(self.observer(Consensus::Proof, Write::Other));
+        let observer = Arc::new(self.observer(Evidence::Proof, Write::Other));
         let request = again.map(|()| RequestBody::full(grpc::frame_encoded(&ask())));
         Box::pin(forward(upstream, call.connection, request, Some(observer))).await
     }
 
     /// An observer of the answer to a call that is sent from now on.
-    fn observer(&self, consensus: Consensus, write: Write) -> Observer {
-        let sent = (consensus == Consensus::Proof).then(|| self.cache.consensus().stamp());
+    fn observer(&self, evidence: Evidence, write: Write) -> Observer {
+        let sent = (evidence == Evidence::Proof).then(|| self.cache.consensus().stamp());
         Observer { cache: self.cache.clone(), sent, write, revision: OnceLock::new() }
     }
 
     async fn put(&self, call: Call<'_>) -> Response<Body> {
         let put = PutRequest::decode(call.message.clone()).map(Write::Put);
-        self.relay_noting(call, Consensus::Proof, put.unwrap_or(Write::Other)).await
+        self.forward_noting(call, Evidence::Proof, put.unwrap_or(Write::Other)).await
     }
 
     async fn compact(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
         let compact = CompactionRequest::decode(call.message.clone());
         let compact = compact.map(|request| Write::Compact(Revision(request.revision)));
-        Ok(self.relay_noting(call, Consensus::Proof, compact.unwrap_or(Write::Other)).await)
+        Ok(self.forward_noting(call, Evidence::Proof, compact.unwrap_or(Write::Other)).await)
     }
 
     /// The view that a read of `range` at `revision` (zero or less: the present) may be answered from.
@@ -257,20 +257,20 @@ impl Kv {
     }
 }
 
-/// Why a read that memory cannot serve is relayed, for metrics. It is not where the cluster has had as long as etcd would give it.
-fn relayable(unserved: Unserved) -> Result<&'static str, Status> {
+/// Why a read that memory cannot serve is forwarded, for metrics. It is not where the cluster has had as long as etcd would give it.
+fn forwardable(unserved: Unserved) -> Result<&'static str, Status> {
     match unserved {
         Unserved::NoConsensus => Err(Status::TIMEOUT),
         other => Ok(other.label()),
     }
 }
 
-/// An observer for relayed answers of other services, and of the JSON gateway: nothing older is served from then on.
-pub fn relayed_observer(cache: &Cache) -> Arc<dyn AnswerObserver> {
+/// An observer for forwarded answers of other services, and of the JSON gateway: nothing older is served from then on.
+pub fn forwarded_observer(cache: &Cache) -> Arc<dyn AnswerObserver> {
     Arc::new(Observer { cache: cache.clone(), sent: None, write: Write::Other, revision: OnceLock::new() })
 }
 
-/// Takes note of a relayed answer before the client can read it.
+/// Takes note of a forwarded answer before the client can read it.
 struct Observer {
     cache: Cache,
     /// Drawn before the request was sent, if it goes through consensus.
@@ -280,7 +280,7 @@ struct Observer {
     revision: OnceLock<Revision>,
 }
 
-/// What a relayed call does, as far as its success tells something that its answer does not.
+/// What a forwarded call does, as far as its success tells something that its answer does not.
 enum Write {
     Put(PutRequest),
     Compact(Revision),
@@ -289,7 +289,7 @@ enum Write {
 
 impl AnswerObserver for Observer {
     fn answered(&self, connection: ConnectionNumber, header: ResponseHeader) {
-        self.cache.note_relayed(Revision(header.revision), connection);
+        self.cache.note_told(Revision(header.revision), connection);
         let _ = self.revision.set(Revision(header.revision));
         if let (Some(sent), Some(proof)) = (self.sent, Proof::of(&header, connection)) {
             self.cache.consensus().note(sent, proof);

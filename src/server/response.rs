@@ -1,4 +1,4 @@
-//! Answers made here, as opposed to relayed.
+//! Answers made here, as opposed to forwarded.
 
 use ::http::{
     HeaderValue, Response, StatusCode,

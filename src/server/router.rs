@@ -11,7 +11,7 @@ use super::{
     forward::{forward, whole},
     health::{self, HealthService, Readiness},
     http,
-    kv::{self, Kv, relayed_observer},
+    kv::{self, Kv, forwarded_observer},
     listener::{BoxedRequest, Connection, Handler},
     members::Members,
     precheck, response,
@@ -37,7 +37,7 @@ impl Handler for Router {
     async fn call(self: &Arc<Self>, connection: &Arc<Connection>, request: BoxedRequest) -> Response<Body> {
         // A stream keeps the room that its call's future takes for as long as it lives, so only reads have theirs in place.
         if request.version() < Version::HTTP_2 {
-            let observer = Some(relayed_observer(&self.cache));
+            let observer = Some(forwarded_observer(&self.cache));
             let readiness = self.health.readiness();
             return Box::pin(http::call(self.cache.upstream(), connection, &readiness, *request, observer)).await;
         }
@@ -48,14 +48,14 @@ impl Handler for Router {
             path if path.starts_with(kv::SERVICE) => self.kv.call(connection, request).await,
             paths::WATCH => Box::pin(self.watch.call(connection, *request)).await,
             path if path.starts_with(health::SERVICE) => Box::pin(self.health.call(*request)).await,
-            _ => Box::pin(self.relay(connection, *request)).await,
+            _ => Box::pin(self.forward(connection, *request)).await,
         }
     }
 }
 
 impl Router {
     /// Has etcd answer.
-    async fn relay(&self, connection: &Connection, request: Request<Incoming>) -> Response<Body> {
+    async fn forward(&self, connection: &Connection, request: Request<Incoming>) -> Response<Body> {
         let request = match whole(request, self.kv.longest_request()).await {
             Ok(request) => request,
             Err(status) => return response::error(&status),
@@ -64,7 +64,7 @@ impl Router {
         match request.uri().path() {
             paths::MEMBER_LIST => self.members.list(upstream, connection, request).await,
             path => {
-                let observer = tells_revisions(path).then(|| relayed_observer(&self.cache));
+                let observer = tells_revisions(path).then(|| forwarded_observer(&self.cache));
                 forward(upstream, connection, request, observer).await
             }
         }

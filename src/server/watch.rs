@@ -16,7 +16,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    body::Body, forward::forward, kv::relayed_observer, leader::Leader, listener::Connection, metadata, response,
+    body::Body, forward::forward, kv::forwarded_observer, leader::Leader, listener::Connection, metadata, response,
 };
 use crate::{
     cache::Cache,
@@ -126,7 +126,7 @@ impl Watch {
         request: Request<Incoming>,
         mut auth: watch::Receiver<AuthState>,
     ) -> Response<Body> {
-        let observer = Some(relayed_observer(&self.shared.cache));
+        let observer = Some(forwarded_observer(&self.shared.cache));
         let answer = forward(self.shared.cache.upstream(), connection, request, observer).await;
         let stop = connection.stop().clone();
         let off = async move {

@@ -3,7 +3,7 @@
 //! A task per call would cost more than a read from memory does: its allocation, its turn in the scheduler, and often the
 //! waking of another thread for it. Here, the calls that one read from the socket brought are begun together as soon as the
 //! connection has nothing more to read; most are over at once, and all their answers leave in one write. What has to wait (a
-//! watch, a relayed call, a read that wants proof) is polled when it is woken, which wakes its connection's task once for a
+//! watch, a forwarded call, a read that wants proof) is polled when it is woken, which wakes its connection's task once for a
 //! burst.
 //!
 //! On a connection to the upstream, hyper hands over three futures instead: what reads and writes the frames, what sends a

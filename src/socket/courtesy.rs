@@ -1,7 +1,7 @@
 //! Answers to pings wait for company.
 //!
 //! A peer that measures its bandwidth, as Go's gRPC does, sends a ping with nearly everything that it sends, and for nearly
-//! everything that it is sent. The answer is ready long before what the peer is waiting for, be that a relayed call or the next
+//! everything that it is sent. The answer is ready long before what the peer is waiting for, be that a forwarded call or the next
 //! event, and by itself it would cost a system call, as much as all the rest of a small delivery. So it leaves with
 //! whatever is sent next, or after a pause, as acknowledgements in TCP do. Who asks whether a connection lives waits for seconds.
 

@@ -32,7 +32,7 @@ use tonic::Code;
 
 use super::{body::RequestBody, endpoint::Dial, pings::PingPause, sender::Sender};
 use crate::{
-    signal::{Signal, Told},
+    signal::{Signal, SignalReader},
     socket::{Calls, Gather, NewCalls},
     status::Status,
 };
@@ -120,7 +120,7 @@ const REMEMBER_CANCELLED: Duration = Duration::from_secs(30);
 const CANCELLED_STREAMS: usize = 16_384;
 
 /// How many streams a server takes on a connection at a time; it may change its mind.
-pub(super) type Streams = Told<usize>;
+pub(super) type Streams = SignalReader<usize>;
 
 /// Opens an HTTP/2 connection; to a server within the process, which needs none, gives the server. As with Go's gRPC library, it is
 /// open when the server has told its settings: what is sent before may be more than it takes.
@@ -134,7 +134,7 @@ pub(super) async fn http2(
     tuning: &Tuning,
 ) -> Result<(Sender, Streams), Status> {
     if let Some(server) = dial.in_process() {
-        return Ok((Sender::InProcess(server), Signal::new(usize::MAX).told()));
+        return Ok((Sender::InProcess(server), Signal::new(usize::MAX).reader()));
     }
     timeout(tuning.connect_timeout, open_http2(dial, name, class, tuning))
         .await
@@ -159,7 +159,7 @@ async fn open_http2(
     let handshake = builder(class, paused, tuning.keepalive_timeout, executor.clone()).handshake(socket);
     let (sender, connection) = handshake.await.map_err(|error| cannot_dial(name, &error.to_string()))?;
     let taken = Signal::new(UNKNOWN_STREAMS);
-    let streams = taken.told();
+    let streams = taken.reader();
     let name = name.to_owned();
     executor.execute(async move {
         if let Err(error) = telling_streams(connection, taken, hears).await {

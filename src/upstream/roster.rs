@@ -18,7 +18,7 @@ use super::{
     health::{AuthState, EndpointHealth, Health, Report, Standing},
     metrics::Metrics,
 };
-use crate::signal::{Signal, Told};
+use crate::signal::{Signal, SignalReader};
 
 /// Keeps the account; see the module's comment.
 pub(super) struct Roster {
@@ -104,12 +104,12 @@ impl Roster {
         self.health.subscribe()
     }
 
-    pub(super) fn auth(&self) -> Told<AuthState> {
-        self.auth_told.told()
+    pub(super) fn auth(&self) -> SignalReader<AuthState> {
+        self.auth_told.reader()
     }
 
-    pub(super) fn gate(&self) -> Told<Gate> {
-        self.gate_told.told()
+    pub(super) fn gate(&self) -> SignalReader<Gate> {
+        self.gate_told.reader()
     }
 
     /// To be read before a probe starts: its answer on authentication counts only while this has not changed.

@@ -23,7 +23,7 @@ use super::{
     roster::Roster,
     sender::Answered,
 };
-use crate::{grpc, signal::Told, status::Status};
+use crate::{grpc, signal::SignalReader, status::Status};
 
 /// How often a request that a closing connection gave back is handed to another one.
 const HANDOVERS: usize = 3;
@@ -34,8 +34,8 @@ pub(super) struct Shared {
     pub(super) numbers: Numbers,
     pub(super) roster: Mutex<Roster>,
     pub(super) health: watch::Receiver<Health>,
-    pub(super) auth: Told<AuthState>,
-    pub(super) gate: Told<Gate>,
+    pub(super) auth: SignalReader<AuthState>,
+    pub(super) gate: SignalReader<Gate>,
     pub(super) unary_limit: Limit,
     pub(super) stream_limit: Limit,
 }

@@ -21,7 +21,7 @@ use millpond::{
         http as http1,
         listener::{self, BoxedRequest, Connection, Handler},
         members::Members,
-        relay::AnswerObserver,
+        observe::AnswerObserver,
     },
     upstream::{ConnectionNumber, Endpoint, EndpointId, Health, Settings, Upstream},
 };

@@ -81,7 +81,7 @@ pub async fn compact(world: World, revision: i64) {
 /// Notes an answer that is relayed.
 fn note(world: &World, sent: Stamp, header: &ResponseHeader, connection: ConnectionNumber) {
     let (cluster, cache) = (&world.0.cluster, &world.0.cache);
-    cache.note_relayed(Revision(header.revision), connection);
+    cache.note_told(Revision(header.revision), connection);
     if let Some(proof) = Proof::of(header, connection) {
         cache.consensus().note(sent, proof);
     }

@@ -224,7 +224,7 @@ fn what_clients_were_told_of_is_known_to_reads_and_watchers_that_begin_afterward
         assert_eq!((must_wait(), view().compacted), (false, Revision(4)));
 
         put(&world, &["a/4"]).await;
-        cache.note_relayed(Revision(5), cache.upstream().newest_connection());
+        cache.note_told(Revision(5), cache.upstream().newest_connection());
         assert_eq!((must_wait(), view().revision()), (true, Revision(4)));
         assert_eq!(cache.begin_at_once(prefix, false).map(|(_, present)| present), Some(Revision(5)));
         assert_eq!(cache.begin(prefix, true).await.1, Revision(5));
@@ -294,7 +294,7 @@ fn relay_last_event(world: &World, revision: i64) {
     let event = world.0.cluster.look().history().events(revision).last().cloned();
     let cache = &world.0.cache;
     cache.prefixes()[0].note_events(&[event.expect("an event of that revision")]);
-    cache.note_relayed(Revision(revision), cache.upstream().newest_connection());
+    cache.note_told(Revision(revision), cache.upstream().newest_connection());
 }
 
 /// The first list of the prefix made the cache forget what a client had been told of other keys before.

@@ -27,7 +27,7 @@ use crate::{
 
 /// Between two looks at who has stopped reading.
 const SWEEP: Duration = Duration::from_secs(15);
-/// So many looks in a row may find that nothing was read: a minute, as for relayed answers.
+/// So many looks in a row may find that nothing was read: a minute, as for forwarded answers.
 const PATIENCE: u32 = 4;
 
 /// Bytes of the records of a leaf that may be held as a whole. A larger one's are held singly, so that an answer keeps little

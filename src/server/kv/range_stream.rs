@@ -1,5 +1,5 @@
 //! RangeStream: one Range in chunks, from memory whatever the upstream's version. Where only the upstream can answer, it is
-//! relayed to etcd 3.7, and put together from Range pages at a pinned revision on older ones.
+//! forwarded to etcd 3.7, and put together from Range pages at a pinned revision on older ones.
 
 use std::sync::Arc;
 
@@ -14,9 +14,8 @@ use tonic::Code;
 use super::{
     Call, Kv,
     answer::{Values, put_record, record_len},
-    decode,
+    decode, forwardable, forwarded_observer,
     held::{Held, Holder},
-    relayable, relayed_observer,
 };
 use crate::{
     aside,
@@ -30,7 +29,7 @@ use crate::{
         body::Body,
         data::Data,
         forward::forward,
-        relay::AnswerObserver,
+        observe::AnswerObserver,
         response::{self, check_length},
     },
     status::Status,
@@ -73,10 +72,10 @@ impl Kv {
                 }
                 None => "revision_not_in_memory",
             },
-            Err(unserved) => relayable(unserved)?,
+            Err(unserved) => forwardable(unserved)?,
         };
         self.metrics.count("RangeStream", unserved);
-        Ok(self.relay_stream(call, request).await)
+        Ok(self.forward_stream(call, request).await)
     }
 
     /// Refuses chunks that are more than the largest answer together. Only what an operator has set counts: each is a message.
@@ -91,9 +90,9 @@ impl Kv {
         check_length(length, limit)
     }
 
-    async fn relay_stream(&self, call: Call<'_>, request: RangeRequest) -> Response<Body> {
+    async fn forward_stream(&self, call: Call<'_>, request: RangeRequest) -> Response<Body> {
         let upstream = self.cache.upstream();
-        let observer = relayed_observer(&self.cache);
+        let observer = forwarded_observer(&self.cache);
         if self.cache.gate().has_range_stream {
             let body = RequestBody::full(grpc::frame_encoded(&call.message));
             return forward(upstream, call.connection, call.request.map(|_| body), Some(observer)).await;

@@ -1,9 +1,9 @@
-//! Range: checked as etcd checks it, answered from the view, or relayed.
+//! Range: checked as etcd checks it, answered from the view, or forwarded.
 
 use ::http::{HeaderValue, Response};
 use prost::Message;
 
-use super::{Call, Consensus, Kv, answer, decode, relayable};
+use super::{Call, Evidence, Kv, answer, decode, forwardable};
 use crate::{
     aside,
     proto::etcdserverpb::RangeRequest,
@@ -42,15 +42,15 @@ impl Kv {
                 }
                 None => "revision_not_in_memory",
             },
-            Err(unserved) => relayable(unserved)?,
+            Err(unserved) => forwardable(unserved)?,
         };
         self.metrics.count("Range", unserved);
         Ok(match request.serializable {
             true => {
                 let ask = || RangeRequest { serializable: false, ..request }.encode_to_vec();
-                Box::pin(self.relay_hearsay(call, ask)).await
+                Box::pin(self.forward_hearsay(call, ask)).await
             }
-            false => Box::pin(self.relay(call, Consensus::Proof)).await,
+            false => Box::pin(self.forward(call, Evidence::Proof)).await,
         })
     }
 

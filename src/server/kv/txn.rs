@@ -1,10 +1,10 @@
 //! Transactions made of nothing but compares and reads, evaluated on one view. All others, and all that etcd would refuse,
-//! are relayed.
+//! are forwarded.
 
 use ::http::Response;
 use prost::Message;
 
-use super::{Call, Consensus, Kv, answer, decode, pieces::Section, relayable};
+use super::{Call, Evidence, Kv, answer, decode, forwardable, pieces::Section};
 use crate::{
     aside,
     proto::etcdserverpb::{Compare, RangeRequest, RequestOp, TxnRequest, request_op::Request as Operation},
@@ -38,13 +38,13 @@ impl Kv {
         };
         self.metrics.count("Txn", unserved);
         if goes_through_consensus(&request) {
-            return Ok(self.relay(call, Consensus::Proof).await);
+            return Ok(self.forward(call, Evidence::Proof).await);
         }
         let asking = through_consensus(request);
         if !goes_through_consensus(&asking) {
-            return Ok(self.relay(call, Consensus::Hearsay).await);
+            return Ok(self.forward(call, Evidence::Hearsay).await);
         }
-        Ok(self.relay_hearsay(call, || asking.encode_to_vec()).await)
+        Ok(self.forward_hearsay(call, || asking.encode_to_vec()).await)
     }
 
     /// The answer, or its refusal; an error is why only the upstream can tell.
@@ -56,7 +56,7 @@ impl Kv {
         let range = reads.hull().ok_or("not_cached")?;
         let view = match self.view(&range, 0, reads.serializable).await {
             Ok(view) => view,
-            Err(unserved) => return relayable(unserved).map_or_else(|refusal| Ok(Err(refusal)), Err),
+            Err(unserved) => return forwardable(unserved).map_or_else(|refusal| Ok(Err(refusal)), Err),
         };
         let Some(tree) = &view.tree else { return Err("over_limit") };
         let keys = request.compare.iter().map(|compare| tree.sums_in(&compared(compare)).keys).sum();

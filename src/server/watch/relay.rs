@@ -387,7 +387,7 @@ impl Task {
         if let (true, Some(prefix)) = (knows_all, self.lineage.prefix()) {
             prefix.note_events(&response.events);
         }
-        cache.note_relayed(revision_of(response), connection);
+        cache.note_told(revision_of(response), connection);
     }
 
     /// Whether the history window holds everything that is still to come.

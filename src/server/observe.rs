@@ -49,7 +49,7 @@ pub enum Encoding {
 }
 
 /// The body of a forwarded answer on its way to the client.
-pub struct Relay {
+pub struct ObservedBody {
     body: ForwardedBody,
     encoding: Encoding,
     peek: Option<Peek>,
@@ -61,7 +61,7 @@ pub struct Relay {
     _hold: Option<AuthHold>,
 }
 
-impl Relay {
+impl ObservedBody {
     /// Passes on `body`. The hold is dropped when the client has been told everything or has gone away.
     pub fn new(body: ForwardedBody, encoding: Encoding, peek: Option<Peek>, hold: Option<AuthHold>) -> Self {
         Self { body, encoding, peek, stop: None, ended: false, first: None, _hold: hold }
@@ -97,7 +97,7 @@ impl Relay {
     }
 }
 
-impl Body for Relay {
+impl Body for ObservedBody {
     type Data = Bytes;
     type Error = BodyError;
 
