@@ -6,7 +6,7 @@ mod support;
 use std::time::Duration;
 
 use bytes::Bytes;
-use millpond::proto::etcdserverpb as pb;
+use millpond::proto::etcdserverpb::{self as pb, request_op::Request as Operation};
 use prost::Message;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use support::{
@@ -144,6 +144,7 @@ async fn messages_that_are_none_get_etcds_codes() {
         ("a length of 4 GiB", framed_as(0, u32::MAX, b"abc")),
         ("an empty message", framed(b"")),
         ("unknown fields", framed(&[0x0a, 1, b'k', 0xf8, 0x7f, 5])),
+        ("a field of another type, which Go takes for unknown", framed(&[0x0a, 1, b'k', 0x1a, 0])),
     ];
     let reference = RawConnection::open(&twins.reference.endpoint(0), 1 << 20).await;
     let subject = RawConnection::open(&twins.subject.endpoint(), 1 << 20).await;
@@ -159,6 +160,29 @@ async fn messages_that_are_none_get_etcds_codes() {
         let (expected, _) = reference.call(path, range.clone(), &[]).await;
         let (found, _) = subject.call(path, range.clone(), &[]).await;
         assert_eq!(found, expected, "{path}");
+    }
+    twins.subject.assert_well();
+}
+
+/// They are more than Millpond decodes by itself, and were refused for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transactions_are_nested_as_deeply_as_in_etcd() {
+    let mut twins = Twins::start(&Release::newest()).await;
+    let reference = RawConnection::open(&twins.reference.endpoint(0), 1 << 20).await;
+    let subject = RawConnection::open(&twins.subject.endpoint(), 1 << 20).await;
+    for levels in [40, 60, 95, 200] {
+        let put = pb::PutRequest { key: "nested".into(), value: "value".into(), ..Default::default() };
+        let mut operation = Operation::RequestPut(put);
+        for _ in 1..levels {
+            let success = vec![pb::RequestOp { request: Some(operation) }];
+            operation = Operation::RequestTxn(pb::TxnRequest { success, ..Default::default() });
+        }
+        let Operation::RequestTxn(txn) = operation else { unreachable!("there are two levels and more") };
+        let body = framed(&txn.encode_to_vec());
+        let (expected, _) = reference.call("/etcdserverpb.KV/Txn", body.clone(), &[]).await;
+        let (found, _) = subject.call("/etcdserverpb.KV/Txn", body, &[]).await;
+        assert_eq!(found, expected, "{levels} levels");
+        assert_eq!(found == Ending::Status(0), levels < 200);
     }
     twins.subject.assert_well();
 }

@@ -18,8 +18,10 @@ use std::{
 use ::http::{Request, Response};
 use arc_swap::Guard;
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 use prost::Message;
+use tokio::time::sleep;
 
 use held::Holder;
 
@@ -44,6 +46,9 @@ use crate::{
 
 /// The path of every method of the service begins so.
 pub const SERVICE: &str = "/etcdserverpb.KV/";
+
+/// Between two looks whether memory can answer what the upstream has not.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// What the service is told.
 #[derive(Clone, Copy, Debug)]
@@ -134,6 +139,9 @@ struct Call<'a> {
     message: Bytes,
 }
 
+/// What memory makes of a read: the answer or its refusal, or why only the upstream can tell.
+type Answered = Result<Result<Response<Body>, Status>, &'static str>;
+
 /// Whether a forwarded answer shows how far the cluster has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Evidence {
@@ -212,6 +220,11 @@ impl Kv {
         Box::pin(forward(upstream, call.connection, request, Some(observer))).await
     }
 
+    /// Forwards a request that cannot be decoded: etcd takes more than we do, such as transactions that are nested more deeply.
+    async fn forward_unread(&self, call: Call<'_>) -> Response<Body> {
+        self.forward(call, Evidence::Hearsay).await
+    }
+
     /// An observer of the answer to a call that is sent from now on.
     fn observer(&self, evidence: Evidence, write: Write) -> Observer {
         let sent = (evidence == Evidence::Proof).then(|| self.cache.consensus().stamp());
@@ -254,6 +267,26 @@ impl Kv {
     /// For how long the upstream of `range` has been gone, for clients who want to know how old an answer may be.
     fn age(&self, range: &KeyRange) -> Option<Duration> {
         self.cache.covering(range)?.1.age()
+    }
+}
+
+/// What `forwarding` gives; or what memory makes of the read, should it become able to before the upstream answers. The member that is
+/// asked may have fallen silent, and the feed follows another sooner than a connection is given up.
+async fn unless_memory_can<'a>(
+    forwarding: impl Future<Output = Response<Body>>,
+    read: impl Fn() -> BoxFuture<'a, Answered>,
+) -> Result<Response<Body>, Status> {
+    let memory = async {
+        loop {
+            sleep(LOOK_AGAIN).await;
+            if let Ok(answer) = read().await {
+                return answer;
+            }
+        }
+    };
+    tokio::select! {
+        response = forwarding => Ok(response),
+        answer = memory => answer,
     }
 }
 
@@ -310,10 +343,4 @@ fn head_of(request: &Request<Incoming>) -> Request<()> {
     *head.version_mut() = request.version();
     *head.headers_mut() = request.headers().clone();
     head
-}
-
-/// Decodes a request. What cannot be decoded is an error in the words of Go's gRPC library.
-fn decode<M: Message + Default>(message: &Bytes) -> Result<M, Status> {
-    M::decode(message.clone())
-        .map_err(|error| Status::new(tonic::Code::Internal, format!("grpc: error unmarshalling request: {error}")))
 }

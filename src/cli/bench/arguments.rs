@@ -60,11 +60,11 @@ fn rate(text: &str) -> Result<f64, String> {
     }
 }
 
-/// A count of things, at least one and few enough to be held.
 fn endpoint(text: &str) -> Result<String, String> {
     parse_endpoint(text).map(|endpoint| endpoint.to_string())
 }
 
+/// A count of things, at least one and few enough to be held.
 fn count(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(count @ 1..=1_000_000) => Ok(count),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ::http::{HeaderMap, HeaderValue, Request, Response, header::CONTENT_TYPE};
 use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::FutureExt;
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use prost::Message;
@@ -12,10 +13,11 @@ use tokio::sync::mpsc;
 use tonic::Code;
 
 use super::{
-    Call, Kv,
+    Answered, Call, Kv,
     answer::{Values, put_record, record_len},
-    decode, forwardable, forwarded_observer,
+    forwardable, forwarded_observer,
     held::{Held, Holder},
+    unless_memory_can,
 };
 use crate::{
     aside,
@@ -56,26 +58,40 @@ const CUT_SHORT: Status = Status::fixed(Code::Internal, "server closed the strea
 
 impl Kv {
     pub(super) async fn range_stream(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
-        let request: RangeRequest = decode(&call.message)?;
-        validate::range_stream(&request)?;
-        let range = range_of(&request);
-        let unserved = match self.view(&range, request.revision, request.serializable).await {
-            Ok(view) => match self.evaluate(&view, &range, &request)? {
-                Some(selection) => {
-                    // Only 3.7 has chunks, and it leaves out leases with values: so do we, whatever the upstream's version.
-                    let values = if request.keys_only { Values::LeftOutWithLease } else { Values::Sent };
-                    self.check_all(&selection.records, values)?;
-                    self.metrics.count("RangeStream", "memory");
-                    let mut response = response::pieces(Chunks::new(&self.holder, &view, selection, values));
-                    self.tell_age(&range, &mut response);
-                    return Ok(response);
-                }
-                None => "revision_not_in_memory",
-            },
-            Err(unserved) => forwardable(unserved)?,
+        let Ok(request) = RangeRequest::decode(call.message.clone()) else {
+            return Ok(self.forward_unread(call).await);
         };
-        self.metrics.count("RangeStream", unserved);
-        Ok(self.forward_stream(call, request).await)
+        validate::range_stream(&request)?;
+        match self.answer_range_stream(&request).await {
+            Ok(answer) => {
+                let answer = answer?;
+                self.metrics.count("RangeStream", "memory");
+                Ok(answer)
+            }
+            Err(unserved) => {
+                self.metrics.count("RangeStream", unserved);
+                let read = || self.answer_range_stream(&request).boxed();
+                unless_memory_can(self.forward_stream(call, request.clone()), read).await
+            }
+        }
+    }
+
+    async fn answer_range_stream(&self, request: &RangeRequest) -> Answered {
+        let range = range_of(request);
+        let view = match self.view(&range, request.revision, request.serializable).await {
+            Ok(view) => view,
+            Err(unserved) => return forwardable(unserved).map_or_else(|refusal| Ok(Err(refusal)), Err),
+        };
+        let selection = match self.evaluate(&view, &range, request) {
+            Ok(selection) => selection.ok_or("revision_not_in_memory")?,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        // Only 3.7 has chunks, and it leaves out leases with values: so do we, whatever the upstream's version.
+        let values = if request.keys_only { Values::LeftOutWithLease } else { Values::Sent };
+        Ok(self.check_all(&selection.records, values).map(|()| {
+            let answer = response::pieces(Chunks::new(&self.holder, &view, selection, values));
+            self.with_age(&range, answer)
+        }))
     }
 
     /// Refuses chunks that are more than the largest answer together. Only what an operator has set counts: each is a message.

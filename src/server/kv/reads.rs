@@ -1,9 +1,10 @@
 //! Range: checked as etcd checks it, answered from the view, or forwarded.
 
 use ::http::{HeaderValue, Response};
+use futures_util::FutureExt;
 use prost::Message;
 
-use super::{Call, Evidence, Kv, answer, decode, forwardable};
+use super::{Answered, Call, Evidence, Kv, answer, forwardable, unless_memory_can};
 use crate::{
     aside,
     proto::etcdserverpb::RangeRequest,
@@ -28,30 +29,48 @@ const LEASELESS: Version = Version::new(3, 7, 0);
 
 impl Kv {
     pub(super) async fn range(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
-        let request: RangeRequest = decode(&call.message)?;
+        let Ok(request) = RangeRequest::decode(call.message.clone()) else {
+            return Ok(Box::pin(self.forward_unread(call)).await);
+        };
         validate::range(&request)?;
         let range = range_of(&request);
-        let unserved = match self.view(&range, request.revision, request.serializable).await {
-            Ok(view) => match self.evaluate(&view, &range, &request)? {
-                Some(selection) => {
-                    let values = self.values(&request);
-                    let mut response = answer::range(&self.holder, &view, selection, values, self.longest())?;
-                    self.hot.inc();
-                    self.tell_age(&range, &mut response);
-                    return Ok(response);
-                }
-                None => "revision_not_in_memory",
-            },
-            Err(unserved) => forwardable(unserved)?,
-        };
-        self.metrics.count("Range", unserved);
-        Ok(match request.serializable {
-            true => {
-                let ask = || RangeRequest { serializable: false, ..request }.encode_to_vec();
-                Box::pin(self.forward_hearsay(call, ask)).await
+        match self.answer_range(&range, &request).await {
+            Ok(answer) => {
+                let answer = answer?;
+                self.hot.inc();
+                Ok(answer)
             }
-            false => Box::pin(self.forward(call, Evidence::Proof)).await,
-        })
+            Err(unserved) => {
+                self.metrics.count("Range", unserved);
+                let read = || self.answer_range(&range, &request).boxed();
+                Box::pin(unless_memory_can(self.forward_range(call, &request), read)).await
+            }
+        }
+    }
+
+    async fn answer_range(&self, range: &KeyRange, request: &RangeRequest) -> Answered {
+        let view = match self.view(range, request.revision, request.serializable).await {
+            Ok(view) => view,
+            Err(unserved) => return forwardable(unserved).map_or_else(|refusal| Ok(Err(refusal)), Err),
+        };
+        match self.evaluate(&view, range, request) {
+            Ok(Some(selection)) => {
+                let answer = answer::range(&self.holder, &view, selection, self.values(request), self.longest());
+                Ok(answer.map(|answer| self.with_age(range, answer)))
+            }
+            Ok(None) => Err("revision_not_in_memory"),
+            Err(refusal) => Ok(Err(refusal)),
+        }
+    }
+
+    async fn forward_range(&self, call: Call<'_>, request: &RangeRequest) -> Response<Body> {
+        match request.serializable {
+            true => {
+                let ask = || RangeRequest { serializable: false, ..request.clone() }.encode_to_vec();
+                self.forward_hearsay(call, ask).await
+            }
+            false => self.forward(call, Evidence::Proof).await,
+        }
     }
 
     /// What the request selects from the view. None: only the upstream can tell, be it because the revision is older than
@@ -78,10 +97,11 @@ impl Kv {
         }
     }
 
-    /// Says how old the answer may be while the upstream is gone.
-    pub(super) fn tell_age(&self, range: &KeyRange, response: &mut Response<Body>) {
+    /// The answer, which says how old it may be while the upstream is gone.
+    pub(super) fn with_age(&self, range: &KeyRange, mut answer: Response<Body>) -> Response<Body> {
         if let Some(age) = self.age(range) {
-            response.headers_mut().insert(AGE, HeaderValue::from(age.as_millis() as u64));
+            answer.headers_mut().insert(AGE, HeaderValue::from(age.as_millis() as u64));
         }
+        answer
     }
 }

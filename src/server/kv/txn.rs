@@ -2,9 +2,10 @@
 //! are forwarded.
 
 use ::http::Response;
+use futures_util::FutureExt;
 use prost::Message;
 
-use super::{Call, Evidence, Kv, answer, decode, forwardable, pieces::Section};
+use super::{Answered, Call, Evidence, Kv, answer, forwardable, pieces::Section, unless_memory_can};
 use crate::{
     aside,
     proto::etcdserverpb::{Compare, RangeRequest, RequestOp, TxnRequest, request_op::Request as Operation},
@@ -24,35 +25,39 @@ const MOST_OPERATIONS: usize = 128;
 
 impl Kv {
     pub(super) async fn txn(&self, call: Call<'_>) -> Result<Response<Body>, Status> {
-        let request: TxnRequest = decode(&call.message)?;
-        let unserved = match Reads::of(&request) {
-            None => "writes",
-            Some(reads) => match self.answer_reads(&request, &reads).await {
-                Ok(answer) => {
-                    let answer = answer?;
-                    self.metrics.count("Txn", "memory");
-                    return Ok(answer);
-                }
-                Err(reason) => reason,
-            },
+        let Ok(request) = TxnRequest::decode(call.message.clone()) else {
+            return Ok(self.forward_unread(call).await);
         };
-        self.metrics.count("Txn", unserved);
-        if goes_through_consensus(&request) {
-            return Ok(self.forward(call, Evidence::Proof).await);
+        let Some(reads) = Reads::of(&request) else {
+            self.metrics.count("Txn", "writes");
+            return Ok(self.forward_txn(call, &request).await);
+        };
+        match self.answer_reads(&request, &reads).await {
+            Ok(answer) => {
+                let answer = answer?;
+                self.metrics.count("Txn", "memory");
+                Ok(answer)
+            }
+            Err(unserved) => {
+                self.metrics.count("Txn", unserved);
+                let read = || self.answer_reads(&request, &reads).boxed();
+                unless_memory_can(self.forward_txn(call, &request), read).await
+            }
         }
-        let asking = through_consensus(request);
-        if !goes_through_consensus(&asking) {
-            return Ok(self.forward(call, Evidence::Hearsay).await);
-        }
-        Ok(self.forward_hearsay(call, || asking.encode_to_vec()).await)
     }
 
-    /// The answer, or its refusal; an error is why only the upstream can tell.
-    async fn answer_reads(
-        &self,
-        request: &TxnRequest,
-        reads: &Reads<'_>,
-    ) -> Result<Result<Response<Body>, Status>, &'static str> {
+    async fn forward_txn(&self, call: Call<'_>, request: &TxnRequest) -> Response<Body> {
+        if goes_through_consensus(request) {
+            return self.forward(call, Evidence::Proof).await;
+        }
+        let asking = through_consensus(request.clone());
+        if !goes_through_consensus(&asking) {
+            return self.forward(call, Evidence::Hearsay).await;
+        }
+        self.forward_hearsay(call, || asking.encode_to_vec()).await
+    }
+
+    async fn answer_reads(&self, request: &TxnRequest, reads: &Reads<'_>) -> Answered {
         let range = reads.hull().ok_or("not_cached")?;
         let view = match self.view(&range, 0, reads.serializable).await {
             Ok(view) => view,
@@ -73,9 +78,7 @@ impl Kv {
                 return Ok(Err(refusal));
             }
         }
-        let mut answer = answer::sections(&self.holder, sections, length);
-        self.tell_age(&range, &mut answer);
-        Ok(Ok(answer))
+        Ok(Ok(self.with_age(&range, answer::sections(&self.holder, sections, length))))
     }
 
     /// The answer to one read.

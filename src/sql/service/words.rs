@@ -1,5 +1,5 @@
-//! What the gRPC layer by itself tells a client, in the words of etcd's: that a message is too large, and that there is no such
-//! method.
+//! What the gRPC layer by itself tells a client, in the words of etcd's: that a message is too large or none, and that there is no
+//! such method.
 
 use axum::{
     body::Body,
@@ -37,6 +37,7 @@ async fn translate(request: Request, next: Next) -> Response {
     let response = next.run(request).await;
     let status = tonic::Status::from_header_map(response.headers()).and_then(|status| match status.code() {
         Code::OutOfRange => oversized(status.message()),
+        Code::Internal => unreadable(status.message()),
         Code::Unimplemented if status.message().is_empty() => Some(unknown(uri.path())),
         _ => None,
     });
@@ -65,9 +66,16 @@ pub fn oversized(message: &str) -> Option<tonic::Status> {
     Some(tonic::Status::resource_exhausted(format!("grpc: received message larger than max ({found} vs. {limit})")))
 }
 
+/// The status in the words of Go's gRPC library if `message` says, in tonic's, that a message cannot be decoded.
+fn unreadable(message: &str) -> Option<tonic::Status> {
+    let why = message.strip_prefix("failed to decode Protobuf message: ")?;
+    Some(tonic::Status::internal(format!("grpc: error unmarshalling request: {why}")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proto::etcdserverpb::PutRequest;
 
     #[test]
     fn an_oversized_message_is_refused_as_grpc_go_does() {
@@ -76,5 +84,14 @@ mod tests {
         let expected = "grpc: received message larger than max (2200000 vs. 2097152)".to_owned();
         assert_eq!(status, Some((Code::ResourceExhausted, expected)));
         assert!(oversized("etcdserver: mvcc: required revision has been compacted").is_none());
+    }
+
+    #[test]
+    fn what_is_no_message_is_refused_as_grpc_go_does() {
+        let error = <PutRequest as prost::Message>::decode(&b"\x0a\x20k"[..]).unwrap_err();
+        let status = unreadable(&error.to_string()).unwrap();
+        assert_eq!(status.code(), Code::Internal);
+        assert!(status.message().starts_with("grpc: error unmarshalling request: "), "{status}");
+        assert!(unreadable("anything else").is_none());
     }
 }
