@@ -1,8 +1,8 @@
 //! Values that every call looks at, and that change now and then.
 //!
 //! tokio's `watch` tells of changes, but a look at its value takes a lock, and so writes to memory that all cores share: with a
-//! few looks for each call, they would spend their time on taking it from each other. A look at a [`SignalReader`] writes nothing, unless the
-//! value is changing at that moment.
+//! few looks for each call, they would spend their time on taking it from each other. A look at a [`SignalReader`] writes
+//! nothing, unless the value is changing at that moment.
 
 use std::sync::Arc;
 

@@ -32,8 +32,8 @@ impl Feed {
         tree.map_or(0, Tree::len) + self.writer.store().view().tree.as_ref().map_or(0, Tree::len)
     }
 
-    /// What an index that was too large waits for. Watchers wait while a list is made, so that is not done in vain: there have to be
-    /// fewer keys than were too many. Values may have shrunk as well, so after the longest wait nobody asks.
+    /// What an index that was too large waits for. Watchers wait while a list is made, so that is not done in vain: there have
+    /// to be fewer keys than were too many. Values may have shrunk as well, so after the longest wait nobody asks.
     pub(super) fn lacking(&self) -> Lacking {
         match self.retry_index {
             Some((when, _)) if Instant::now() < when => Lacking::Nothing,

@@ -270,8 +270,8 @@ impl Kv {
     }
 }
 
-/// What `forwarding` gives; or what memory makes of the read, should it become able to before the upstream answers. The member that is
-/// asked may have fallen silent, and the feed follows another sooner than a connection is given up.
+/// What `forwarding` gives; or what memory makes of the read, should it become able to before the upstream answers. The
+/// member that is asked may have fallen silent, and the feed follows another sooner than a connection is given up.
 async fn unless_memory_can<'a>(
     forwarding: impl Future<Output = Response<Body>>,
     read: impl Fn() -> BoxFuture<'a, Answered>,
