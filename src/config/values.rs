@@ -273,10 +273,10 @@ mod tests {
     #[test]
     fn endpoints_come_with_or_without_scheme() {
         for text in ["127.0.0.1:2379", "http://127.0.0.1:2379", "http://127.0.0.1:2379/"] {
-            assert_eq!(parse_endpoint(text).unwrap(), "127.0.0.1:2379");
+            assert_eq!(parse_endpoint(text).unwrap().as_str(), "127.0.0.1:2379");
         }
-        assert_eq!(parse_endpoint("[::1]:2379").unwrap(), "[::1]:2379");
-        assert_eq!(parse_endpoint("etcd-0.etcd:2379").unwrap(), "etcd-0.etcd:2379");
+        assert_eq!(parse_endpoint("[::1]:2379").unwrap().as_str(), "[::1]:2379");
+        assert_eq!(parse_endpoint("etcd-0.etcd:2379").unwrap().as_str(), "etcd-0.etcd:2379");
     }
 
     #[test]
