@@ -114,7 +114,7 @@ impl Watch {
         let auth_now = *auth.borrow_and_update();
         match auth_now {
             AuthState::Off => self.open(request).await,
-            AuthState::Changing | AuthState::On => self.forward(connection, request, auth).await,
+            AuthState::Changing | AuthState::On => Box::pin(self.forward(connection, request, auth)).await,
             AuthState::Unknown => response::error(&Status::unavailable("the upstream has not answered yet")),
         }
     }

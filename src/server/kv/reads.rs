@@ -34,33 +34,44 @@ impl Kv {
         };
         validate::range(&request)?;
         let range = range_of(&request);
-        match self.answer_range(&range, &request).await {
-            Ok(answer) => {
-                let answer = answer?;
-                self.hot.inc();
-                Ok(answer)
-            }
-            Err(unserved) => {
-                self.metrics.count("Range", unserved);
-                let read = || self.answer_range(&range, &request).boxed();
-                Box::pin(unless_memory_can(self.forward_range(call, &request), read)).await
-            }
-        }
+        let unserved = match self.view(&range, request.revision, request.serializable).await {
+            Ok(view) => match self.answer_range(&view, &range, &request) {
+                Ok(answer) => {
+                    let answer = answer?;
+                    self.hot.inc();
+                    return Ok(answer);
+                }
+                Err(unserved) => unserved,
+            },
+            Err(unserved) => forwardable(unserved)?,
+        };
+        self.metrics.count("Range", unserved);
+        Box::pin(self.range_elsewhere(call, range, request)).await
     }
 
-    async fn answer_range(&self, range: &KeyRange, request: &RangeRequest) -> Answered {
-        let view = match self.view(range, request.revision, request.serializable).await {
-            Ok(view) => view,
-            Err(unserved) => return forwardable(unserved).map_or_else(|refusal| Ok(Err(refusal)), Err),
-        };
-        match self.evaluate(&view, range, request) {
+    /// No `async fn` around the view: every call, of whatever service, has room for the future of this one.
+    fn answer_range(&self, view: &View, range: &KeyRange, request: &RangeRequest) -> Answered {
+        match self.evaluate(view, range, request) {
             Ok(Some(selection)) => {
-                let answer = answer::range(&self.holder, &view, selection, self.values(request), self.longest());
+                let answer = answer::range(&self.holder, view, selection, self.values(request), self.longest());
                 Ok(answer.map(|answer| self.with_age(range, answer)))
             }
             Ok(None) => Err("revision_not_in_memory"),
             Err(refusal) => Ok(Err(refusal)),
         }
+    }
+
+    async fn range_elsewhere(
+        &self,
+        call: Call<'_>,
+        range: KeyRange,
+        request: RangeRequest,
+    ) -> Result<Response<Body>, Status> {
+        let read = async || match self.view(&range, request.revision, request.serializable).await {
+            Ok(view) => self.answer_range(&view, &range, &request),
+            Err(unserved) => forwardable(unserved).map_or_else(|refusal| Ok(Err(refusal)), Err),
+        };
+        unless_memory_can(self.forward_range(call, &request), || read().boxed()).await
     }
 
     async fn forward_range(&self, call: Call<'_>, request: &RangeRequest) -> Response<Body> {
