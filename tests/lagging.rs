@@ -16,8 +16,8 @@ use millpond::{
     cache::{self, Cache},
     grpc::{self, BodyError, Deframer, Incoming},
     proto::etcdserverpb::{
-        RangeRequest, RangeResponse, RequestOp, ResponseHeader, TxnRequest, TxnResponse, WatchCreateRequest,
-        WatchProgressRequest, WatchRequest, WatchResponse, request_op::Request as Operation,
+        LeaseGrantRequest, RangeRequest, RangeResponse, RequestOp, ResponseHeader, TxnRequest, TxnResponse,
+        WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse, request_op::Request as Operation,
         watch_request::RequestUnion,
     },
     rules::KeyRange,
@@ -43,6 +43,7 @@ use proxy::{
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 
 const RANGE: &str = "/etcdserverpb.KV/Range";
 const TXN: &str = "/etcdserverpb.KV/Txn";
@@ -184,6 +185,20 @@ async fn revisions_do_not_go_back_though_a_member_lags() {
     assert_eq!(read(false).await, PRESENT);
     assert_eq!(read(true).await, PRESENT, "the member is behind what a client was told, so the cluster is asked");
     assert_eq!(*seen.lock().unwrap(), [true, false, true, false]);
+}
+
+/// Etcd says what it makes of a request that we cannot decode, but not with a revision from before what a client was told.
+#[tokio::test]
+async fn what_cannot_be_decoded_takes_no_revision_back_either() {
+    let (_seen, client, _servers) = scene().await;
+    // The first field of a Range is a key, not a number.
+    let odd = LeaseGrantRequest { ttl: 1, id: 0 };
+    let ask = async || client.unary::<_, RangeResponse>(AT, RANGE, &odd, PATIENCE).await;
+    let early = ask().await.expect("nobody knows more").header.unwrap().revision;
+    let request = RangeRequest { key: "k".into(), ..Default::default() };
+    let read: RangeResponse = client.unary(AT, RANGE, &request, PATIENCE).await.unwrap();
+    assert!(early < read.header.unwrap().revision);
+    assert_eq!(ask().await.unwrap_err().code, Code::Unavailable);
 }
 
 #[tokio::test]

@@ -22,6 +22,7 @@ use futures_util::future::BoxFuture;
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 use prost::Message;
 use tokio::time::sleep;
+use tonic::Code;
 
 use held::Holder;
 
@@ -46,6 +47,9 @@ use crate::{
 
 /// The path of every method of the service begins so.
 pub const SERVICE: &str = "/etcdserverpb.KV/";
+
+const LAGS: Status =
+    Status::fixed(Code::Unavailable, "the member that was asked lags behind what clients were told: try again");
 
 /// Between two looks whether memory can answer what the upstream has not.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -207,22 +211,32 @@ impl Kv {
     /// Forwards a read that one member may answer as it stands. Should that member lag behind what clients were told before, the
     /// cluster is asked by the message that `ask` gives: nobody's revisions go back.
     async fn forward_hearsay(&self, call: Call<'_>, ask: impl FnOnce() -> Vec<u8>) -> Response<Body> {
-        let (told, again) = (self.cache.told(), head_of(&call.request));
-        let (upstream, observer) = (self.cache.upstream(), Arc::new(self.observer(Evidence::Hearsay, Write::Other)));
-        let request = call.request.map(|_| RequestBody::full(grpc::frame_encoded(&call.message)));
-        let mut response = Box::pin(forward(upstream, call.connection, request, Some(observer.clone()))).await;
-        response.body_mut().read_ahead().await;
-        if observer.revision.get().is_none_or(|revision| *revision >= told) {
+        let (connection, again) = (call.connection, head_of(&call.request));
+        let (response, lags) = self.forward_to_member(call).await;
+        if !lags {
             return response;
         }
         let observer = Arc::new(self.observer(Evidence::Proof, Write::Other));
         let request = again.map(|()| RequestBody::full(grpc::frame_encoded(&ask())));
-        Box::pin(forward(upstream, call.connection, request, Some(observer))).await
+        Box::pin(forward(self.cache.upstream(), connection, request, Some(observer))).await
     }
 
     /// Forwards a request that cannot be decoded: etcd takes more than we do, such as transactions that are nested more deeply.
     async fn forward_unread(&self, call: Call<'_>) -> Response<Body> {
-        self.forward(call, Evidence::Hearsay).await
+        match self.forward_to_member(call).await {
+            (_, true) => response::error(&LAGS),
+            (response, false) => response,
+        }
+    }
+
+    /// Forwards a call that one member may answer as it stands. True: it lags behind what clients were told before.
+    async fn forward_to_member(&self, call: Call<'_>) -> (Response<Body>, bool) {
+        let (told, observer) = (self.cache.told(), Arc::new(self.observer(Evidence::Hearsay, Write::Other)));
+        let request = call.request.map(|_| RequestBody::full(grpc::frame_encoded(&call.message)));
+        let forwarding = forward(self.cache.upstream(), call.connection, request, Some(observer.clone()));
+        let mut response = Box::pin(forwarding).await;
+        response.body_mut().read_ahead().await;
+        (response, observer.revision.get().is_some_and(|revision| *revision < told))
     }
 
     /// An observer of the answer to a call that is sent from now on.
@@ -290,11 +304,12 @@ async fn unless_memory_can<'a>(
     }
 }
 
-/// Why a read that memory cannot serve is forwarded, for metrics. It is not where the cluster has had as long as etcd would give it.
-fn forwardable(unserved: Unserved) -> Result<&'static str, Status> {
-    match unserved {
-        Unserved::NoConsensus => Err(Status::TIMEOUT),
-        other => Ok(other.label()),
+/// What is made of a read that memory cannot serve: it is forwarded, but not where the cluster has had as long as etcd would
+/// give it.
+fn unserved(why: Unserved) -> Answered {
+    match why {
+        Unserved::NoConsensus => Ok(Err(Status::TIMEOUT)),
+        other => Err(other.label()),
     }
 }
 

@@ -15,9 +15,9 @@ use tonic::Code;
 use super::{
     Answered, Call, Kv,
     answer::{Values, put_record, record_len},
-    forwardable, forwarded_observer,
+    forwarded_observer,
     held::{Held, Holder},
-    unless_memory_can,
+    unless_memory_can, unserved,
 };
 use crate::{
     aside,
@@ -68,8 +68,8 @@ impl Kv {
                 self.metrics.count("RangeStream", "memory");
                 Ok(answer)
             }
-            Err(unserved) => {
-                self.metrics.count("RangeStream", unserved);
+            Err(why) => {
+                self.metrics.count("RangeStream", why);
                 let read = || self.answer_range_stream(&request).boxed();
                 unless_memory_can(self.forward_stream(call, request.clone()), read).await
             }
@@ -80,7 +80,7 @@ impl Kv {
         let range = range_of(request);
         let view = match self.view(&range, request.revision, request.serializable).await {
             Ok(view) => view,
-            Err(unserved) => return forwardable(unserved).map_or_else(|refusal| Ok(Err(refusal)), Err),
+            Err(why) => return unserved(why),
         };
         let selection = match self.evaluate(&view, &range, request) {
             Ok(selection) => selection.ok_or("revision_not_in_memory")?,

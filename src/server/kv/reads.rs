@@ -4,7 +4,7 @@ use ::http::{HeaderValue, Response};
 use futures_util::FutureExt;
 use prost::Message;
 
-use super::{Answered, Call, Evidence, Kv, answer, forwardable, unless_memory_can};
+use super::{Answered, Call, Evidence, Kv, answer, unless_memory_can, unserved};
 use crate::{
     aside,
     proto::etcdserverpb::RangeRequest,
@@ -34,19 +34,21 @@ impl Kv {
         };
         validate::range(&request)?;
         let range = range_of(&request);
-        let unserved = match self.view(&range, request.revision, request.serializable).await {
-            Ok(view) => match self.answer_range(&view, &range, &request) {
-                Ok(answer) => {
-                    let answer = answer?;
-                    self.hot.inc();
-                    return Ok(answer);
-                }
-                Err(unserved) => unserved,
-            },
-            Err(unserved) => forwardable(unserved)?,
+        let answered = match self.view(&range, request.revision, request.serializable).await {
+            Ok(view) => self.answer_range(&view, &range, &request),
+            Err(why) => unserved(why),
         };
-        self.metrics.count("Range", unserved);
-        Box::pin(self.range_elsewhere(call, range, request)).await
+        match answered {
+            Ok(answer) => {
+                let answer = answer?;
+                self.hot.inc();
+                Ok(answer)
+            }
+            Err(why) => {
+                self.metrics.count("Range", why);
+                Box::pin(self.range_elsewhere(call, range, request)).await
+            }
+        }
     }
 
     /// No `async fn` around the view: every call, of whatever service, has room for the future of this one.
@@ -69,7 +71,7 @@ impl Kv {
     ) -> Result<Response<Body>, Status> {
         let read = async || match self.view(&range, request.revision, request.serializable).await {
             Ok(view) => self.answer_range(&view, &range, &request),
-            Err(unserved) => forwardable(unserved).map_or_else(|refusal| Ok(Err(refusal)), Err),
+            Err(why) => unserved(why),
         };
         unless_memory_can(self.forward_range(call, &request), || read().boxed()).await
     }

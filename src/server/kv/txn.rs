@@ -5,7 +5,7 @@ use ::http::Response;
 use futures_util::FutureExt;
 use prost::Message;
 
-use super::{Answered, Call, Evidence, Kv, answer, forwardable, pieces::Section, unless_memory_can};
+use super::{Answered, Call, Evidence, Kv, answer, pieces::Section, unless_memory_can, unserved};
 use crate::{
     aside,
     proto::etcdserverpb::{Compare, RangeRequest, RequestOp, TxnRequest, request_op::Request as Operation},
@@ -38,8 +38,8 @@ impl Kv {
                 self.metrics.count("Txn", "memory");
                 Ok(answer)
             }
-            Err(unserved) => {
-                self.metrics.count("Txn", unserved);
+            Err(why) => {
+                self.metrics.count("Txn", why);
                 let read = || self.answer_reads(&request, &reads).boxed();
                 unless_memory_can(self.forward_txn(call, &request), read).await
             }
@@ -61,7 +61,7 @@ impl Kv {
         let range = reads.hull().ok_or("not_cached")?;
         let view = match self.view(&range, 0, reads.serializable).await {
             Ok(view) => view,
-            Err(unserved) => return forwardable(unserved).map_or_else(|refusal| Ok(Err(refusal)), Err),
+            Err(why) => return unserved(why),
         };
         let Some(tree) = &view.tree else { return Err("over_limit") };
         let keys = request.compare.iter().map(|compare| tree.sums_in(&compared(compare)).keys).sum();
