@@ -5,7 +5,7 @@
 //! a delete's known.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     hash::{DefaultHasher, Hash, Hasher},
     sync::{Arc, Mutex},
 };
@@ -17,12 +17,12 @@ use millpond::proto::{
 };
 use tokio::{
     task::JoinHandle,
-    time::{Duration, sleep},
+    time::{Duration, sleep, timeout},
 };
 use tonic::{Code, Status};
 
 use super::{
-    client::{Client, eventually},
+    client::{Client, PATIENCE, eventually},
     operation::range,
     watching::{create, revision_of},
 };
@@ -169,16 +169,33 @@ impl Informer {
         eventually("an informer's first list", async || (self.look(|state| state.revision) > 0).then_some(())).await;
     }
 
-    /// Waits until the informer knows exactly what `contents` holds of its range.
-    pub async fn until_equal(&self, contents: &Contents) {
-        let expected = self.part_of(contents);
-        let what = format!("the watcher of {:?} to know {} keys as the upstream has them", self.key, expected.len());
-        eventually(&what, async || self.look(|state| state.contents == expected).then_some(())).await;
+    /// Waits until the informer knows exactly what `upstream` has of its range. That is looked up again each time: a
+    /// write whose client went away may still come, and a member may still lag.
+    pub async fn until_equal(&self, upstream: &Client) {
+        let mut apart = String::new();
+        let equal = timeout(PATIENCE, async {
+            while let Some(now) = self.apart_from(upstream).await {
+                apart = now;
+                sleep(Duration::from_millis(20)).await;
+            }
+        });
+        assert!(equal.await.is_ok(), "the watcher of {:?} stays apart from the upstream: {apart}", self.key);
     }
 
-    fn part_of(&self, contents: &Contents) -> Contents {
-        let is_inside = |key: &Bytes| *key >= self.key && (self.end == b"\0"[..] || *key < self.end);
-        contents.iter().filter(|(key, _)| is_inside(key)).map(|(key, record)| (key.clone(), *record)).collect()
+    /// What the informer knows otherwise than `upstream`, if there is anything.
+    async fn apart_from(&self, upstream: &Client) -> Option<String> {
+        let (revision, expected) = match list(upstream, &self.key, &self.end, 500).await {
+            Ok(listed) => listed,
+            Err(status) => return Some(format!("it cannot be listed: {status:?}")),
+        };
+        self.look(|state| {
+            let known = &state.contents;
+            let differing = |key: &&Bytes| known.get(*key) != expected.get(*key);
+            let keys: BTreeSet<&Bytes> = known.keys().chain(expected.keys()).filter(differing).collect();
+            let pairs: Vec<_> = keys.iter().map(|key| (*key, known.get(*key), expected.get(*key))).collect();
+            let (count, at, first) = (pairs.len(), state.revision, pairs.first());
+            first.map(|first| format!("{count} keys, at {at} and {revision}; the first, known and there: {first:?}"))
+        })
     }
 }
 
