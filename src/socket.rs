@@ -10,6 +10,7 @@
 
 mod calls;
 mod courtesy;
+mod frames;
 mod news;
 mod outlet;
 mod turn;
@@ -33,6 +34,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
+use self::courtesy::Courtesy;
 pub use self::outlet::Outlet;
 pub(crate) use self::{
     calls::{Call, Calls, NewCalls},
@@ -89,6 +91,7 @@ struct Socket<S> {
     inner: S,
     opening: Opening,
     pending: BytesMut,
+    courtesy: Courtesy,
     /// What was gathered last time, in bytes: an idle connection keeps no buffer, but knows how large its next one should be.
     usual: u32,
     protocol: Protocol,
@@ -161,7 +164,9 @@ impl<S> Gather<S> {
 
     fn speaking(protocol: Protocol, inner: S, opening: Opening) -> Self {
         let (pending, heard) = (BytesMut::new(), Instant::now());
-        let socket = Socket { inner, opening, pending, usual: 0, protocol, heard, blocked: None, failure: None };
+        let courtesy = Courtesy::default();
+        let socket =
+            Socket { inner, opening, pending, courtesy, usual: 0, protocol, heard, blocked: None, failure: None };
         Self { socket: Arc::new(Mutex::new(socket)), is_vectored: protocol == Protocol::Http1 }
     }
 
@@ -243,15 +248,24 @@ impl<S: AsyncWrite + Unpin> Socket<S> {
 
     /// Takes `slices`, to write them with what follows, or at once if they are large. Returns how much was taken.
     fn write(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        let length: usize = slices.iter().map(|slice| slice.len()).sum();
-        if length >= LARGE || self.protocol == Protocol::Http1 {
+        if self.protocol == Protocol::Http1 {
             return self.pass_through(cx, slices);
         }
-        if self.pending.len() + length > CAPACITY {
-            ready!(self.drain(cx))?;
+        if let Some(kept) = slices.first().and_then(|slice| self.courtesy.keep(slice)) {
+            return Poll::Ready(Ok(kept));
         }
-        self.gather(slices, length);
-        Poll::Ready(Ok(length))
+        let length: usize = slices.iter().map(|slice| slice.len()).sum();
+        let taken = if length >= LARGE {
+            ready!(self.pass_through(cx, slices))?
+        } else {
+            if self.pending.len() + length > CAPACITY {
+                ready!(self.drain(cx))?;
+            }
+            self.gather(slices, length);
+            length
+        };
+        self.courtesy.pass(slices, taken);
+        Poll::Ready(Ok(taken))
     }
 
     /// Writes what was gathered and `slices` in order without copying, and returns how much of `slices` went.

@@ -1,16 +1,26 @@
-//! Answers to pings wait for company.
+//! Answers to pings wait for company, and let others go first.
 //!
 //! A peer that measures its bandwidth, as Go's gRPC does, sends a ping with nearly everything that it sends, and for nearly
-//! everything that it is sent. The answer is ready long before what the peer is waiting for, be that a forwarded call or the next
-//! event, and by itself it would cost a system call, as much as all the rest of a small delivery. So it leaves with
-//! whatever is sent next, or after a pause, as acknowledgements in TCP do. Who asks whether a connection lives waits for seconds.
+//! everything that it is sent, except while it waits for the answer to one. The answer is ready long before what the peer is waiting
+//! for, be that a forwarded call or the next event; by itself it would cost a system call, as much as all the rest of a small
+//! delivery, and the next ping that it brings about costs another. So it stays behind what is sent meanwhile, for a while or until
+//! that is enough for a bandwidth to show in it. Then it leaves with whatever is sent next, or by itself if nothing is, as
+//! acknowledgements in TCP do. Who asks whether a connection lives waits for seconds.
 
-use std::{future::Future, pin::Pin, task::Context, time::Duration};
+use std::{future::Future, io::IoSlice, pin::Pin, task::Context, time::Duration};
 
+use bytes::BytesMut;
 use tokio::time::{Instant, Sleep, sleep};
 
-/// How long an answer to a ping waits at most.
-const LONGEST: Duration = Duration::from_millis(100);
+use super::frames::Frames;
+
+/// How long an answer to a ping stays behind what is sent.
+const STAY: Duration = Duration::from_millis(100);
+/// How long it waits for something to leave with.
+const LONGEST: Duration = Duration::from_millis(200);
+/// Bytes sent meanwhile after which it stays no longer: half of the least window that a peer has. Go's gRPC draws conclusions
+/// from nine tenths of one between ping and answer, and from no less.
+const ENOUGH: usize = 32 * 1024;
 /// How the answer to a ping begins: its length, its type, the flag of an answer.
 const PONG: [u8; 5] = [0, 0, 8, 6, 1];
 const PONG_BYTES: usize = 17;
@@ -22,55 +32,89 @@ const DISCOURAGED: u8 = 16;
 /// How one connection's answers to pings wait.
 #[derive(Default)]
 pub(super) struct Courtesy {
-    /// Once it has been needed. A timer that runs on costs less than one that is set and cancelled each time.
-    pause: Option<Pin<Box<Sleep>>>,
-    waiting: bool,
+    frames: Frames,
     discouraged: u8,
+    waiting: Option<Box<Waiting>>,
 }
 
-impl Courtesy {
-    /// Whether `frames`, all that there is to be sent, wait. If so, the task of `cx` is woken at the end of the pause.
-    pub(super) fn waits(&mut self, frames: &[u8], cx: &mut Context<'_>) -> bool {
-        if !may_wait(frames) {
-            self.waiting = false;
-            return false;
-        }
-        if !self.waiting && self.discouraged > 0 {
-            self.discouraged -= 1;
-            return false;
-        }
-        if !self.waiting {
-            let pause = self.pause.get_or_insert_with(|| Box::pin(sleep(LONGEST)));
-            pause.as_mut().reset(Instant::now() + LONGEST);
-        }
-        self.waiting = self.pause.as_mut().is_some_and(|pause| pause.as_mut().poll(cx).is_pending());
-        if !self.waiting {
-            self.pause = None;
-            self.discouraged = DISCOURAGED;
-        }
-        self.waiting
+/// Answers that wait, or did. A timer that runs on costs less than one that is set and cancelled each time.
+struct Waiting {
+    pongs: Vec<u8>,
+    since: Instant,
+    /// Bytes that were sent meanwhile.
+    passed: usize,
+    pause: Pin<Box<Sleep>>,
+}
+
+impl Waiting {
+    fn new() -> Self {
+        let pongs = Vec::with_capacity(MOST);
+        Self { pongs, since: Instant::now(), passed: 0, pause: Box::pin(sleep(LONGEST)) }
+    }
+
+    fn begin(&mut self) {
+        (self.since, self.passed) = (Instant::now(), 0);
+        self.pause.as_mut().reset(self.since + LONGEST);
+    }
+
+    /// Whether the answers stay no longer, be there something for them to leave with or not.
+    fn is_due(&self, has_company: bool) -> bool {
+        self.passed >= ENOUGH || self.pongs.len() >= MOST || has_company && self.since.elapsed() >= STAY
     }
 }
 
-/// Whether `frames` are answers to pings and nothing else. Bytes that begin within a frame may be taken for them, which
-/// costs a pause.
-fn may_wait(frames: &[u8]) -> bool {
-    let is_pong = |frame: &[u8]| frame.len() == PONG_BYTES && frame.starts_with(&PONG);
-    (1..=MOST).contains(&frames.len()) && frames.chunks(PONG_BYTES).all(is_pong)
-}
+impl Courtesy {
+    /// Takes the answer to a ping with which `bytes` begin, the next to be sent, if it is to wait. How many bytes that were.
+    pub(super) fn keep(&mut self, bytes: &[u8]) -> Option<usize> {
+        let pong = bytes.get(..PONG_BYTES).filter(|pong| pong.starts_with(&PONG) && self.frames.is_between())?;
+        let is_first = self.waiting.as_ref().is_none_or(|waiting| waiting.pongs.is_empty());
+        if is_first && self.discouraged > 0 {
+            self.discouraged -= 1;
+            return None;
+        }
+        let waiting = self.waiting.get_or_insert_with(|| Box::new(Waiting::new()));
+        if is_first {
+            waiting.begin();
+        }
+        let has_room = waiting.pongs.len() < MOST;
+        has_room.then(|| waiting.pongs.extend_from_slice(pong)).map(|()| PONG_BYTES)
+    }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+    #[cfg(test)]
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.waiting.is_none()
+    }
 
-    #[test]
-    fn only_answers_to_pings_may_wait() {
-        let frame = |kind: u8, flags: u8| [&[0, 0, 8, kind, flags, 0, 0, 0, 0][..], &[7; 8]].concat();
-        let (pong, ping, data) = (frame(6, 1), frame(6, 0), frame(0, 1));
-        assert!(may_wait(&pong) && may_wait(&pong.repeat(8)));
-        assert!(!may_wait(&ping) && !may_wait(&data), "somebody waits for these");
-        assert!(!may_wait(&[&pong[..], &data].concat()));
-        assert!(!may_wait(&pong[..16]) && !may_wait(&pong[1..]));
-        assert!(!may_wait(&pong.repeat(9)) && !may_wait(&[]));
+    /// Notes the first `length` bytes of `slices` as sent.
+    pub(super) fn pass(&mut self, slices: &[IoSlice<'_>], length: usize) {
+        let mut left = length;
+        for slice in slices {
+            let sent = &slice[..left.min(slice.len())];
+            self.frames.pass(sent);
+            left -= sent.len();
+        }
+        if let Some(waiting) = &mut self.waiting {
+            waiting.passed += length;
+        }
+    }
+
+    /// Adds the answers whose time has come to `frames`, which are about to be sent. If that time is yet to come, the task of
+    /// `cx` is woken then.
+    pub(super) fn join(&mut self, frames: &mut BytesMut, cx: &mut Context<'_>) {
+        let Some(waiting) = &mut self.waiting else { return };
+        let (is_idle, has_company) = (waiting.pongs.is_empty(), !frames.is_empty());
+        let is_over = if is_idle { waiting.pause.is_elapsed() } else { waiting.pause.as_mut().poll(cx).is_ready() };
+        let leaves = is_over || !is_idle && waiting.is_due(has_company);
+        if !leaves || !self.frames.is_between() {
+            return;
+        }
+        frames.extend_from_slice(&waiting.pongs);
+        waiting.pongs.clear();
+        if is_over && !is_idle && !has_company {
+            self.discouraged = DISCOURAGED;
+        }
+        if is_over {
+            self.waiting = None;
+        }
     }
 }

@@ -10,19 +10,18 @@ use std::{
 use parking_lot::Mutex;
 use tokio::io::AsyncWrite;
 
-use super::{Socket, courtesy::Courtesy};
+use super::Socket;
 
 /// Writes what a [`Gather`](super::Gather) has gathered. The socket is closed with that, not with this.
 pub struct Outlet<S> {
     socket: Weak<Mutex<Socket<S>>>,
-    courtesy: Courtesy,
     /// The last turn left something for this one to write.
     is_due: bool,
 }
 
 impl<S> Outlet<S> {
     pub(super) fn new(socket: Weak<Mutex<Socket<S>>>) -> Self {
-        Self { socket, courtesy: Courtesy::default(), is_due: false }
+        Self { socket, is_due: false }
     }
 }
 
@@ -31,14 +30,14 @@ impl<S: AsyncWrite + Unpin> Outlet<S> {
     /// what was gathered waits for what that may add, but for one turn only.
     pub(super) fn end_turn(&mut self, cx: &mut Context<'_>, goes_on: bool) {
         let Some(socket) = self.socket.upgrade() else { return };
-        let mut socket = socket.lock();
-        if socket.pending.is_empty() {
-            self.is_due = false;
+        let socket = &mut *socket.lock();
+        let waits = goes_on && !self.is_due && !socket.pending.is_empty();
+        self.is_due = waits;
+        if waits {
             return;
         }
-        let waits = goes_on && !self.is_due;
-        self.is_due = waits;
-        if waits || self.courtesy.waits(&socket.pending, cx) {
+        socket.courtesy.join(&mut socket.pending, cx);
+        if socket.pending.is_empty() {
             return;
         }
         if let Poll::Ready(Err(error)) = socket.release(cx) {

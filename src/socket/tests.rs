@@ -16,6 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{wakes::Wakes, *};
 
+mod pings;
 mod room;
 
 /// A socket that takes as much of each write as its script says (0: not now), and never has anything to read.
@@ -307,53 +308,6 @@ fn a_connection_is_told_why_its_bytes_did_not_leave() {
     let mut space = [0; 8];
     let read = Pin::new(&mut gather).poll_read(&mut cx, &mut ReadBuf::new(&mut space));
     assert!(matches!(read, Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe));
-}
-
-const PONG: [u8; 17] = [0, 0, 8, 6, 1, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
-
-#[tokio::test(start_paused = true)]
-async fn the_answer_to_a_ping_leaves_with_what_follows() {
-    let socket = Scripted::default();
-    let (taken, calls) = (socket.taken.clone(), socket.calls.clone());
-    let mut gather = Gather::new(socket);
-    let mut outlet = gather.outlet();
-    for round in 1..=3 {
-        write(&mut gather, &PONG);
-        for _ in 0..5 {
-            end_turn(&mut outlet, false);
-        }
-        assert_eq!(*calls.lock().unwrap(), round - 1);
-        tokio::time::advance(Duration::from_millis(40)).await;
-        write(&mut gather, &[1; 60]);
-        end_turn(&mut outlet, false);
-        assert_eq!(*calls.lock().unwrap(), round);
-    }
-    assert_eq!(*taken.lock().unwrap(), [&PONG[..], &[1; 60]].concat().repeat(3));
-}
-
-/// Runs a connection that has just answered a ping, until the answer has left; how long that took.
-async fn answered(outlet: &mut Outlet<Scripted>, gather: &mut Gather<Scripted>) -> Duration {
-    write(gather, &PONG);
-    let begun = tokio::time::Instant::now();
-    let left = poll_fn(|cx| {
-        outlet.end_turn(cx, false);
-        if pending(gather) == 0 { Poll::Ready(()) } else { Poll::Pending }
-    });
-    tokio::time::timeout(Duration::from_secs(1), left).await.unwrap();
-    begun.elapsed()
-}
-
-#[tokio::test(start_paused = true)]
-async fn the_answer_to_a_ping_leaves_by_itself_when_nothing_follows_and_the_next_ones_do_not_wait() {
-    let mut gather = Gather::new(Scripted::default());
-    let mut outlet = gather.outlet();
-    for _ in 0..2 {
-        let waited = answered(&mut outlet, &mut gather).await;
-        assert!((Duration::from_millis(90)..Duration::from_millis(110)).contains(&waited), "{waited:?}");
-        for _ in 0..16 {
-            assert_eq!(answered(&mut outlet, &mut gather).await, Duration::ZERO);
-        }
-    }
 }
 
 /// Without the wrapper, each of these responses is a write of its own.
