@@ -1,11 +1,16 @@
-//! Where the frames of an HTTP/2 connection begin, among the bytes that are sent on it.
+//! Where the frames of an HTTP/2 connection begin, among the bytes that are sent on it, and where another may stand between them.
 
 /// The head of a frame: the length of what follows in three bytes, and six more.
 const HEAD: usize = 9;
 /// How a client begins, before its first frame, and how much of that follows what would be a frame's head. No frame begins so:
 /// this one's type would be unknown.
-const PREFACE: &[u8] = b"PRI * HTT";
+const PREFACE: &[u8; HEAD] = b"PRI * HTT";
 const PREFACE_REST: u32 = 15;
+/// The types of the frames that a block of headers may take, and the flag of the last. Nothing may stand between these.
+const HEADERS: u8 = 1;
+const PUSH_PROMISE: u8 = 5;
+const CONTINUATION: u8 = 9;
+const END_HEADERS: u8 = 4;
 
 /// Follows the frames of one direction.
 #[derive(Default)]
@@ -15,12 +20,14 @@ pub(super) struct Frames {
     known: u8,
     /// Bytes left of the frame whose head was last.
     left: u32,
+    /// That frame is to be continued by the next.
+    continues: bool,
 }
 
 impl Frames {
-    /// Whether a frame is over and none has begun.
+    /// Whether another frame may stand here: one is over, with its continuations, and none has begun.
     pub(super) fn is_between(&self) -> bool {
-        self.known == 0 && self.left == 0
+        self.known == 0 && self.left == 0 && !self.continues
     }
 
     /// Goes past `bytes`.
@@ -44,13 +51,20 @@ impl Frames {
         self.known += new.len() as u8;
         if usize::from(self.known) == HEAD {
             self.known = 0;
-            self.left = match &self.head[..] {
-                PREFACE => PREFACE_REST,
-                [high, middle, low, ..] => u32::from_be_bytes([0, *high, *middle, *low]),
-                _ => 0,
-            };
+            self.begin();
         }
         rest
+    }
+
+    /// Begins the frame whose head is known.
+    fn begin(&mut self) {
+        let [high, middle, low, kind, flags, ..] = self.head;
+        if self.head == *PREFACE {
+            self.left = PREFACE_REST;
+        } else {
+            self.left = u32::from_be_bytes([0, high, middle, low]);
+            self.continues = matches!(kind, HEADERS | PUSH_PROMISE | CONTINUATION) && flags & END_HEADERS == 0;
+        }
     }
 }
 
@@ -74,6 +88,17 @@ mod tests {
         assert!(!frames.is_between());
         frames.pass(b"\0");
         assert!(frames.is_between());
+    }
+
+    #[test]
+    fn nothing_stands_between_headers_and_their_continuation() {
+        let mut frames = Frames::default();
+        for (kind, flags, is_over) in
+            [(1, 4, true), (1, 1, false), (9, 0, false), (9, 4, true), (0, 1, true), (5, 0, false)]
+        {
+            frames.pass(&[0, 0, 1, kind, flags, 0, 0, 0, 1, 0xff]);
+            assert_eq!(frames.is_between(), is_over, "type {kind} with flags {flags}");
+        }
     }
 
     proptest! {
