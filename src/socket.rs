@@ -251,6 +251,8 @@ impl<S: AsyncWrite + Unpin> Socket<S> {
         if self.protocol == Protocol::Http1 {
             return self.pass_through(cx, slices);
         }
+        self.courtesy.cut_in(&mut self.pending);
+        // Answers to pings are what h2 begins a write with; one that stands further back goes as it is.
         if let Some(kept) = slices.first().and_then(|slice| self.courtesy.keep(slice)) {
             return Poll::Ready(Ok(kept));
         }
