@@ -68,7 +68,7 @@ async fn watchers_parked_through_an_outage_go_on_without_a_gap() {
     eventually("an answer that says how old it is", async || age(&client).await).await;
     while gone.elapsed() < Duration::from_secs(outage) {
         let (before, age) = (gone.elapsed(), age(&client).await.expect("an age"));
-        assert!(age <= gone.elapsed() && age + Duration::from_secs(2) > before, "{age:?} after {before:?}");
+        assert!(age <= gone.elapsed() && age + Duration::from_secs(5) > before, "{age:?} after {before:?}");
         assert!(millpond.metric("millpond_feed_lost_since_seconds").await > 0.0);
         streams.push(parked(&millpond, expected[0]).await);
         breathe(500).await;
@@ -255,6 +255,8 @@ async fn a_herd_from_the_far_past_is_served_and_stalls_nobody() {
     for number in 0..300 {
         expected.push(put(&cluster.client(0), number).await);
     }
+    // A read that is consistent brings what was written at the etcd to memory.
+    client.revision().await.unwrap();
     let window = millpond.metric("millpond_feed_window_start_revision").await;
     assert!(window > expected[0] as f64, "the window begins at {window}, after the first event");
     let current = parked(&millpond, 0).await;
@@ -371,17 +373,17 @@ async fn a_wall_clock_that_jumps_shortens_no_lease_of_the_embedded_store() {
     client.kv.clone().put(pb::PutRequest { key: "k".into(), lease: 7, ..Default::default() }).await.unwrap();
     let remains = async || {
         let request = pb::LeaseTimeToLiveRequest { id: 7, keys: true };
-        let answer = client.lease.clone().lease_time_to_live(request).await.unwrap().into_inner();
+        let answer = client.lease.clone().lease_time_to_live(request).await.ok()?.into_inner();
         assert_eq!(answer.keys, [Bytes::from_static(b"k")]);
-        answer.ttl
+        Some(answer.ttl)
     };
     for days in [2, -2, 0] {
         clock.set(days * DAY);
         breathe(600).await;
-        let left = remains().await;
+        let left = remains().await.expect("the store");
         assert!((240..=300).contains(&left), "{left} s remain of 300 with the clock {days} days away");
         millpond.restart().await;
-        let left = eventually("the store", async || Some(remains().await)).await;
+        let left = eventually("the store", remains).await;
         assert!((240..=300).contains(&left), "{left} s remain of 300 after a restart, with the clock {days} days away");
     }
     millpond.assert_well();

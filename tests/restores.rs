@@ -51,7 +51,9 @@ fn cut(link: &FaultProxy) {
 
 /// A Millpond in front of `cluster` that caches `k/` alone.
 async fn caching_one_prefix(cluster: Cluster) -> Scene {
-    Scene::before(cluster, Faults::default(), &["--prefixes=k/"]).await
+    let scene = Scene::before(cluster, Faults::default(), &["--prefixes=k/"]).await;
+    scene.millpond.warm(1).await;
+    scene
 }
 
 /// Restores what was in `backup` while nobody can reach the cluster.
@@ -66,6 +68,7 @@ impl Stage {
         let cluster = Cluster::single(Release::newest()).await;
         let proxy = FaultProxy::start(&cluster.endpoint(0)).await;
         let millpond = Millpond::start(std::slice::from_ref(&proxy.endpoint), &[]).await;
+        millpond.warm(1).await;
         let client = millpond.client();
         for number in 0..50 {
             client.put(format!("k/{number:02}"), "backed up").await.unwrap();

@@ -178,7 +178,8 @@ async fn follow(channel: Channel, known: Arc<Mutex<Known>>) -> Result {
         let known = known.lock().map_err(|error| error.to_string())?;
         known.events.last().map_or(2, |event| revision(event) + 1)
     };
-    let (_requests, mut responses) = watch(channel, next).await?;
+    // The server may go before the watch is open.
+    let Ok((_requests, mut responses)) = watch(channel, next).await else { return Ok(()) };
     while let Ok(Some(response)) = responses.message().await {
         known.lock().map_err(|error| error.to_string())?.events.extend(response.events);
     }

@@ -312,6 +312,8 @@ async fn a_full_file_system_stops_writes_and_nothing_else() {
     island.restart().await;
     known.compare(&client, false).await;
     island.server.kill();
+    // What another test does to disks holds within this process.
+    let _alone = DISK.lock().await;
     assert_eq!(check(&island.copy()).unwrap().problems, Vec::<String>::new());
     println!("{} keys acknowledged, {} refused", known.acknowledged.len(), known.refused.len());
 }

@@ -21,6 +21,8 @@ type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error + Send + 
 
 const WRITERS: usize = 8;
 const CUTS: u64 = 25;
+/// Acknowledged transactions without which the cuts have met too little.
+const ENOUGH: u64 = 500;
 
 /// For each writer, the last number that was acknowledged and the last that was sent.
 type Numbers = Arc<Mutex<[(u64, u64); WRITERS]>>;
@@ -33,15 +35,19 @@ async fn what_was_acknowledged_survives_a_power_cut() -> Result {
     let mut rng = StdRng::seed_from_u64(seed);
     let home = tempfile::tempdir()?;
     let mut total = 0;
-    for cut in 0..CUTS {
+    // A slow disk takes more of them until there was load enough.
+    for cut in 0.. {
+        if cut >= CUTS && total > ENOUGH {
+            break;
+        }
+        assert!(cut < 20 * CUTS, "the load is too light to mean anything: {total} writes");
         let (before, after) = (home.path().join(format!("{cut}")), home.path().join(format!("{cut}-after")));
         let load = Duration::from_millis(rng.random_range(5..150));
         let (acknowledged, sent) = run_until_cut(&before, &after, load, &mut rng).await?;
         total += acknowledged.iter().sum::<u64>();
         verify(&after, &acknowledged, &sent).await.map_err(|error| format!("cut {cut}: {error}"))?;
     }
-    assert!(total > 500, "the load was too light to mean anything: {total} writes");
-    println!("{CUTS} cuts, {total} acknowledged transactions");
+    println!("at least {CUTS} cuts, {total} acknowledged transactions");
     Ok(())
 }
 

@@ -23,7 +23,9 @@ impl Tree {
     async fn grow() -> Self {
         let cluster = Cluster::single(Release::newest()).await;
         let trunk = Millpond::start(&cluster.endpoints(), &[]).await;
+        trunk.warm(1).await;
         let leaf = Millpond::start(std::slice::from_ref(&trunk.endpoint), &[]).await;
+        leaf.warm(1).await;
         Self { cluster, trunk, leaf }
     }
 

@@ -1,6 +1,6 @@
 //! Leases.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use millpond::{
     proto::etcdserverpb::{
@@ -50,7 +50,7 @@ async fn a_revocation_deletes_the_keys_sorted_in_one_revision() -> Result {
     }
     let found = time_to_live(&store, 5).await?;
     assert_eq!((found.granted_ttl, found.keys), (60, vec![bytes("a"), bytes("b"), bytes("c")]));
-    assert!((58..=60).contains(&found.ttl));
+    assert!((50..=60).contains(&found.ttl));
     store.put("c", "detached").await?;
     let mut watch = crate::watch::Stream::open(&store).await?;
     watch
@@ -84,7 +84,7 @@ async fn an_unknown_lease_is_no_error_to_ask_about() -> Result {
 #[tokio::test]
 async fn a_lease_that_runs_out_takes_its_keys_along() -> Result {
     let store = Store::open().await?;
-    store.grant(5, 2).await?;
+    store.grant(5, 4).await?;
     store.grant(6, 600).await?;
     store.put_with(PutRequest { lease: 5, ..put("short", "v") }).await?;
     store.put_with(PutRequest { lease: 6, ..put("long", "v") }).await?;
@@ -99,11 +99,11 @@ async fn a_lease_that_runs_out_takes_its_keys_along() -> Result {
 #[tokio::test]
 async fn keeping_alive_keeps_a_lease() -> Result {
     let store = Store::open().await?;
-    store.grant(5, 2).await?;
+    store.grant(5, 4).await?;
     store.put_with(PutRequest { lease: 5, ..put("kept", "v") }).await?;
     for _ in 0..5 {
-        tokio::time::sleep(Duration::from_millis(700)).await;
-        assert_eq!(keep_alive(&store, 5).await?, 2);
+        tokio::time::sleep(Duration::from_millis(1400)).await;
+        assert_eq!(keep_alive(&store, 5).await?, 4);
     }
     assert_eq!(store.get("kept").await?.as_deref(), Some("v"));
     Ok(())
@@ -127,17 +127,21 @@ async fn a_restart_does_not_shorten_a_lease() -> Result {
     let options = Options { lease_checkpoint_interval: Duration::from_secs(1), ..Options::default() };
     let store = Store::with(options.clone()).await?;
     store.grant(5, 100).await?;
-    store.grant(6, 3).await?;
+    store.grant(6, 30).await?;
     store.put_with(PutRequest { lease: 6, ..put("a", "v") }).await?;
-    tokio::time::sleep(Duration::from_millis(2300)).await;
+    tokio::time::sleep(Duration::from_millis(3300)).await;
+    let asked = Instant::now();
     let before = time_to_live(&store, 5).await?.ttl;
     let store = store.reopen(options).await?;
     let after = time_to_live(&store, 5).await?;
-    assert!(after.ttl >= before && after.ttl < 100, "{before} before, {} after", after.ttl);
+    let elapsed = asked.elapsed().as_secs() as i64;
+    assert!(after.ttl + elapsed >= before && after.ttl < 100, "{before} before, {} after {elapsed} s", after.ttl);
     assert_eq!(after.granted_ttl, 100);
     assert_eq!(time_to_live(&store, 6).await?.keys, [bytes("a")]);
+    let renewed = Instant::now();
     assert_eq!(keep_alive(&store, 5).await?, 100);
     let store = store.reopen(Options::default()).await?;
-    assert!(time_to_live(&store, 5).await?.ttl >= 99, "a renewal clears what was kept");
+    let found = time_to_live(&store, 5).await?.ttl;
+    assert!(found + renewed.elapsed().as_secs() as i64 >= 99, "a renewal clears what was kept: {found}");
     Ok(())
 }

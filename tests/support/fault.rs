@@ -140,26 +140,28 @@ async fn accept(listener: TcpListener, endpoint: String, target: String, shared:
             listener = Some(listen(&endpoint).await);
         }
         let open = listener.as_ref().expect("listening was just begun");
+        // A reset from now on is one of the next connection, too; and one that comes when it is to be refused is not accepted.
+        let mut resets = shared.resets.clone();
+        resets.mark_unchanged();
         tokio::select! {
+            biased;
             changed = faults.changed() => if changed.is_err() { return },
             Ok((client, _)) = open.accept() => {
                 shared.accepted.fetch_add(1, Ordering::SeqCst);
-                tokio::spawn(relay(client, target.clone(), Arc::clone(&shared)));
+                tokio::spawn(relay(client, target.clone(), Arc::clone(&shared), resets));
             }
         }
     }
 }
 
 /// One connection, until either side ends it or a fault does.
-async fn relay(client: TcpStream, target: String, shared: Arc<Shared>) {
+async fn relay(client: TcpStream, target: String, shared: Arc<Shared>, mut resets: watch::Receiver<u64>) {
     let Ok(server) = TcpStream::connect(&target).await else {
         return abort_on_close(&client);
     };
     // Resets, not ends: a connection that breaks does not say goodbye.
     abort_on_close(&client);
     abort_on_close(&server);
-    let mut resets = shared.resets.clone();
-    resets.mark_unchanged();
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
     tokio::select! {

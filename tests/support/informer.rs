@@ -220,10 +220,7 @@ async fn follow(client: Client, key: Bytes, end: Bytes, state: Arc<Mutex<State>>
     loop {
         match watch(&client, &key, &end, &state).await {
             Pause::Broken => state.lock().unwrap().reconnects += 1,
-            Pause::Compacted => {
-                relist(&client, &key, &end, &state).await;
-                state.lock().unwrap().relists += 1;
-            }
+            Pause::Compacted => relist(&client, &key, &end, &state).await,
             Pause::Breach(what) => {
                 state.lock().unwrap().breach = Some(what);
                 return std::future::pending().await;
@@ -238,6 +235,7 @@ async fn relist(client: &Client, key: &Bytes, end: &Bytes, state: &Mutex<State>)
         match list(client, key, end, 500).await {
             Ok((revision, contents)) => {
                 let mut state = state.lock().unwrap();
+                state.relists += usize::from(state.revision > 0);
                 (state.revision, state.contents) = (revision, contents);
                 return;
             }

@@ -78,6 +78,25 @@ impl Millpond {
         .await;
     }
 
+    /// Waits until everything that is cached, so many prefixes, is in memory. Ready says only that somebody can be asked.
+    pub async fn warm(&self, prefixes: usize) {
+        eventually("a warm cache", async || {
+            (self.metric("millpond_feed_phase{phase=\"live\"").await == prefixes as f64).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until a read is answered from memory, and so has what was written through this Millpond before.
+    pub async fn has_in_memory(&self, client: &Client, key: &str) {
+        let from_memory = async || self.metric("millpond_server_reads_total{answered=\"memory\"").await;
+        let before = from_memory().await;
+        eventually("an answer from memory", async || {
+            client.get(key.to_owned()).await.ok()?;
+            (from_memory().await > before).then_some(())
+        })
+        .await;
+    }
+
     /// The value of a metric, summed over its labels; `name` may have the first of them, as in `name{label="value"`.
     pub async fn metric(&self, name: &str) -> f64 {
         let (status, text) = http_get(&self.admin, "/metrics").await.unwrap();

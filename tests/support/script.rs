@@ -27,7 +27,7 @@ use super::{
 };
 
 /// A watcher that starts in the past is surely up to date after this: etcd looks for such ones every tenth of a second.
-const BEHIND: Duration = Duration::from_millis(500);
+const BEHIND: Duration = Duration::from_millis(1500);
 
 /// What a stream's requests lead to, as far as the script must know it to pace itself.
 struct Watcher {

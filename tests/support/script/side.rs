@@ -6,7 +6,7 @@ use millpond::proto::etcdserverpb as pb;
 use tokio::time::{Duration, Instant, sleep};
 
 use super::super::{
-    client::Client,
+    client::{Client, PATIENCE},
     watching::{Item, WatchStream, by_watcher, revision_of},
 };
 
@@ -38,7 +38,7 @@ impl Side {
 pub async fn eventually_counted(side: &Side, controls: usize, events: usize) -> (usize, usize) {
     let mut counted = (0, 0);
     let start = Instant::now();
-    while start.elapsed() < Duration::from_secs(10) {
+    while start.elapsed() < PATIENCE {
         let responses = side.stream.responses();
         let control = responses.iter().filter(|response| response.created || response.canceled).count();
         counted = (control, responses.iter().map(|response| response.events.len()).sum());
