@@ -121,6 +121,9 @@ pub struct Config {
     /// Threads that serve, when it was given.
     #[serde(with = "values::threads", skip_serializing_if = "Option::is_none")]
     pub worker_threads: Option<usize>,
+    /// How long the serving thread, if it is one, keeps awake for the answer to a lone forwarded call. Zero: not at all.
+    #[serde(with = "values::span")]
+    pub busy_poll: Duration,
 
     /// A level, or directives as in `RUST_LOG`.
     #[serde(with = "values::log_level")]
@@ -163,6 +166,7 @@ impl Default for Config {
             auto_compaction_mode: None,
             auto_compaction_retention: None,
             worker_threads: None,
+            busy_poll: Duration::from_micros(500),
             log_level: "info".to_owned(),
             log_format: LogFormat::Text,
         }

@@ -42,7 +42,7 @@ pub use self::{
     endpoint::{Dial, DialFuture, Endpoint, EndpointId, Io, Serve, ServeFuture, host_and_port},
     forward::{Forwarded, ForwardedBody, Route},
     health::{AuthState, EndpointHealth, Health, Report, Standing},
-    limits::ForwardClass,
+    limits::{ForwardClass, UnderWay},
     pages::{PageSize, Sizing, TooLarge, is_refusal_of_size},
     pool::ConnectionNumber,
     version::{Gate, Version},
@@ -229,6 +229,11 @@ impl Upstream {
     /// A caller saw the endpoint fail: it is probed at once, and others are preferred until it is well again.
     pub fn report_failure(&self, at: EndpointId) {
         self.shared().suspect(at);
+    }
+
+    /// The clients' unary calls that are under way at any of the endpoints.
+    pub fn unary_under_way(&self) -> Arc<UnderWay> {
+        self.shared().unary_limit.running().clone()
     }
 
     /// What is known of the endpoints.

@@ -138,6 +138,7 @@ fn every_unreadable_value_is_told_with_its_setting() {
         ("max-response-bytes", "endless", "is not a size"),
         ("history-age", "10", "is not a duration"),
         ("progress-interval", "1ms", "must be at least 100ms"),
+        ("busy-poll", "1s", "must be at most 10ms"),
         ("connect-timeout", "0", "must be above 0"),
         ("upstream-keepalive-interval", "1s", "must be at least 5s"),
         ("shutdown-grace", "-5s", "is not a duration"),

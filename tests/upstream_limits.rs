@@ -112,3 +112,38 @@ async fn an_upstream_is_pinged_as_seldom_as_it_wants() {
     }
     assert_eq!(ended, 1);
 }
+
+/// Time that Millpond was kept awake in for a lone call, in seconds.
+const AWAKE: &str = "millpond_busy_poll_seconds_total";
+
+/// One write after the other; how long it was kept awake for them.
+async fn kept_awake(millpond: &Millpond, writes: usize) -> f64 {
+    let (client, before) = (millpond.client(), millpond.metric(AWAKE).await);
+    for number in 0..writes {
+        client.put("k", number.to_string()).await.unwrap();
+    }
+    millpond.metric(AWAKE).await - before
+}
+
+/// Where there are cores enough.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lone_writes_keep_it_awake_but_not_for_an_upstream_that_is_far() {
+    let cluster = Cluster::single(Release::newest()).await;
+    let link = FaultProxy::start(&cluster.endpoint(0)).await;
+    let before_link = |busy_poll| {
+        let flags = ["--worker-threads=1", busy_poll];
+        let endpoint = std::slice::from_ref(&link.endpoint);
+        async move { Millpond::start(endpoint, &flags).await }
+    };
+    let mut drowsy = before_link("--busy-poll=0").await;
+    let mut awake = before_link("--busy-poll=10ms").await;
+    let has_another_core = std::thread::available_parallelism().unwrap().get() > 1;
+    assert_eq!(kept_awake(&drowsy, 3).await, 0.0);
+    assert_eq!(kept_awake(&awake, 3).await > 0.0, has_another_core);
+    link.set(Faults { delay: Duration::from_millis(50), ..Faults::default() });
+    // The first of seventeen is waited for, or they would keep it awake for 3.4 s.
+    let far = kept_awake(&awake, 34).await;
+    assert!(far < 1.0, "kept awake for {far} s");
+    drowsy.assert_well();
+    awake.assert_well();
+}

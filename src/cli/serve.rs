@@ -1,13 +1,14 @@
 //! `millpond serve`: settings, log, metrics and the operators' port around the proxy.
 
 mod embedded;
+mod vigil;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::uri::Authority;
 use prometheus::Registry;
 use tokio::{net::TcpListener, sync::watch};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use self::embedded::Embedded;
 use super::signals;
@@ -90,7 +91,7 @@ pub enum ServeError {
 pub fn run(config: Config) -> Result<(), ServeError> {
     let telemetry = Telemetry::start(&config)?;
     let workers = config.worker_threads();
-    tracing::info!(workers, "threads that serve");
+    tracing::info!(workers, busy_poll = ?vigil::patience(&config), "threads that serve");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
     let grace = config.shutdown_grace;
     let outcome = runtime.block_on(async {
@@ -132,6 +133,9 @@ pub async fn serve(config: Config, telemetry: Telemetry, shutdown: CancellationT
     let registry = telemetry.registry.clone();
     let embedded = embedded_store(&config, listener.local_addr().ok(), &registry)?;
     let upstream = Upstream::start(upstream_settings(&config, embedded.as_ref()), &registry)?;
+    let awake = vigil::metric(&registry)?;
+    let _vigil = vigil::patience(&config)
+        .map(|patience| AbortOnDropHandle::new(tokio::spawn(vigil::keep(upstream.unary_under_way(), patience, awake))));
     let cache = Cache::start(upstream.clone(), cache_settings(&config), &registry)?;
     let check = Some(Arc::new(cache.clone()) as Arc<dyn ConsistencyCheck>);
     let admin = Admin { readiness: ready.clone(), registry: registry.clone(), check };

@@ -10,6 +10,9 @@ use crate::sql::AutoCompaction;
 /// etcd closes connections whose clients ping more often than this, by its default.
 const SHORTEST_UPSTREAM_PING: Duration = Duration::from_secs(5);
 
+/// Some ten times what an etcd with a good disk takes for a write.
+const LONGEST_BUSY_POLL: Duration = Duration::from_millis(10);
+
 /// etcd's own lower bound of the progress interval.
 const SHORTEST_PROGRESS: Duration = Duration::from_millis(100);
 
@@ -61,6 +64,9 @@ fn durations(config: &Config) -> Found {
     }
     if config.upstream_keepalive_interval < SHORTEST_UPSTREAM_PING {
         return Err(("upstream-keepalive-interval", "must be at least 5s, or etcd closes the connection".to_owned()));
+    }
+    if config.busy_poll > LONGEST_BUSY_POLL {
+        return Err(("busy-poll", "must be at most 10ms: it takes a core for that long".to_owned()));
     }
     if config.progress_interval < SHORTEST_PROGRESS {
         return Err(("progress-interval", "must be at least 100ms".to_owned()));

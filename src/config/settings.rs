@@ -182,6 +182,12 @@ pub static SETTINGS: &[Setting] = &[
         "half of the cores, at least 1",
     ),
     one(
+        "busy-poll",
+        "DURATION",
+        Process,
+        "How long a single serving thread keeps awake for the answer to a lone forwarded call; 0 is not at all",
+    ),
+    one(
         "log-level",
         "LEVEL",
         Logs,

@@ -118,8 +118,8 @@ mod tests {
         }
 
         #[test]
-        fn a_printed_duration_reads_back(millis in 0u64..300_000_000_000) {
-            let span = Duration::from_millis(millis);
+        fn a_printed_duration_reads_back(micros in 0u64..300_000_000_000_000) {
+            let span = Duration::from_micros(micros);
             prop_assert_eq!(parse_span(&format_span(span)), Ok(span));
         }
 

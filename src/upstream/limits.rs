@@ -15,7 +15,7 @@ use std::{
 
 use prometheus::{IntCounter, IntGauge};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
     time::timeout,
 };
 
@@ -52,6 +52,39 @@ impl ForwardClass {
     }
 }
 
+/// How many calls of one class are under way.
+pub struct UnderWay {
+    gauge: IntGauge,
+    first: Notify,
+}
+
+impl UnderWay {
+    fn new(gauge: IntGauge) -> Self {
+        Self { gauge, first: Notify::new() }
+    }
+
+    /// How many there are now.
+    pub fn now(&self) -> usize {
+        usize::try_from(self.gauge.get()).unwrap_or(0)
+    }
+
+    /// Waits until one begins when there was none. One that nobody waited for is told of at the next wait, when it may be over.
+    pub async fn first(&self) {
+        self.first.notified().await;
+    }
+
+    fn begin(&self) {
+        self.gauge.inc();
+        if self.gauge.get() == 1 {
+            self.first.notify_one();
+        }
+    }
+
+    fn end(&self) {
+        self.gauge.dec();
+    }
+}
+
 /// The permits of one class.
 pub(super) struct Limit {
     class: ForwardClass,
@@ -59,7 +92,7 @@ pub(super) struct Limit {
     waiting: AtomicUsize,
     most_waiting: usize,
     patience: Duration,
-    running_gauge: IntGauge,
+    running: Arc<UnderWay>,
     waiting_gauge: IntGauge,
     refused: IntCounter,
 }
@@ -67,12 +100,12 @@ pub(super) struct Limit {
 /// Leave to be under way upstream; given back when dropped.
 pub(super) struct Permit {
     _permit: OwnedSemaphorePermit,
-    running: IntGauge,
+    running: Arc<UnderWay>,
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.running.dec();
+        self.running.end();
     }
 }
 
@@ -85,7 +118,7 @@ impl Limit {
             waiting: AtomicUsize::new(0),
             most_waiting: limit.saturating_mul(WAITING_PER_PERMIT),
             patience: PATIENCE,
-            running_gauge: metrics.forwarding.with_label_values(&[class.name()]),
+            running: Arc::new(UnderWay::new(metrics.forwarding.with_label_values(&[class.name()]))),
             waiting_gauge: metrics.waiting.with_label_values(&[class.name()]),
             refused: metrics.refused.with_label_values(&[class.name()]),
         }
@@ -112,8 +145,13 @@ impl Limit {
     }
 
     fn granted(&self, permit: OwnedSemaphorePermit) -> Permit {
-        self.running_gauge.inc();
-        Permit { _permit: permit, running: self.running_gauge.clone() }
+        self.running.begin();
+        Permit { _permit: permit, running: self.running.clone() }
+    }
+
+    /// The calls that have got their turn and are not over.
+    pub(super) fn running(&self) -> &Arc<UnderWay> {
+        &self.running
     }
 
     fn refuse(&self) -> Status {
@@ -144,6 +182,8 @@ impl Drop for Waiting<'_> {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
 
     fn limit(class: ForwardClass, permits: usize, patience: Duration) -> Limit {
@@ -159,7 +199,24 @@ mod tests {
         assert!(futures_util::poll!(&mut second).is_pending());
         drop(first);
         let _second = second.await.unwrap();
-        assert_eq!(limit.running_gauge.get(), 1);
+        assert_eq!(limit.running().now(), 1);
+    }
+
+    #[tokio::test]
+    async fn the_first_call_under_way_is_told_of_and_no_other() {
+        let limit = limit(ForwardClass::Unary, 3, PATIENCE);
+        let is_told = || Box::pin(limit.running().first()).now_or_never().is_some();
+        assert!(!is_told());
+        for _ in 0..2 {
+            let first = limit.permit().await.unwrap();
+            assert!(is_told() && !is_told());
+            let second = limit.permit().await.unwrap();
+            drop(first);
+            let _third = limit.permit().await.unwrap();
+            assert!(!is_told());
+            drop(second);
+        }
+        assert_eq!(limit.running().now(), 0);
     }
 
     #[tokio::test]

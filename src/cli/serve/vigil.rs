@@ -1,0 +1,208 @@
+//! Keeps the thread that serves awake while a lone call is under way upstream.
+//!
+//! A thread that has nothing to do sleeps, and where its core has nothing else to do either, that sleeps too. To wake both takes some 50 µs
+//! on a virtual machine, and a write that comes alone waits for that twice: when it comes, and when the upstream has answered.
+//! So while one forwarded call is under way, and for a moment after it, the thread keeps looking at its sockets instead, and gives its core to
+//! whoever else wants it between two looks. Where there are several calls, or reads and events, there is no need: they keep the
+//! thread awake.
+//!
+//! The price is CPU time that would have been nobody's, and so a wait that is too long for it is given up, and the next few of its kind are not
+//! begun. Behind a disk that takes milliseconds for each write, next to nothing is spent.
+//!
+//! It is for one serving thread. Of several, those that have nothing to do sleep at the sockets, and who keeps awake does not hear of these.
+
+use std::{
+    num::NonZero,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use prometheus::{Counter, Registry};
+
+use crate::{config::Config, upstream::UnderWay};
+
+/// How long the next call is waited for at most, once one was answered: about what a client needs that makes one after the other.
+const NEXT: Duration = Duration::from_micros(100);
+/// After a wait that was too long, so many are not begun.
+const LEFT_OUT: u8 = 16;
+
+/// How long to keep awake for an answer, by the settings and the machine. None: not at all.
+pub(super) fn patience(config: &Config) -> Option<Duration> {
+    // A core that the upstream needs to answer is not there to be waited on.
+    let has_another_core = || thread::available_parallelism().is_ok_and(|cores| cores > NonZero::<usize>::MIN);
+    (!config.busy_poll.is_zero() && config.worker_threads() == 1 && has_another_core()).then_some(config.busy_poll)
+}
+
+/// Registers what a vigil counts: seconds that the thread was kept awake.
+///
+/// # Errors
+/// When a metric of that name is registered already.
+pub(super) fn metric(registry: &Registry) -> Result<Counter, prometheus::Error> {
+    let awake = Counter::new("millpond_busy_poll_seconds_total", "Time kept awake for lone forwarded calls.")?;
+    registry.register(Box::new(awake.clone()))?;
+    Ok(awake)
+}
+
+/// Keeps awake whoever runs this, for at most `patience` at a time, while one of `calls` is under way. Never ends.
+pub(super) async fn keep(calls: Arc<UnderWay>, patience: Duration, awake: Counter) {
+    let mut vigil = Vigil::new(patience);
+    loop {
+        calls.first().await;
+        let begun = Instant::now();
+        let mut now = begun;
+        while vigil.goes_on(calls.now(), now) {
+            // The first looks at the sockets; the second lets others have the core.
+            tokio::task::yield_now().await;
+            thread::yield_now();
+            now = Instant::now();
+        }
+        awake.inc_by((now - begun).as_secs_f64());
+    }
+}
+
+/// Decides whether to keep awake.
+struct Vigil {
+    answer: Wait,
+    next: Wait,
+    /// What is being waited for, if anything.
+    now: Option<Awaited>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Awaited {
+    Answer,
+    Next,
+}
+
+/// One kind of wait.
+struct Wait {
+    longest: Duration,
+    since: Option<Instant>,
+    left_out: u8,
+}
+
+impl Vigil {
+    fn new(patience: Duration) -> Self {
+        let wait = |longest| Wait { longest, since: None, left_out: 0 };
+        Self { answer: wait(patience), next: wait(NEXT.min(patience)), now: None }
+    }
+
+    /// Whether to keep awake, with that many calls under way. When not, the next question begins another vigil.
+    fn goes_on(&mut self, under_way: usize, now: Instant) -> bool {
+        let awaited = match (under_way, self.now) {
+            (1, _) => Some(Awaited::Answer),
+            (0, Some(_)) => Some(Awaited::Next),
+            _ => None,
+        };
+        let is_another = awaited != self.now;
+        let goes_on = match awaited {
+            Some(Awaited::Answer) => self.answer.goes_on(is_another, now),
+            Some(Awaited::Next) => self.next.goes_on(is_another, now),
+            None => false,
+        };
+        self.now = awaited.filter(|_| goes_on);
+        goes_on
+    }
+}
+
+impl Wait {
+    fn goes_on(&mut self, begins: bool, now: Instant) -> bool {
+        if begins && self.left_out > 0 {
+            self.left_out -= 1;
+            return false;
+        }
+        let since = *self.since.insert(self.since.filter(|_| !begins).unwrap_or(now));
+        let is_too_long = now - since >= self.longest;
+        if is_too_long {
+            self.left_out = LEFT_OUT;
+        }
+        !is_too_long
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_micros(500);
+    const STEP: Duration = Duration::from_micros(10);
+
+    /// How long a vigil goes on whose `steps` see so many calls under way each.
+    fn kept(vigil: &mut Vigil, steps: impl IntoIterator<Item = usize>) -> Duration {
+        let start = Instant::now();
+        let mut now = start;
+        for under_way in steps {
+            if !vigil.goes_on(under_way, now) {
+                break;
+            }
+            now += STEP;
+        }
+        now - start
+    }
+
+    fn steps(under_way: usize, span: Duration) -> impl Iterator<Item = usize> {
+        std::iter::repeat_n(under_way, span.div_duration_f64(STEP) as usize)
+    }
+
+    fn call() -> impl Iterator<Item = usize> {
+        steps(1, PATIENCE / 2)
+    }
+
+    #[test]
+    fn a_client_that_makes_one_call_after_the_other_finds_it_awake() {
+        let mut vigil = Vigil::new(PATIENCE);
+        let one = || call().chain(steps(0, NEXT / 2));
+        assert_eq!(kept(&mut vigil, (0..100).flat_map(|_| one())), 100 * (PATIENCE / 2 + NEXT / 2));
+    }
+
+    #[test]
+    fn the_next_call_is_not_waited_for_where_it_does_not_come() {
+        let mut vigil = Vigil::new(PATIENCE);
+        let lone = || call().chain(steps(0, 10 * NEXT));
+        for _ in 0..2 {
+            assert_eq!(kept(&mut vigil, lone()), PATIENCE / 2 + NEXT);
+            for _ in 0..LEFT_OUT {
+                assert_eq!(kept(&mut vigil, lone()), PATIENCE / 2);
+            }
+        }
+    }
+
+    #[test]
+    fn answers_that_take_long_are_not_waited_for() {
+        let mut vigil = Vigil::new(PATIENCE);
+        for _ in 0..2 {
+            assert_eq!(kept(&mut vigil, steps(1, 10 * PATIENCE)), PATIENCE);
+            for _ in 0..LEFT_OUT {
+                assert_eq!(kept(&mut vigil, steps(1, 10 * PATIENCE)), Duration::ZERO);
+            }
+        }
+    }
+
+    #[test]
+    fn calls_in_company_need_no_vigil() {
+        let mut vigil = Vigil::new(PATIENCE);
+        assert_eq!(kept(&mut vigil, steps(2, PATIENCE)), Duration::ZERO);
+        assert_eq!(kept(&mut vigil, [1, 1, 2, 2, 1]), 2 * STEP);
+        assert_eq!(kept(&mut vigil, call()), PATIENCE / 2, "company is no wait that was too long");
+    }
+
+    /// Whoever is told of a call late may find it over.
+    #[test]
+    fn a_call_that_is_over_begins_no_vigil() {
+        let mut vigil = Vigil::new(PATIENCE);
+        assert_eq!(kept(&mut vigil, steps(0, PATIENCE)), Duration::ZERO);
+        assert_eq!(kept(&mut vigil, call()), PATIENCE / 2);
+    }
+
+    #[test]
+    fn one_thread_of_several_cores_keeps_vigil_unless_told_not_to() {
+        let of = |worker_threads, busy_poll| {
+            patience(&Config { worker_threads: Some(worker_threads), busy_poll, ..Config::default() })
+        };
+        let cores = thread::available_parallelism().unwrap().get();
+        assert_eq!(of(1, PATIENCE), (cores > 1).then_some(PATIENCE));
+        assert_eq!(of(2, PATIENCE), None);
+        assert_eq!(of(1, Duration::ZERO), None);
+    }
+}
