@@ -166,7 +166,7 @@ impl Default for Config {
             auto_compaction_mode: None,
             auto_compaction_retention: None,
             worker_threads: None,
-            busy_poll: Duration::from_micros(500),
+            busy_poll: Duration::from_millis(1),
             log_level: "info".to_owned(),
             log_format: LogFormat::Text,
         }

@@ -141,7 +141,7 @@ async fn lone_writes_keep_it_awake_but_not_for_an_upstream_that_is_far() {
     assert_eq!(kept_awake(&drowsy, 3).await, 0.0);
     assert_eq!(kept_awake(&awake, 3).await > 0.0, has_another_core);
     link.set(Faults { delay: Duration::from_millis(50), ..Faults::default() });
-    // The first of seventeen is waited for, or they would keep it awake for 3.4 s.
+    // They take 3.4 s, and none keeps it awake for more than 10 ms, unless others have the core just then.
     let far = kept_awake(&awake, 34).await;
     assert!(far < 1.0, "kept awake for {far} s");
     drowsy.assert_well();

@@ -6,8 +6,9 @@
 //! whoever else wants it between two looks. Where there are several calls, or reads and events, there is no need: they keep the
 //! thread awake.
 //!
-//! The price is CPU time that would have been nobody's, and so a wait that is too long for it is given up, and the next few of its kind are not
-//! begun. Behind a disk that takes milliseconds for each write, next to nothing is spent.
+//! The price is CPU time that would have been nobody's, and so a wait that is too long for it is given up, and the next of its kind is not
+//! begun; after another one in vain, the next two are not, and so on. Behind a disk that takes milliseconds for each write, next to nothing
+//! is spent.
 //!
 //! It is for one serving thread. Of several, those that have nothing to do sleep at the sockets, and who keeps awake does not hear of these.
 
@@ -22,10 +23,11 @@ use prometheus::{Counter, Registry};
 
 use crate::{config::Config, upstream::UnderWay};
 
-/// How long the next call is waited for at most, once one was answered: about what a client needs that makes one after the other.
-const NEXT: Duration = Duration::from_micros(100);
-/// After a wait that was too long, so many are not begun.
-const LEFT_OUT: u8 = 16;
+/// The next call, once one was answered, is waited for by this much less than an answer: a client that makes one after the other
+/// needs less time than an upstream that has to make it last.
+const LESS_FOR_THE_NEXT: u32 = 4;
+/// After many waits in vain, so many are not begun between one and the next.
+const MOST_LEFT_OUT: u8 = 16;
 
 /// How long to keep awake for an answer, by the settings and the machine. None: not at all.
 pub(super) fn patience(config: &Config) -> Option<Duration> {
@@ -79,13 +81,16 @@ enum Awaited {
 struct Wait {
     longest: Duration,
     since: Option<Instant>,
+    /// How many are still not to be begun.
     left_out: u8,
+    /// How many were not to be begun after the last one in vain; none since one was not.
+    caution: u8,
 }
 
 impl Vigil {
     fn new(patience: Duration) -> Self {
-        let wait = |longest| Wait { longest, since: None, left_out: 0 };
-        Self { answer: wait(patience), next: wait(NEXT.min(patience)), now: None }
+        let wait = |longest| Wait { longest, since: None, left_out: 0, caution: 0 };
+        Self { answer: wait(patience), next: wait(patience / LESS_FOR_THE_NEXT), now: None }
     }
 
     /// Whether to keep awake, with that many calls under way. When not, the next question begins another vigil.
@@ -96,6 +101,11 @@ impl Vigil {
             _ => None,
         };
         let is_another = awaited != self.now;
+        match self.now.filter(|_| is_another) {
+            Some(Awaited::Answer) => self.answer.caution = 0,
+            Some(Awaited::Next) => self.next.caution = 0,
+            None => {}
+        }
         let goes_on = match awaited {
             Some(Awaited::Answer) => self.answer.goes_on(is_another, now),
             Some(Awaited::Next) => self.next.goes_on(is_another, now),
@@ -115,7 +125,8 @@ impl Wait {
         let since = *self.since.insert(self.since.filter(|_| !begins).unwrap_or(now));
         let is_too_long = now - since >= self.longest;
         if is_too_long {
-            self.left_out = LEFT_OUT;
+            self.caution = (2 * self.caution).clamp(1, MOST_LEFT_OUT);
+            self.left_out = self.caution;
         }
         !is_too_long
     }
@@ -125,7 +136,8 @@ impl Wait {
 mod tests {
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_micros(500);
+    const PATIENCE: Duration = Duration::from_micros(800);
+    const NEXT: Duration = Duration::from_micros(200);
     const STEP: Duration = Duration::from_micros(10);
 
     /// How long a vigil goes on whose `steps` see so many calls under way each.
@@ -160,9 +172,9 @@ mod tests {
     fn the_next_call_is_not_waited_for_where_it_does_not_come() {
         let mut vigil = Vigil::new(PATIENCE);
         let lone = || call().chain(steps(0, 10 * NEXT));
-        for _ in 0..2 {
+        for left_out in [1, 2, 4, 8, MOST_LEFT_OUT, MOST_LEFT_OUT] {
             assert_eq!(kept(&mut vigil, lone()), PATIENCE / 2 + NEXT);
-            for _ in 0..LEFT_OUT {
+            for _ in 0..left_out {
                 assert_eq!(kept(&mut vigil, lone()), PATIENCE / 2);
             }
         }
@@ -171,11 +183,21 @@ mod tests {
     #[test]
     fn answers_that_take_long_are_not_waited_for() {
         let mut vigil = Vigil::new(PATIENCE);
-        for _ in 0..2 {
+        for left_out in [1, 2, 4, 8, MOST_LEFT_OUT, MOST_LEFT_OUT] {
             assert_eq!(kept(&mut vigil, steps(1, 10 * PATIENCE)), PATIENCE);
-            for _ in 0..LEFT_OUT {
+            for _ in 0..left_out {
                 assert_eq!(kept(&mut vigil, steps(1, 10 * PATIENCE)), Duration::ZERO);
             }
+        }
+    }
+
+    #[test]
+    fn after_an_answer_that_came_one_that_takes_long_costs_one_wait() {
+        let mut vigil = Vigil::new(PATIENCE);
+        for _ in 0..10 {
+            assert_eq!(kept(&mut vigil, steps(1, 2 * PATIENCE)), PATIENCE);
+            assert_eq!(kept(&mut vigil, call()), Duration::ZERO);
+            assert_eq!(kept(&mut vigil, call().chain([0, 2])), PATIENCE / 2 + STEP);
         }
     }
 
