@@ -51,15 +51,15 @@ pub(super) async fn keep(calls: Arc<UnderWay>, patience: Duration, awake: Counte
     let mut vigil = Vigil::new(patience);
     loop {
         calls.first().await;
-        let begun = Instant::now();
-        let mut now = begun;
-        while vigil.goes_on(calls.now(), now) {
+        let mut last = Instant::now();
+        while vigil.goes_on(calls.now(), last) {
             // The first looks at the sockets; the second lets others have the core.
             tokio::task::yield_now().await;
             thread::yield_now();
-            now = Instant::now();
+            let now = Instant::now();
+            awake.inc_by((now - last).as_secs_f64());
+            last = now;
         }
-        awake.inc_by((now - begun).as_secs_f64());
     }
 }
 
@@ -93,7 +93,7 @@ impl Vigil {
         Self { answer: wait(patience), next: wait(patience / LESS_FOR_THE_NEXT), now: None }
     }
 
-    /// Whether to keep awake, with that many calls under way. When not, the next question begins another vigil.
+    /// Whether to keep awake, with that many calls under way. When not, the next question is whether to begin again.
     fn goes_on(&mut self, under_way: usize, now: Instant) -> bool {
         let awaited = match (under_way, self.now) {
             (1, _) => Some(Awaited::Answer),
