@@ -137,7 +137,7 @@ async fn leases_are_granted_kept_alive_and_revoked() {
     assert!(!succeeded && text.contains("requested lease not found"), "{text}");
 
     // Kept alive for longer than it would live by itself.
-    let granted = session.subject_json("lease grant 2").await;
+    let granted = session.subject_json("lease grant 5").await;
     let id = format!("{:x}", granted["ID"].as_i64().unwrap());
     let mut keeper = session.subject.start(&["lease", "keep-alive", &id]);
     keeper.lines(4).await;

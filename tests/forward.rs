@@ -315,8 +315,9 @@ async fn authentication_switched_on_through_the_proxy_is_on_before_the_client_kn
     auth.auth_enable(AuthEnableRequest {}).await.unwrap();
     let now = proxy.upstream.auth().now();
     assert!(matches!(now, AuthState::Changing | AuthState::On), "{now:?}: nothing is given to everyone");
+    proxy.until("probes agree", |health| health.auth == AuthState::On).await;
     tokio::time::sleep(Duration::from_millis(600)).await;
-    assert_eq!(proxy.upstream.auth().now(), AuthState::On, "probes agree");
+    assert_eq!(proxy.upstream.auth().now(), AuthState::On, "and stay with it");
 
     let refused = client.get("key").await.unwrap_err();
     assert_eq!((refused.code(), refused.message()), (Code::InvalidArgument, "etcdserver: user name is empty"));

@@ -10,11 +10,12 @@
 //! - [`servers`]: the four servers as child processes; [`bare`]: the one that is the floor.
 //! - [`world`]: the servers of a run, the keys in them, and measuring one load on one server.
 //! - [`rows`]: what is measured, and what Millpond is to reach.
-//! - [`report`], [`plot`]: the table and the plots.
+//! - [`report`], [`plot`]: the table and the plots; [`host`]: whether the machine was ours meanwhile.
 
 use std::{error::Error, fs, path::PathBuf, process::ExitCode, time::Instant};
 
 use self::{
+    host::HostTime,
     report::Row,
     rows::{ROWS, RowKind},
     world::World,
@@ -23,6 +24,7 @@ use self::{
 mod bare;
 #[path = "../support/child.rs"]
 mod child;
+mod host;
 mod plot;
 #[allow(dead_code, reason = "shared with the tests, which use more of it")]
 #[path = "../../tests/support/ports.rs"]
@@ -78,7 +80,9 @@ fn compare(arguments: &[String]) -> Outcome<()> {
     let mut results: Vec<Row> = Vec::new();
     for kind in chosen {
         eprintln!("{} {}", kind.id, kind.work);
-        let row = (kind.measure)(&mut world, kind)?;
+        let before = HostTime::now();
+        let mut row = (kind.measure)(&mut world, kind)?;
+        row.remarks.extend(HostTime::now().zip(before).and_then(|(now, before)| now.remark(before)));
         eprintln!("    {}", row.summary());
         results.push(row);
     }
