@@ -6,9 +6,9 @@
 //! whoever else wants it between two looks. Where there are several calls, or reads and events, there is no need: they keep the
 //! thread awake.
 //!
-//! The price is CPU time that would have been nobody's, and so a wait that is too long for it is given up, and the next of its kind is not
-//! begun; after another one in vain, the next two are not, and so on. Behind a disk that takes milliseconds for each write, next to nothing
-//! is spent.
+//! The price is CPU time. No other thread of the system wanted it, but a quota, a host or a bill counts it. So a wait that is too long is given
+//! up, and the next of its kind is not begun; after another one in vain, the next two are not, and so on. Behind a disk that takes
+//! several milliseconds for each write, one in seventeen is waited for.
 //!
 //! It is for one serving thread. Of several, those that have nothing to do sleep at the sockets, and who keeps awake does not hear of these.
 
@@ -65,70 +65,77 @@ pub(super) async fn keep(calls: Arc<UnderWay>, patience: Duration, awake: Counte
 
 /// Decides whether to keep awake.
 struct Vigil {
-    answer: Wait,
-    next: Wait,
-    /// What is being waited for, if anything.
-    now: Option<Awaited>,
+    answers: Waits,
+    next_calls: Waits,
+    /// What is being waited for, and since when, if anything is.
+    now: Option<(Awaited, Instant)>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Awaited {
     Answer,
-    Next,
+    NextCall,
 }
 
-/// One kind of wait.
-struct Wait {
+/// The waits of one kind.
+struct Waits {
     longest: Duration,
-    since: Option<Instant>,
     /// How many are still not to be begun.
     left_out: u8,
-    /// How many were not to be begun after the last one in vain; none since one was not.
+    /// How many were not to be begun after the last one in vain; none once one was not in vain.
     caution: u8,
 }
 
 impl Vigil {
     fn new(patience: Duration) -> Self {
-        let wait = |longest| Wait { longest, since: None, left_out: 0, caution: 0 };
-        Self { answer: wait(patience), next: wait(patience / LESS_FOR_THE_NEXT), now: None }
+        let waits = |longest| Waits { longest, left_out: 0, caution: 0 };
+        Self { answers: waits(patience), next_calls: waits(patience / LESS_FOR_THE_NEXT), now: None }
     }
 
     /// Whether to keep awake, with that many calls under way. When not, the next question is whether to begin again.
     fn goes_on(&mut self, under_way: usize, now: Instant) -> bool {
-        let awaited = match (under_way, self.now) {
-            (1, _) => Some(Awaited::Answer),
-            (0, Some(_)) => Some(Awaited::Next),
+        let awaited = match under_way {
+            1 => Some(Awaited::Answer),
+            0 if self.now.is_some() => Some(Awaited::NextCall),
             _ => None,
         };
-        let is_another = awaited != self.now;
-        match self.now.filter(|_| is_another) {
-            Some(Awaited::Answer) => self.answer.caution = 0,
-            Some(Awaited::Next) => self.next.caution = 0,
-            None => {}
+        if let Some((before, since)) = self.now {
+            if awaited == Some(before) {
+                if self.waits(before).is_in_vain(now - since) {
+                    self.now = None;
+                }
+                return self.now.is_some();
+            }
+            self.waits(before).caution = 0;
         }
-        let goes_on = match awaited {
-            Some(Awaited::Answer) => self.answer.goes_on(is_another, now),
-            Some(Awaited::Next) => self.next.goes_on(is_another, now),
-            None => false,
-        };
-        self.now = awaited.filter(|_| goes_on);
-        goes_on
+        self.now = awaited.filter(|awaited| self.waits(*awaited).begin()).map(|awaited| (awaited, now));
+        self.now.is_some()
+    }
+
+    fn waits(&mut self, awaited: Awaited) -> &mut Waits {
+        match awaited {
+            Awaited::Answer => &mut self.answers,
+            Awaited::NextCall => &mut self.next_calls,
+        }
     }
 }
 
-impl Wait {
-    fn goes_on(&mut self, begins: bool, now: Instant) -> bool {
-        if begins && self.left_out > 0 {
-            self.left_out -= 1;
-            return false;
-        }
-        let since = *self.since.insert(self.since.filter(|_| !begins).unwrap_or(now));
-        let is_too_long = now - since >= self.longest;
-        if is_too_long {
+impl Waits {
+    /// Whether to begin one.
+    fn begin(&mut self) -> bool {
+        let begins = self.left_out == 0;
+        self.left_out = self.left_out.saturating_sub(1);
+        begins
+    }
+
+    /// Whether one that has lasted for `span` is too long; it is over then.
+    fn is_in_vain(&mut self, span: Duration) -> bool {
+        let is_in_vain = span >= self.longest;
+        if is_in_vain {
             self.caution = (2 * self.caution).clamp(1, MOST_LEFT_OUT);
             self.left_out = self.caution;
         }
-        !is_too_long
+        is_in_vain
     }
 }
 
